@@ -1,0 +1,26 @@
+"""The step tensors: one set of names from the exported graph to the plan and the batch.
+
+Tokens of all requests of a step lie flat ("ragged"), so prefill and decode share one graph.
+T tokens, S sequences, P page-table columns, R rows of logits; everything is int32.
+"""
+
+TOKENS = "tokens"  # [T] token ids
+POSITIONS = "positions"  # [T] position of each token in its sequence
+SLOTS = "slots"  # [T] page * page_size + offset: where K and V are written
+QUERY_START = "query_start"  # [S+1] first token of each sequence; the last entry is T
+KV_LEN = "kv_len"  # [S] keys each sequence attends to, this step's tokens included
+PAGES = "pages"  # [S, P] page table
+LOGIT_ROWS = "logit_rows"  # [R] indices into T
+LOGITS = "logits"  # [R, vocab], the output
+
+STEP_INPUTS = (TOKENS, POSITIONS, SLOTS, QUERY_START, KV_LEN, PAGES, LOGIT_ROWS)
+
+
+def k_pages(layer: int) -> str:
+    """Name of the key pool of attention layer `layer`: [num_pages, page_size, kv_heads, head_dim]."""
+    return f"k_pages.{layer}"
+
+
+def v_pages(layer: int) -> str:
+    """Name of the value pool of attention layer `layer`: [num_pages, page_size, kv_heads, v_head_dim]."""
+    return f"v_pages.{layer}"
