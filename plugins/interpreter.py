@@ -1,0 +1,200 @@
+"""Runs an ONNX graph in torch, node by node: the CPU executor, the gate's runner, the oracle of the other targets.
+
+Everything that does not depend on the inputs happens once: attributes are decoded, weights looked up, each node bound
+to a Python callable (`binder.py`), nodes with only constant inputs evaluated. A call copies the list of slots and runs
+the launches; each launch reads slots, writes slots and clears those whose last reader it was, so a value lives no
+longer than in eager torch. Calls share nothing but constants and the KV pages handed in, so a `Program` is re-entrant.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from ..engines.errors import EngineError
+from . import OPS
+from .binder import Binder, Run, from_reference
+from .dtypes import to_torch
+from .onnx_ops import ONNX_OPS
+
+Values = list[Any]
+Launch = Callable[[Values], None]
+NOTHING = 0  # the slot of an absent optional input, always None
+
+
+class Program:
+    """An executable graph.
+
+    Args:
+        model: the graph; ops of domain `ingot` (`plugins.OPS`) and of standard ONNX (`plugins.onnx_ops`).
+        weights: initialiser name -> tensor; an initialiser not in it is read from the model.
+        kernels: op name -> binder, asked before the reference; one that returns None declines the node.
+
+    Raises:
+        EngineError: an op that is neither ours nor in the table, an initialiser without data, a missing input.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        weights: Mapping[str, torch.Tensor],
+        kernels: Mapping[str, Binder] | None = None,
+    ):
+        self._kernels = kernels or {}
+        self._slots: dict[ir.Value, int] = {}
+        self._template: Values = [None]  # what a call starts from: constants in their slots
+        self.launches: list[Launch] = []
+        self.launch_names: list[str] = []  # one per launch, for profiles
+        self.inputs: dict[str, int] = {}  # name -> slot
+        graph = model.graph
+
+        for name, value in graph.initializers.items():
+            self._place(value, _initializer(name, value, weights))
+        for value in graph.inputs:
+            if value not in self._slots:  # an initialiser may be listed as an input too
+                self.inputs[_name(value)] = self._place(value)
+        with torch.inference_mode():
+            pending = self._bind(graph)
+        self._schedule(pending, graph.outputs)
+        self.outputs = {_name(value): self._slot(value, "the graph's outputs") for value in graph.outputs}
+
+    @torch.inference_mode()
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Runs the graph: input name -> tensor in, output name -> tensor out. Surplus inputs are ignored."""
+        values = self._template.copy()
+        try:
+            for name, slot in self.inputs.items():
+                values[slot] = inputs[name]
+        except KeyError:
+            raise EngineError(f"the graph input '{name}' was not given; given were {', '.join(inputs)}") from None
+        for run in self.launches:
+            run(values)
+        return {name: values[slot] for name, slot in self.outputs.items()}
+
+    def _bind(self, graph: ir.Graph) -> list[tuple[ir.Node, Run, list[int]]]:
+        """Binds every node; evaluates the constant ones now and returns the others, as (node, run, input slots)."""
+        pending = []
+        for node in graph:
+            sources = [NOTHING if value is None else self._slot(value, _where(node)) for value in node.inputs]
+            constants = [self._template[slot] for slot in sources]
+            run, num_inputs = self._run_of(node, constants)
+            sources += [NOTHING] * (num_inputs - len(sources))
+            if all(slot == NOTHING or self._template[slot] is not None for slot in sources):
+                results = run(*(self._template[slot] for slot in sources))
+                for value, result in zip(node.outputs, results if type(results) is tuple else (results,), strict=False):
+                    self._place(value, result)
+            else:
+                for value in node.outputs:
+                    self._place(value)
+                pending.append((node, run, sources))
+        return pending
+
+    def _run_of(self, node: ir.Node, constants: list[torch.Tensor | None]) -> tuple[Run, int]:
+        """What computes the node, and how many inputs it is called with."""
+        kernel = self._kernels.get(node.op_type)
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        if node.domain == "ingot" and node.op_type in OPS:
+            schema, reference = OPS[node.op_type]
+            attributes = _complete(node, schema, attributes)
+            binder, num_inputs = from_reference(reference), schema.max_input
+        elif node.domain in ("", "ai.onnx") and node.op_type in ONNX_OPS:
+            binder, num_inputs = ONNX_OPS[node.op_type], len(constants)
+        else:
+            known = "the ops of plugins.OPS (domain ingot) and of plugins/onnx_ops.py (domain ai.onnx) are known"
+            raise EngineError(f"{_where(node)} is an op this program cannot run; {known}")
+        padded = (*constants, *[None] * (num_inputs - len(constants)))
+        return (kernel and kernel(attributes, padded)) or _reference(binder, attributes, padded, node), num_inputs
+
+    def _schedule(self, pending: Sequence[tuple[ir.Node, Run, list[int]]], outputs: Sequence[ir.Value]) -> None:
+        """Turns bound nodes into launches; each clears the slots that nobody reads after it."""
+        alive = {self._slots[value] for value in outputs if value in self._slots}
+        for slot, constant in enumerate(self._template):
+            if constant is not None or slot == NOTHING:
+                alive.add(slot)
+        for node, run, sources in reversed(pending):
+            targets = [self._slots[value] for value in node.outputs]
+            last = {slot for slot in (*sources, *targets) if slot not in alive}
+            alive.update(last)
+            self.launches.append(_launch(run, sources, targets, sorted(last)))
+            self.launch_names.append(f"{node.op_type} {node.name or ''}".rstrip())
+        self.launches.reverse()
+        self.launch_names.reverse()
+
+    def _place(self, value: ir.Value, constant: torch.Tensor | None = None) -> int:
+        self._slots[value] = slot = len(self._template)
+        self._template.append(constant)
+        return slot
+
+    def _slot(self, value: ir.Value, where: str) -> int:
+        if value not in self._slots:
+            raise EngineError(f"{where} reads '{value.name}', which no node before it, input or initialiser gives")
+        return self._slots[value]
+
+
+def _launch(run: Run, sources: list[int], targets: list[int], last: list[int]) -> Launch:
+    """One step of the program; the two common forms are written out, since this is the cost of every node."""
+    if len(targets) == 1 and len(sources) > 1:
+        read, target = itemgetter(*sources), targets[0]
+
+        def launch_single(values: Values) -> None:
+            result = run(*read(values))
+            values[target] = result[0] if type(result) is tuple else result
+            for slot in last:
+                values[slot] = None
+
+        return launch_single
+
+    def launch(values: Values) -> None:
+        result = run(*[values[slot] for slot in sources])
+        for slot, value in zip(targets, result if type(result) is tuple else (result,), strict=False):
+            values[slot] = value
+        for slot in last:
+            values[slot] = None
+
+    return launch
+
+
+def _complete(node: ir.Node, schema: onnx.defs.OpSchema, given: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of an ingot node with the schema's defaults filled in; an unknown or missing one is refused."""
+    for name in given.keys() - schema.attributes.keys():
+        raise EngineError(f"{_where(node)} has the attribute '{name}'; known are {', '.join(schema.attributes)}")
+    if len(node.inputs) > schema.max_input:
+        raise EngineError(f"{_where(node)} has {len(node.inputs)} inputs; at most {schema.max_input} were expected")
+    complete = {}
+    for name, attribute in schema.attributes.items():
+        if name in given:
+            complete[name] = given[name]
+        elif attribute.required:
+            raise EngineError(f"{_where(node)} lacks the attribute '{name}', which its schema requires")
+        elif attribute.default_value.type:
+            value = onnx.helper.get_attribute_value(attribute.default_value)
+            complete[name] = value.decode() if isinstance(value, bytes) else value
+    return complete
+
+
+def _reference(binder: Binder, attributes: dict[str, Any], constants: tuple, node: ir.Node) -> Run:
+    run = binder(attributes, constants)
+    if run is None:
+        raise EngineError(f"{_where(node)} has attributes or inputs that the op table does not serve: {attributes}")
+    return run
+
+
+def _initializer(name: str, value: ir.Value, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    if name in weights:
+        return weights[name]
+    if value.const_value is None:
+        raise EngineError(f"the initialiser '{name}' has no data in the graph and none was given in the weights")
+    return to_torch(value.const_value)
+
+
+def _name(value: ir.Value) -> str:
+    if not value.name:
+        raise EngineError("a graph input or output has no name; every one of them must have one")
+    return value.name
+
+
+def _where(node: ir.Node) -> str:
+    return f"node '{node.name or '?'}' ({node.domain or 'ai.onnx'}::{node.op_type})"

@@ -1,0 +1,93 @@
+"""How an op of domain `ingot` is declared: `declare(...)` gives an `onnx.defs.OpSchema`.
+
+The schema is the op's contract: names and order of inputs, attributes and their defaults, shapes of the outputs.
+ONNX's checker and shape inference know it once `plugins.register_schemas()` was called; the interpreter reads it
+directly.
+"""
+
+from collections.abc import Callable, Sequence
+
+from onnx import AttributeProto, TypeProto, helper
+from onnx.defs import OpSchema
+from onnx.shape_inference import InferenceContext
+
+DOMAIN = "ingot"
+VERSION = 1
+
+_FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+_INTS = ["tensor(int32)", "tensor(int64)"]
+_TYPES = {"int": OpSchema.AttrType.INT, "float": OpSchema.AttrType.FLOAT, "string": OpSchema.AttrType.STRING}
+
+Field = tuple[str, str, str]  # name (a trailing ? makes it optional), type ("T" or an ONNX type), meaning
+Dim = int | str | None
+Inference = Callable[[InferenceContext], None]
+
+
+def declare(
+    name: str,
+    doc: str,
+    *,
+    inputs: Sequence[Field],
+    outputs: Sequence[Field],
+    attributes: Sequence[tuple[str, str | int | float, str]] = (),
+    infer: Inference | None = None,
+) -> OpSchema:
+    """The schema of `ingot::name`. An attribute is (name, default, meaning); "int", "float" or "string" in place of a
+    default makes it required."""
+    schema = OpSchema(
+        name,
+        DOMAIN,
+        VERSION,
+        doc=doc,
+        inputs=[_parameter(*field) for field in inputs],
+        outputs=[_parameter(*field) for field in outputs],
+        attributes=[_attribute(*attribute) for attribute in attributes],
+        type_constraints=[
+            ("T", _FLOATS, "the activation type"),
+            ("C", _FLOATS, "the type of rotary tables and of router weights, often fp32"),
+            ("I", _INTS, "an index type"),
+        ],
+    )
+    if infer:
+        schema.set_type_and_shape_inference_function(infer)
+    return schema
+
+
+def _parameter(name: str, type_: str, doc: str) -> OpSchema.FormalParameter:
+    kind = OpSchema.FormalParameterOption
+    option = kind.Optional if name.endswith("?") else kind.Single
+    return OpSchema.FormalParameter(name.rstrip("?"), type_, doc, param_option=option)
+
+
+def _attribute(name: str, default: str | int | float, doc: str) -> OpSchema.Attribute:
+    if isinstance(default, str) and default in _TYPES:
+        return OpSchema.Attribute(name, _TYPES[default], doc, required=True)
+    return OpSchema.Attribute(name, helper.make_attribute(name, default), doc)
+
+
+def shape_of(context: InferenceContext, index: int) -> list[Dim] | None:
+    """Dimensions of an input (numbers, names, None for unknown), or None where the rank is unknown."""
+    type_ = context.get_input_type(index) if index < context.get_num_inputs() else None
+    if type_ is None or not type_.tensor_type.HasField("shape"):
+        return None
+    return [
+        dim.dim_value if dim.HasField("dim_value") else dim.dim_param if dim.HasField("dim_param") else None
+        for dim in type_.tensor_type.shape.dim
+    ]
+
+
+def set_output(context: InferenceContext, index: int, elem_type: int, shape: Sequence[Dim] | None) -> None:
+    """Declares an output; without a shape only its type is known."""
+    tensor: TypeProto = helper.make_tensor_type_proto(elem_type, shape)
+    context.set_output_type(index, tensor)
+
+
+def elem_type(context: InferenceContext, index: int) -> int:
+    """ONNX data type number of an input."""
+    return context.get_input_type(index).tensor_type.elem_type
+
+
+def int_attribute(context: InferenceContext, name: str, default: int = 0) -> int:
+    """Value of an int attribute of the node."""
+    attribute: AttributeProto | None = context.get_attribute(name)
+    return default if attribute is None else attribute.i

@@ -1,0 +1,116 @@
+"""Definition of `ingot::PagedAttention` in torch.
+
+Sequences with the same number of query tokens are computed together, as long as their key counts are within a factor
+of two of each other; so a decode step is a few batched calls and a prompt is a call of its own. Keys are gathered by
+slot, only those in reach, and padded by repeating the last valid one, masked: what a page holds past `kv_len` is never
+read, so it may be anything, NaN included.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
+    slots: torch.Tensor,
+    query_start: torch.Tensor,
+    kv_len: torch.Tensor,
+    pages: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    *,
+    layer: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    v_head_dim: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """query [T, H*D] (or packed q|k|v with key and value None) -> [T, H*Dv]; the pools are updated in place."""
+    num_tokens = query.shape[0]
+    if key is None or value is None:
+        widths = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * v_head_dim)
+        query, key, value = query.split(widths, -1)
+    query = query.reshape(num_tokens, num_heads, head_dim)
+    keys, values = k_pages.view(-1, num_kv_heads, head_dim), v_pages.view(-1, num_kv_heads, v_head_dim)
+    slots = slots.long()
+    keys.index_copy_(0, slots, key.reshape(num_tokens, num_kv_heads, head_dim))
+    values.index_copy_(0, slots, value.reshape(num_tokens, num_kv_heads, v_head_dim))
+
+    y = query.new_zeros(num_tokens, num_heads, v_head_dim)
+    starts, lengths = query_start.tolist(), kv_len.tolist()
+    for sequences in _groups(starts, lengths):
+        num_queries = starts[sequences[0] + 1] - starts[sequences[0]]
+        slot, mask = _reach(sequences, lengths, num_queries, pages, k_pages.shape[1], window)
+        rows = torch.tensor([starts[s] for s in sequences]).unsqueeze(1) + torch.arange(num_queries)  # [B, n]
+        q = query[rows].transpose(1, 2)  # [B, H, n, D]
+        k = keys.index_select(0, slot.flatten()).unflatten(0, slot.shape).transpose(1, 2)  # [B, Hkv, L, D]
+        v = values.index_select(0, slot.flatten()).unflatten(0, slot.shape).transpose(1, 2)  # [B, Hkv, L, Dv]
+        y[rows] = _attend(q, k, v, mask, sinks, scale, softcap).transpose(1, 2)
+    return y.reshape(num_tokens, num_heads * v_head_dim)
+
+
+def _groups(starts: list[int], lengths: list[int]) -> Iterator[list[int]]:
+    """Sequences computed together: equal query counts, the longest at most twice (plus 64 keys) the shortest."""
+    counts = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    order = sorted((s for s in range(len(lengths)) if counts[s]), key=lambda s: (counts[s], lengths[s]))
+    group: list[int] = []
+    for s in order:
+        if group and (counts[s] != counts[group[0]] or lengths[s] > 2 * lengths[group[0]] + 64):
+            yield group
+            group = []
+        group.append(s)
+    if group:
+        yield group
+
+
+def _reach(
+    sequences: list[int], lengths: list[int], num_queries: int, pages: torch.Tensor, page_size: int, window: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Slots [B, L] of the keys in reach of a sequence, and which query sees which: [B, 1, n, L], or None for all."""
+    length = torch.tensor([lengths[s] for s in sequences]).unsqueeze(1)  # [B, 1]
+    first = (length - num_queries - window + 1).clamp(min=0) if window else torch.zeros_like(length)
+    position = first + torch.arange(int((length - first).max()))  # [B, L]
+    known = torch.minimum(position, length - 1)
+    page = pages[torch.tensor(sequences)].long().gather(1, known // page_size)
+    slot = page * page_size + known % page_size
+    if num_queries == 1 and len(sequences) == 1:  # nothing is padded, and the one query sees all that is in reach
+        return slot, None
+    asker = (length - num_queries + torch.arange(num_queries)).unsqueeze(-1)  # [B, n, 1] position of each query
+    mask = position.unsqueeze(1) <= asker
+    if window:
+        mask &= position.unsqueeze(1) > asker - window
+    return slot, mask.unsqueeze(1)
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """Softmax attention: q [B, H, n, D], k [B, Hkv, L, D], v [B, Hkv, L, Dv], mask [B, 1, n, L] -> [B, H, n, Dv]."""
+    if not softcap and sinks is None:
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    grouped = q.float().unflatten(1, (k.shape[1], -1))  # [B, Hkv, G, n, D]
+    scores = grouped @ k.float().unsqueeze(2).transpose(-1, -2) * scale  # [B, Hkv, G, n, L]
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask.unsqueeze(1), -torch.inf)
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:  # one more column, dropped after the softmax
+        sink = sinks.float().view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
+    return (weights @ v.float().unsqueeze(2)).flatten(1, 2).to(q.dtype)
