@@ -83,9 +83,10 @@ class Program:
             run, num_inputs = self._run_of(node, constants)
             sources += [NOTHING] * (num_inputs - len(sources))
             if all(slot == NOTHING or self._template[slot] is not None for slot in sources):
-                results = run(*(self._template[slot] for slot in sources))
-                for value, result in zip(node.outputs, results if type(results) is tuple else (results,), strict=False):
-                    self._place(value, result)
+                result = run(*(self._template[slot] for slot in sources))
+                results = result if isinstance(result, tuple) else (result,)
+                for value, constant in zip(node.outputs, results, strict=False):
+                    self._place(value, constant)
             else:
                 for value in node.outputs:
                     self._place(value)
@@ -141,7 +142,7 @@ def _launch(run: Run, sources: list[int], targets: list[int], last: list[int]) -
 
         def launch_single(values: Values) -> None:
             result = run(*read(values))
-            values[target] = result[0] if type(result) is tuple else result
+            values[target] = result[0] if isinstance(result, tuple) else result
             for slot in last:
                 values[slot] = None
 
@@ -149,7 +150,7 @@ def _launch(run: Run, sources: list[int], targets: list[int], last: list[int]) -
 
     def launch(values: Values) -> None:
         result = run(*[values[slot] for slot in sources])
-        for slot, value in zip(targets, result if type(result) is tuple else (result,), strict=False):
+        for slot, value in zip(targets, result if isinstance(result, tuple) else (result,), strict=False):
             values[slot] = value
         for slot in last:
             values[slot] = None

@@ -97,11 +97,8 @@ def bind_split(attributes: Attributes, constants: Constants) -> Run:
 
 def bind_slice(attributes: Attributes, constants: Constants) -> Run:
     """Python slices, whose clamping is ONNX's; a negative step becomes a flip of the reversed range."""
-    steps_given, axes_given = len(constants) > 4, len(constants) > 3 and constants[3] is not None
-    axes_varying = len(constants) > 3 and constants[3] is None
-    begin, end = numbers(constants[1]), numbers(constants[2])
-    read_axes = numbers(constants[3]) if axes_given else None
-    read_steps = numbers(constants[4]) if steps_given else None
+    padded = (*constants, None, None)
+    begin, end, read_axes, read_steps = (numbers(constant) for constant in padded[1:5])
 
     def run(
         x: torch.Tensor,
@@ -111,12 +108,8 @@ def bind_slice(attributes: Attributes, constants: Constants) -> Run:
         steps: torch.Tensor | None = None,
     ) -> torch.Tensor:
         first, stop = begin(starts), end(ends)
-        dims = range(len(first))
-        if read_axes is not None:
-            dims = read_axes(axes)
-        elif axes_varying and axes is not None:
-            dims = axes.flatten().tolist()
-        strides = read_steps(steps) if read_steps is not None and steps is not None else [1] * len(first)
+        dims = list(range(len(first))) if axes is None else read_axes(axes)
+        strides = [1] * len(first) if steps is None else read_steps(steps)
         for axis, low, high, step in zip(dims, first, stop, strides, strict=True):
             x = _slice_one(x, axis, low, high, step)
         return x

@@ -5,7 +5,7 @@ is made of them. Element-wise ops and reductions are here, ops that move data in
 constant inputs are resolved when a node is bound. Integer indices may be int32. Semantics: onnx.ai/onnx/operators.
 """
 
-import math
+from collections.abc import Callable
 from functools import reduce
 
 import torch
@@ -17,7 +17,7 @@ from .onnx_movement import MOVEMENT_OPS
 
 
 def plain(function: Run) -> Binder:
-    """An op without attributes, or whose attributes do not matter to torch."""
+    """The binder of a function that needs no attributes."""
     return lambda attributes, constants: function
 
 
@@ -78,7 +78,7 @@ def bind_log_softmax(attributes: Attributes, constants: Constants) -> Run:
     return lambda x: torch.log_softmax(x, axis)
 
 
-def bind_reduce(function: Run) -> Binder:
+def bind_reduce(function: Callable[..., torch.Tensor]) -> Binder:
     """A reduction over the axes of an optional input; none given means all, or nothing with `noop_with_empty_axes`."""
 
     def bind(attributes: Attributes, constants: Constants) -> Run:
@@ -184,45 +184,47 @@ def variadic(function: Run) -> Binder:
     return lambda attributes, constants: lambda *tensors: reduce(function, tensors)
 
 
+PLAIN_OPS: dict[str, Run] = {  # no attributes, or none that matter to torch
+    "Abs": torch.abs,
+    "Add": torch.add,
+    "And": torch.logical_and,
+    "Ceil": torch.ceil,
+    "Clip": clip,
+    "Cos": torch.cos,
+    "Div": divide,
+    "Equal": torch.eq,
+    "Erf": torch.erf,
+    "Exp": torch.exp,
+    "Floor": torch.floor,
+    "Greater": torch.gt,
+    "GreaterOrEqual": torch.ge,
+    "IsInf": torch.isinf,
+    "IsNaN": torch.isnan,
+    "Less": torch.lt,
+    "LessOrEqual": torch.le,
+    "Log": torch.log,
+    "MatMul": torch.matmul,
+    "Mul": torch.mul,
+    "Neg": torch.neg,
+    "Not": torch.logical_not,
+    "Or": torch.logical_or,
+    "Pow": power,
+    "Reciprocal": torch.reciprocal,
+    "Relu": torch.relu,
+    "Round": torch.round,
+    "Sigmoid": torch.sigmoid,
+    "Sign": torch.sign,
+    "Sin": torch.sin,
+    "Softplus": F.softplus,
+    "Sqrt": torch.sqrt,
+    "Sub": torch.sub,
+    "Tanh": torch.tanh,
+    "Where": torch.where,
+    "Xor": torch.logical_xor,
+}
+
 ONNX_OPS: dict[str, Binder] = {
-    **{name: plain(function) for name, function in {
-        "Abs": torch.abs,
-        "Add": torch.add,
-        "And": torch.logical_and,
-        "Ceil": torch.ceil,
-        "Clip": clip,
-        "Cos": torch.cos,
-        "Div": divide,
-        "Equal": torch.eq,
-        "Erf": torch.erf,
-        "Exp": torch.exp,
-        "Floor": torch.floor,
-        "Greater": torch.gt,
-        "GreaterOrEqual": torch.ge,
-        "IsInf": torch.isinf,
-        "IsNaN": torch.isnan,
-        "Less": torch.lt,
-        "LessOrEqual": torch.le,
-        "Log": torch.log,
-        "MatMul": torch.matmul,
-        "Mul": torch.mul,
-        "Neg": torch.neg,
-        "Not": torch.logical_not,
-        "Or": torch.logical_or,
-        "Pow": power,
-        "Reciprocal": torch.reciprocal,
-        "Relu": torch.relu,
-        "Round": torch.round,
-        "Sigmoid": torch.sigmoid,
-        "Sign": torch.sign,
-        "Sin": torch.sin,
-        "Softplus": lambda x: F.softplus(x, threshold=math.inf),
-        "Sqrt": torch.sqrt,
-        "Sub": torch.sub,
-        "Tanh": torch.tanh,
-        "Where": torch.where,
-        "Xor": torch.logical_xor,
-    }.items()},
+    **{name: plain(function) for name, function in PLAIN_OPS.items()},
     "ArgMax": bind_arg(torch.argmax),
     "ArgMin": bind_arg(torch.argmin),
     "Cast": bind_cast,

@@ -18,7 +18,8 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def activation_function(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """The function of that name. Raises EngineError for a name that is not in `ACTIVATIONS`."""
     if name not in ACTIVATIONS:
-        raise EngineError(f"the activation '{name}' is unknown; rebuild the engine with one of {', '.join(ACTIVATIONS)}")
+        known = ", ".join(ACTIVATIONS)
+        raise EngineError(f"the graph asks for the activation '{name}', expected one of {known}; rebuild the engine")
     return ACTIVATIONS[name]
 
 

@@ -14,8 +14,8 @@ def _infer(context: InferenceContext) -> None:
 SCHEMA = declare(
     "PagedAttention",
     "Writes this step's keys and values into the pool, then attends (Kwon et al., arXiv:2309.06180). Sequences lie "
-    "flat; query token j of n of sequence s has position kv_len[s] - n + j and sees keys up to it. Without key and value the "
-    "query is packed q|k|v. k_pages and v_pages are updated in place. Softmax and its scores are fp32.",
+    "flat; query token j of n of sequence s has position kv_len[s] - n + j and sees keys up to it. Without key and "
+    "value the query is packed q|k|v. k_pages and v_pages are updated in place. Softmax and its scores are fp32.",
     inputs=[
         ("query", "T", "[T, num_heads*head_dim], or packed q|k|v"),
         ("key?", "T", "[T, num_kv_heads*head_dim]"),
