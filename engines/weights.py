@@ -1,0 +1,121 @@
+"""`weights.safetensors` and `model.onnx`: the weights stream to disk one at a time, and the graph points into them.
+
+The file is plain safetensors (any tool reads it), with the data at a 4 KiB boundary and the tensors that would break
+64-byte alignment last, so that a memory map of it can be handed to vector kernels as it is.
+Invariant: at most one weight is in memory while writing, and none after `load_graph`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .dtypes import DTYPES, DType, from_numpy
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+WEIGHTS_FILE = "weights.safetensors"
+GRAPH_FILE = "model.onnx"
+_DATA_ALIGNMENT = 4096
+_TENSOR_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor to be written; `load()` gives its values when their turn comes, and nothing keeps them."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    load: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+
+def write_weights(
+    path: Path, weights: Iterable[Weight], progress: Callable[[int, int], None] | None = None
+) -> dict[str, tuple[int, int]]:
+    """Write the weights and return name -> (offset, length) in bytes from the start of the file.
+
+    `progress(done, total)` is called in bytes after each tensor.
+    Raises ValueError if a name comes twice or a loaded array is not of the declared dtype and shape.
+    """
+    ordered = sorted(weights, key=lambda w: w.nbytes % _TENSOR_ALIGNMENT != 0)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for w in ordered:
+        if w.name in header:
+            raise ValueError(f"two weights are called {w.name}")
+        header[w.name] = {"dtype": w.dtype.safetensors, "shape": w.shape, "data_offsets": [end, end + w.nbytes]}
+        end += w.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _DATA_ALIGNMENT)
+    start, places = len(text) + 8, {}
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for w in ordered:
+            array = w.load()
+            if array.shape != w.shape or from_numpy(array.dtype) is not w.dtype:
+                raise ValueError(f"{w.name} is {array.dtype} {array.shape}, declared {w.dtype.name} {w.shape}")
+            places[w.name] = (file.tell(), w.nbytes)
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            del array
+            if progress:
+                progress(file.tell() - start, end)
+    return places
+
+
+def open_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of an engine as tensors over one memory map: pages come from disk when they are first read."""
+    from safetensors import safe_open
+
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def save_graph(model: ir.Model, folder: Path, progress: Callable[[int, int], None] | None = None) -> None:
+    """Write `weights.safetensors` from the graph's initialisers and `model.onnx` that points into it.
+
+    The model is left as it was. Initialisers that nothing reads are dropped by the caller, not here.
+    """
+    import onnx_ir as ir
+
+    initialisers = {name: value.const_value for name, value in model.graph.initializers.items()}
+    missing = [name for name, tensor in initialisers.items() if tensor is None]
+    if missing:
+        raise ValueError(f"the initialisers {missing} have no values")
+    weights = [_weight(name, tensor) for name, tensor in initialisers.items() if tensor is not None]
+    places = write_weights(folder / WEIGHTS_FILE, weights, progress)
+    try:
+        for weight in weights:
+            offset, length = places[weight.name]
+            model.graph.initializers[weight.name].const_value = ir.ExternalTensor(
+                WEIGHTS_FILE, offset, length, weight.dtype.onnx, shape=ir.Shape(weight.shape), name=weight.name,
+                base_dir=folder,
+            )  # fmt: skip
+        ir.save(model, folder / GRAPH_FILE)
+    finally:
+        for name, tensor in initialisers.items():
+            model.graph.initializers[name].const_value = tensor
+
+
+def load_graph(folder: Path) -> ir.Model:
+    """The engine's graph; its initialisers are external tensors, read only when asked for."""
+    import onnx_ir as ir
+
+    return ir.load(folder / GRAPH_FILE)
+
+
+def _weight(name: str, tensor: ir.TensorProtocol) -> Weight:
+    dtype = next(d for d in DTYPES.values() if d.onnx == tensor.dtype)
+    return Weight(name, dtype, tuple(tensor.shape.numpy()), tensor.numpy)

@@ -1,0 +1,81 @@
+"""The atomic writer of an engine directory: all of it, or nothing.
+
+An engine is filled in `DIR.partial-PID` beside its destination and renamed when `engine.json` is in it. An error or
+Ctrl-C on the way removes all that was made, parents included. Only an engine is ever replaced, and only if asked.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import BuildError
+from .manifest import FILE_NAME, sync
+
+
+def check_destination(out: Path, force: bool) -> None:
+    """Raise BuildError unless an engine may be written at `out`. Cheap: call it before the build starts."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise BuildError(f"{out} is not a directory; give `-o` a new directory.")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / FILE_NAME).is_file():
+        raise BuildError(f"{out} exists and is not an engine, so it is not replaced; give `-o` a new directory.")
+    if not force:
+        raise BuildError(f"{out} already holds an engine; pass --force to replace it, or give `-o` a new directory.")
+
+
+@contextmanager
+def engine_directory(out: str | os.PathLike, force: bool = False) -> Iterator[Path]:
+    """A temporary folder to fill and `Manifest.save`; it becomes `out` when the block ends without an error.
+
+    Raises BuildError if `out` may not be written (see `check_destination`), cannot be made, or the disk is full.
+    """
+    out = Path(out).absolute()
+    check_destination(out, force)
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    made = [p for p in (partial, *partial.parents) if not p.exists()]  # innermost first
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        _remove(made)
+        raise BuildError(f"{out} cannot be made ({error.strerror}); give `-o` a place that can be written.") from None
+    try:
+        yield partial
+        if not (partial / FILE_NAME).is_file():
+            raise RuntimeError(f"the build ended without a {FILE_NAME}")
+        _replace(out, partial)
+    except BaseException as error:
+        _remove(made)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BuildError(f"the disk of {out} is full; free some space or give `-o` another place.") from None
+        raise
+
+
+def _replace(out: Path, partial: Path) -> None:
+    sync(partial)
+    old = out.with_name(f"{out.name}.old-{os.getpid()}")
+    if out.exists():
+        out.rename(old)
+    try:
+        partial.rename(out)
+    except BaseException:
+        if old.exists():
+            old.rename(out)
+        raise
+    sync(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove(made: list[Path]) -> None:
+    """The partial engine with all it holds, then the parents that were made for it, if nothing else is in them."""
+    shutil.rmtree(made[0], ignore_errors=True)
+    for parent in made[1:]:
+        try:
+            parent.rmdir()
+        except OSError:
+            return
