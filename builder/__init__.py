@@ -1,1 +1,101 @@
+"""Checkpoint -> engine directory, in one function.
 
+The graph comes from transformers itself, is checked against it on a small random model of the same kind, rewritten by
+passes, compiled for a target and written with its weights. Weights stream: none is in memory before it is written.
+A build that fails, at any point, leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..engines.manifest import Manifest
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """What to build. `model`: a directory or a hub id; `dtype`: the activation dtype, `auto` for the checkpoint's own."""
+
+    model: str
+    out: str
+    target: str = "cpu"
+    dtype: str = "auto"
+    force: bool = False  # replace an engine that is already at `out`
+
+
+@dataclass
+class Phases:
+    """Times the named phases of a build; `listener` hears each name as it begins and (done, total) bytes within it."""
+
+    listener: Callable[[str], None] | None = None
+    on_bytes: Callable[[int, int], None] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        if self.listener:
+            self.listener(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+
+
+def build_engine(
+    config: BuildConfig,
+    on_phase: Callable[[str], None] | None = None,
+    on_bytes: Callable[[int, int], None] | None = None,
+) -> Manifest:
+    """Build the engine that `config` asks for and return its manifest.
+
+    `on_phase(name)` is called as each phase begins, `on_bytes(done, total)` while weights are written.
+    Raises BuildError: no such checkpoint, a damaged one, an architecture that is refused, `out` that may not be written.
+    """
+    from pathlib import Path
+
+    from ..engines.manifest import BuildRecord, Manifest
+    from ..engines.weights import save_graph
+    from ..engines.writer import check_destination, engine_directory
+    from . import gate
+    from .checkpoint import Checkpoint
+    from .export import export
+    from .passes import optimise
+    from .record import kv_layers, model_info, versions
+    from .targets import target_of
+    from .weights import bind_weights
+
+    start, phase = time.perf_counter(), Phases(on_phase, on_bytes)
+    target = target_of(config.target)
+    check_destination(Path(config.out), config.force)
+    with phase("read the checkpoint"):
+        checkpoint = Checkpoint.open(config.model)
+        dtype = checkpoint.activation_dtype(config.dtype)
+    with phase("check the architecture"):
+        error = gate.self_check(checkpoint.config)
+    with phase("export"):
+        graph = export(checkpoint.config, dtype)
+        gate.check_structure(graph, checkpoint.config)
+        num_exported = graph.graph.num_nodes()
+        bind_weights(graph, checkpoint)
+    with phase("optimise"):
+        graph = optimise(graph)
+    with engine_directory(config.out, config.force) as folder:
+        with phase("write the weights"):
+            save_graph(graph, folder, on_bytes)
+            checkpoint.copy_text_files(folder)
+        with phase(f"compile for {config.target}"):
+            target_info = target.compile(graph, folder)
+        record = BuildRecord(
+            time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            seconds=round(time.perf_counter() - start, 3),
+            phases=phase.seconds,
+            num_nodes={"exported": num_exported, "optimised": graph.graph.num_nodes()},
+            self_check_error=error,
+            versions=versions(),
+        )
+        model = model_info(checkpoint, graph, dtype)
+        return Manifest(model, kv_layers(graph), config.target, target_info, record).save(folder)

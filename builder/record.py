@@ -1,0 +1,56 @@
+"""What the manifest says of a build, read off the graph and the checkpoint rather than kept along the way."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from ..engines.manifest import KVLayer, ModelInfo
+from ..engines.step import LOGITS
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from .checkpoint import Checkpoint
+
+VERSIONED = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
+
+
+def kv_layers(model: ir.Model) -> tuple[KVLayer, ...]:
+    """The KV pool of each attention layer, in layer order, as its node declares it."""
+    nodes = [node for node in model.graph if node.op_type == "PagedAttention"]
+    nodes.sort(key=lambda node: node.attributes["layer"].as_int())
+    return tuple(
+        KVLayer(
+            kv_heads=node.attributes["num_kv_heads"].as_int(),
+            head_dim=node.attributes["head_dim"].as_int(),
+            v_head_dim=node.attributes["v_head_dim"].as_int(),
+            window=node.attributes["window"].as_int() if "window" in node.attributes else 0,
+        )
+        for node in nodes
+    )
+
+
+def model_info(checkpoint: Checkpoint, model: ir.Model, dtype: str) -> ModelInfo:
+    """The model as it was cast. Raises nothing: everything here was checked on the way."""
+    config = checkpoint.config.get_text_config()
+    logits = next(value for value in model.graph.outputs if value.name == LOGITS)
+    eos = checkpoint.generation_config.get("eos_token_id", config.eos_token_id)
+    return ModelInfo(
+        source=checkpoint.source,
+        architecture=(checkpoint.config.architectures or [type(config).__name__])[0],
+        model_type=config.model_type,
+        num_parameters=sum(value.const_value.size for value in model.graph.initializers.values()),
+        dtype=dtype,
+        vocab_size=int(logits.shape[-1]),
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        max_model_len=config.max_position_embeddings,
+        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        bos_token_id=config.bos_token_id,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that shaped the graph."""
+    return {name: version(name) for name in VERSIONED}
