@@ -1,4 +1,4 @@
-"""The standard ops against onnx's own reference evaluator: one node a case, the secondary inputs constant and varying."""
+"""The standard ops against onnx's own evaluator: one node a case, its secondary inputs constant, then varying."""
 
 import numpy as np
 import onnx_ir as ir
