@@ -1,0 +1,187 @@
+"""A Hugging Face checkpoint on disk: config, and tensors that are read when asked for.
+
+Only the safetensors headers are read when it is opened; they say where every tensor lies, and are checked against the
+size of the file, so that a damaged or half downloaded shard is refused before the build starts.
+Invariant: opening costs memory for names, never for weights.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, PretrainedConfig
+
+from ..engines.dtypes import DType, from_safetensors
+from ..engines.errors import BuildError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DOWNLOADED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab.*")
+_MAX_HEADER = 100 << 20  # bytes; the limit of the safetensors format
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: `length` bytes from `offset` of `file`, row-major, little-endian."""
+
+    name: str
+    file: Path
+    dtype: DType
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+    def external(self) -> ir.ExternalTensor:
+        """An onnx_ir tensor over the bytes in the file."""
+        return ir.ExternalTensor(
+            self.file.name, self.offset, self.length, self.dtype.onnx, shape=ir.Shape(self.shape), name=self.name,
+            base_dir=self.file.parent,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory: its config, and name -> place of every tensor."""
+
+    path: Path
+    config: PretrainedConfig
+    stored: Mapping[str, StoredTensor]
+
+    @classmethod
+    def open(cls, model: str) -> "Checkpoint":
+        """Opens a directory, or downloads a hub id ("org/name"; only safetensors, json and tokenizer files).
+
+        Raises BuildError if it is neither, is not a checkpoint in safetensors, is damaged, or is quantised already.
+        """
+        path = Path(model).expanduser()
+        if not path.exists():
+            path = _download(model)
+        if not path.is_dir():
+            raise BuildError(
+                f"{model} is a file, expected a model directory; give the directory that holds config.json"
+            )
+        if not (path / "config.json").is_file():
+            raise BuildError(f"{model} is not a checkpoint: it has no config.json; give a Hugging Face model directory")
+        config = _config(path)
+        quantised = getattr(config, "quantization_config", None)
+        if quantised:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+            raise BuildError(f"{model} is quantised already ({method}); give the unquantised checkpoint")
+        stored = {tensor.name: tensor for file in _shards(path) for tensor in read_header(file)}
+        checkpoint = cls(path, config, stored)
+        checkpoint._check_index()
+        return checkpoint
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor as stored, over a memory map of its file. Raises BuildError if the checkpoint has no such tensor."""
+        if name not in self.stored:
+            raise BuildError(f"{self.path} has no tensor '{name}'; download the checkpoint again")
+        with safe_open(self.stored[name].file, framework="pt") as file:
+            return file.get_tensor(name)
+
+    def _check_index(self) -> None:
+        index = self.path / INDEX
+        if (self.path / SINGLE).is_file() or not index.is_file():
+            return
+        for name, shard in _weight_map(index).items():
+            if name not in self.stored or self.stored[name].file.name != shard:
+                raise BuildError(f"{self.path / shard} lacks the tensor '{name}'; download that file again")
+
+
+def read_header(file: Path) -> list[StoredTensor]:
+    """The tensors of a safetensors file, after checking header and file size (safetensors format, version 1).
+
+    Raises BuildError if the file is damaged or truncated, or holds a data type that ingot does not know.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little") if size >= 8 else -1
+        if not 2 <= length <= min(_MAX_HEADER, size - 8):
+            raise _damaged(file, f"its header should be {length} bytes long, the file is {size}" if size >= 8 else "")
+        text = stream.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        tensors = [_stored(file, name, entry, 8 + length) for name, entry in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(file, f"its header cannot be read: {error}") from None
+    end = max((t.offset + t.length for t in tensors), default=8 + length)
+    if end != size:
+        raise _damaged(file, f"its tensors end at byte {end}, the file has {size}")
+    return tensors
+
+
+def _stored(file: Path, name: str, entry: dict, data: int) -> StoredTensor:
+    begin, end = entry["data_offsets"]
+    try:
+        dtype = from_safetensors(entry["dtype"])
+    except KeyError:
+        raise BuildError(f"{file} stores '{name}' as {entry['dtype']}, which ingot does not read") from None
+    shape = tuple(entry["shape"])
+    if begin < 0 or end - begin != dtype.itemsize * math.prod(shape):
+        raise ValueError(f"'{name}' of {dtype.name} {list(shape)} cannot fill {end - begin} bytes")
+    return StoredTensor(name, file, dtype, shape, data + begin, end - begin)
+
+
+def _damaged(file: Path, reason: str) -> BuildError:
+    detail = f" ({reason})" if reason else ""
+    return BuildError(f"{file} is not a whole safetensors file{detail}; download it again")
+
+
+def _shards(path: Path) -> list[Path]:
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
+    if (path / INDEX).is_file():
+        files = [path / shard for shard in sorted(set(_weight_map(path / INDEX).values()))]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise BuildError(f"{path} lacks {', '.join(missing)}, named by {INDEX}; download the missing files")
+        return files
+    if any(path.glob("*.bin")):
+        raise BuildError(
+            f"{path} holds pickled .bin weights only, expected safetensors; convert it with: "
+            f'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+            f"M.from_pretrained('{path}', dtype='auto').save_pretrained('{path}-safetensors'); "
+            f"T.from_pretrained('{path}').save_pretrained('{path}-safetensors')\""
+        )
+    raise BuildError(f"{path} has neither {SINGLE} nor {INDEX}; give a checkpoint with safetensors weights")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BuildError(f"{index} cannot be read ({error}); download it again") from None
+
+
+def _config(path: Path) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:  # transformers raises many kinds: unknown type, bad json, validation of fields
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise BuildError(f"{path / 'config.json'} cannot be used: {reason[:300]}") from error
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import validate_repo_id
+
+    missing = f"{model} is not a directory"
+    try:
+        validate_repo_id(model)
+    except ValueError:
+        raise BuildError(f"{missing}; give a model directory or a hub id such as org/name") from None
+    if model.count("/") != 1:
+        raise BuildError(f"{missing}; give a model directory or a hub id such as org/name")
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(DOWNLOADED), ignore_patterns=["original/*"]))
+    except Exception as error:  # no such repository, gated, offline, time-out: all kinds of classes
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise BuildError(
+            f"{missing} and could not be downloaded from the hub ({type(error).__name__}: {reason[:200]}); "
+            "check the path, the name and the network"
+        ) from error

@@ -1,0 +1,161 @@
+"""For each initialiser of an exported graph, where its data come from: the load plan.
+
+A tensor stored as wanted is an `ir.ExternalTensor` into the safetensors file; one that must be cast, or put together
+(experts stored one by one), is an `ir.LazyTensor` that does so when read. Renaming and fusing follow transformers' own
+conversion mapping, so that a plan loads what `from_pretrained` would. Invariant: making a plan reads no weight.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from ..engines.dtypes import DTYPES
+from ..engines.errors import BuildError
+from ..plugins.dtypes import to_torch
+from .checkpoint import Checkpoint
+
+LoadPlan = dict[str, ir.TensorProtocol]
+
+
+@dataclass
+class _Fusion:
+    """Stored tensors that one converter of transformers turns into one or several parameters."""
+
+    converter: WeightConverter
+    sources: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # source pattern -> stored names
+
+    def convert(self, target: str, model: PreTrainedModel, read: Any) -> dict[str, torch.Tensor]:
+        """Every parameter that comes out, by name; `read(stored name)` gives the sources."""
+        converter = deepcopy(self.converter)
+        for pattern, names in self.sources.items():
+            for name in names:
+                converter.add_tensor(target, name, pattern, partial(read, name))
+        result = converter.convert(target, model=model, config=model.config)
+        return {name: t[0] if isinstance(t, list) else t for name, t in result.items()}
+
+
+def load_plan(checkpoint: Checkpoint, model: PreTrainedModel, dtype: torch.dtype) -> LoadPlan:
+    """Name of each parameter (and stored buffer) of `model` -> its lazy tensor, floating-point ones in `dtype`.
+
+    `model` may be on the meta device. A tied parameter that is not stored is given the tensor of its partner.
+    Raises BuildError if a weight is missing or has another shape than the config says.
+    """
+    wanted = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    plan: LoadPlan = {}
+    fusions: dict[str, _Fusion] = {}
+    for name in sorted(checkpoint.stored, key=dot_natural_key):  # fused in the order of the experts' numbers
+        prefix = model.base_model_prefix
+        target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
+        if target not in wanted and name in wanted:
+            target, pattern = name, None
+        if target not in wanted:
+            continue
+        if pattern is None:
+            plan[target] = _stored(checkpoint, name, target, wanted[target], dtype)
+        else:
+            fusions.setdefault(target, _Fusion(by_pattern[pattern])).sources[pattern].append(name)
+    for first, fusion in fusions.items():
+        for target, shape in _outputs(checkpoint, model, first, fusion).items():
+            if target in wanted:
+                _check_shape(checkpoint, target, shape, wanted[target].shape)
+                plan[target] = _lazy(target, shape, dtype, partial(_fused, checkpoint, model, first, fusion, target))
+    _share_tied(plan, model)
+    missing = sorted(wanted.keys() - plan.keys())
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise BuildError(f"{checkpoint.path} lacks the weight '{missing[0]}'{more}; download the checkpoint again")
+    return plan
+
+
+def attach(model: ir.Model, plan: Mapping[str, ir.TensorProtocol | torch.Tensor]) -> None:
+    """Gives the graph's initialisers their (lazy) data. Raises BuildError if one has neither a plan nor data."""
+    for name, value in model.graph.initializers.items():
+        if name in plan:
+            data = plan[name]
+            value.const_value = ir.tensor(data, name=name) if isinstance(data, torch.Tensor) else data
+        elif value.const_value is None:
+            raise BuildError(f"the exported graph reads the weight '{name}', which the checkpoint does not hold")
+
+
+def torch_weights(model: ir.Model) -> dict[str, torch.Tensor]:
+    """All initialisers as torch tensors, in memory: for small models."""
+    return {n: to_torch(v.const_value) for n, v in model.graph.initializers.items() if v.const_value is not None}
+
+
+def _stored(
+    checkpoint: Checkpoint, name: str, target: str, like: torch.Tensor, dtype: torch.dtype
+) -> ir.TensorProtocol:
+    stored = checkpoint.stored[name]
+    _check_shape(checkpoint, target, stored.shape, like.shape)
+    wanted = dtype if stored.dtype.torch.is_floating_point else stored.dtype.torch
+    if stored.dtype.torch == wanted:
+        return stored.external()
+    return _lazy(target, stored.shape, wanted, partial(checkpoint.tensor, name))
+
+
+def _outputs(checkpoint: Checkpoint, model: PreTrainedModel, first: str, fusion: _Fusion) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that come out of a fusion, found by running it on the meta device."""
+
+    def read(name: str) -> torch.Tensor:
+        stored = checkpoint.stored[name]
+        return torch.empty(stored.shape, dtype=stored.dtype.torch, device="meta")
+
+    try:
+        return {name: tuple(t.shape) for name, t in fusion.convert(first, model, read).items()}
+    except Exception as error:  # transformers' operations fail in their own ways when a part is missing
+        raise BuildError(
+            f"{checkpoint.path} lacks a part of '{first}' ({error}); download the checkpoint again"
+        ) from error
+
+
+def _fused(checkpoint: Checkpoint, model: PreTrainedModel, first: str, fusion: _Fusion, target: str) -> torch.Tensor:
+    return fusion.convert(first, model, checkpoint.tensor)[target]
+
+
+def _lazy(name: str, shape: tuple[int, ...], dtype: torch.dtype, load: Any) -> ir.LazyTensor:
+    """A tensor that is loaded, and cast to `dtype`, each time it is read; nothing is kept."""
+    onnx = next(d.onnx for d in DTYPES.values() if d.torch == dtype)
+
+    def evaluate() -> ir.TensorProtocol:
+        return ir.Tensor(to_numpy(load().to(dtype)), dtype=onnx, name=name)
+
+    return ir.LazyTensor(evaluate, dtype=onnx, shape=ir.Shape(shape), name=name, cache=False)
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """The array of a tensor on the CPU; bfloat16 becomes ml_dtypes' type, without a copy."""
+    tensor = tensor.contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _share_tied(plan: LoadPlan, model: PreTrainedModel) -> None:
+    for target, source in model.all_tied_weights_keys.items():
+        if target in plan:
+            plan.setdefault(source, plan[target])
+        elif source in plan:
+            plan[target] = plan[source]
+
+
+def _check_shape(checkpoint: Checkpoint, name: str, found: tuple[int, ...], expected: torch.Size) -> None:
+    if tuple(found) != tuple(expected):
+        raise BuildError(
+            f"{checkpoint.path} holds '{name}' of shape {list(found)}, its config.json says {list(expected)}; "
+            "use config and weights of the same model"
+        )
