@@ -4,10 +4,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from ingot.plugins.interpreter import Program
-from ingot.plugins.onnx_ops import ONNX_OPS
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+
+from ingot.plugins.interpreter import Program
+from ingot.plugins.onnx_ops import ONNX_OPS
 
 RNG = np.random.default_rng()
 

@@ -6,8 +6,9 @@ import sys
 import onnx
 import pytest
 import torch
-from ingot.plugins import OPS, register_schemas
 from onnx import TensorProto, helper, shape_inference
+
+from ingot.plugins import OPS, register_schemas
 
 
 def test_nothing_registers_on_import():
