@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -79,7 +80,7 @@ class Manifest:
     build: BuildRecord
     files: dict[str, FileRecord] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
-    ingot_version: str = ""
+    ingot_version: str = field(default_factory=lambda: version("ingot"))
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -125,10 +126,10 @@ class Manifest:
         fields = _read(folder)
         source = str(fields.get("model", {}).get("source") or "MODEL")
         mend = f"build it again with `build-engine {source} -o {folder} --force`"
-        version = fields.get("format_version")
-        if version != FORMAT_VERSION:
+        found = fields.get("format_version")
+        if found != FORMAT_VERSION:
             raise EngineError(
-                f"{folder} has engine format version {version}, made by ingot {fields.get('ingot_version') or '?'}, "
+                f"{folder} has engine format version {found}, made by ingot {fields.get('ingot_version') or '?'}, "
                 f"but this ingot reads version {FORMAT_VERSION}; {mend}."
             )
         if fields.get("hash") != _own_hash(fields):

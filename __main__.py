@@ -1,0 +1,100 @@
+"""The command line: `ingot build | generate | bench | inspect`, and `build-engine`, which is `ingot build`.
+
+It stands at the root because builder and runtime never import each other. Heavy imports wait inside the commands.
+A user's mistake ends in one sentence on stderr and an exit code: 2 bad input, build or request, 3 engine, 130 Ctrl-C, 143 SIGTERM.
+Anything else is a bug of ours: 70, and a traceback with `--debug`.
+"""
+
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from . import __version__
+from .builder.cli import build
+from .engines.cli import inspect
+from .engines.errors import EngineError, IngotError
+from .runtime.cli import bench, generate
+
+
+def reported(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with its errors turned into a sentence and an exit code. `--debug` lets them through."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> Any:
+        try:
+            return command(*args, **options)
+        except Exception as error:
+            if options.get("debug"):
+                raise
+            raise SystemExit(_report(error)) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
+
+    return run
+
+
+def _report(error: Exception) -> int:
+    match error:
+        case typer.Exit():
+            raise error
+        case BrokenPipeError():  # the reader of our output has gone: `ingot generate .. | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        case EngineError():
+            print(f"error: {error}", file=sys.stderr)
+            return 3
+        case IngotError():
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        case _:
+            what = " ".join(str(error).split())[:300]
+            print(
+                f"internal error: {type(error).__name__}: {what}; please report it with the output of --debug.",
+                file=sys.stderr,
+            )
+            return 70
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"ingot {__version__}")
+        raise typer.Exit
+
+
+_SETTINGS: dict[str, Any] = {
+    "rich_markup_mode": "rich",
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+app = typer.Typer(no_args_is_help=True, **_SETTINGS)
+build_app = typer.Typer(add_completion=False, **_SETTINGS)
+
+
+@app.callback()
+def root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print it.")) -> None:
+    """Cast a Hugging Face decoder into an [bold]engine[/bold], and run it with in-flight batching."""
+
+
+for each in (build, generate, bench, inspect):
+    app.command()(reported(each))
+build_app.command()(reported(build))
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a build that is stopped cleans up
+    app(prog_name="ingot")
+
+
+def build_engine() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    build_app(prog_name="build-engine")
+
+
+if __name__ == "__main__":
+    main()

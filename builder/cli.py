@@ -1,0 +1,86 @@
+"""`build-engine MODEL -o DIR`, which is also `ingot build`: the build with its progress on stderr, its result on stdout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ..engines.manifest import Manifest
+
+
+def build(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, or a hub id.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where to write it.", show_default=False)],
+    target: Annotated[str, typer.Option(help="What the engine will run on: cpu.")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's own.", metavar="DTYPE")
+    ] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace the engine that is already there.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Phases, node counts, and library warnings.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Cast a checkpoint into an engine directory. A build that fails leaves nothing behind."""
+    if not verbose and not debug:
+        _hush()
+    manifest = _build_with_progress(model, out, target, dtype, force)
+    if as_json:
+        print((out / "engine.json").read_text(), end="")
+        return
+    if verbose:
+        _show_phases(out, manifest)
+    print(f"{out}: {manifest.num_bytes / 1e6:.1f} MB for {manifest.target}, built in {manifest.build.seconds:.1f} s")
+
+
+def _build_with_progress(model: str, out: Path, target: str, dtype: str, force: bool) -> Manifest:
+    """Run the build under a spinner per phase, which becomes a bar where bytes are counted."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from . import BuildConfig, build_engine
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+
+        def on_phase(name: str) -> None:
+            for task in bar.task_ids:
+                bar.remove_task(task)
+            bar.add_task(name, total=None)
+
+        def on_bytes(done: int, total: int) -> None:
+            bar.update(bar.task_ids[-1], completed=done, total=total)
+
+        return build_engine(BuildConfig(model, str(out), target, dtype, force), on_phase, on_bytes)
+
+
+def _show_phases(out: Path, manifest: Manifest) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..engines.cli import show
+    from ..engines.inspect import describe
+
+    table = Table(box=box.SIMPLE)
+    table.add_column("phase")
+    table.add_column("seconds", justify="right")
+    for name, seconds in manifest.build.phases.items():
+        table.add_row(name, f"{seconds:.2f}")
+    console = Console()
+    console.print(table)
+    nodes = " -> ".join(f"{count} {name}" for name, count in manifest.build.num_nodes.items())
+    console.print(f"nodes: {nodes}")
+    show(describe(out, manifest) | {"verified": True})
+
+
+def _hush() -> None:
+    """Errors alone belong on stderr: the libraries' warnings about our use of them help no user."""
+    import logging
+    import warnings
+
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")

@@ -1,0 +1,215 @@
+"""`ingot generate` and `ingot bench`: an engine from the command line, through the same AsyncLLM that a server would use."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from .bench import Job
+    from .request import RequestOutput, SamplingParams
+
+Engine = Annotated[Path, typer.Argument(metavar="DIR", help="An engine directory.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+PrefixCache = Annotated[bool, typer.Option(help="Reuse the KV pages of prompts that begin alike.")]
+
+
+def generate(
+    engine: Engine,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue; - reads stdin.", show_default=False)],
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Keep this many tokens; 0 keeps all.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the likeliest one.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages tokens already seen.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given more than once.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not stop at the model's end token.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a user's message.")] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: the system message.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Stream the continuation of a prompt. Only the text goes to stdout."""
+    from .request import SamplingParams
+
+    if system is not None and not chat:
+        raise typer.BadParameter("--system needs --chat.")
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+        repetition_penalty=repetition_penalty, seed=seed, stop=stop, ignore_eos=ignore_eos,
+    )  # fmt: skip
+    text = sys.stdin.read() if prompt == "-" else prompt
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": text})
+    output = asyncio.run(_stream(engine, messages if chat else text, params, show=not as_json))
+    if as_json:
+        answer = output.outputs[0]
+        print(json.dumps({
+            "text": answer.text,
+            "token_ids": list(answer.token_ids),
+            "finish_reason": answer.finish_reason,
+            "stop_reason": answer.stop_reason,
+            "num_prompt_tokens": len(output.prompt_token_ids),
+            "num_cached_tokens": output.num_cached_tokens,
+            "metrics": asdict(output.metrics) if output.metrics else None,
+        }, indent=1))  # fmt: skip
+    else:
+        print()
+
+
+async def _stream(engine: Path, prompt: str | list[dict[str, str]], params: SamplingParams, show: bool) -> RequestOutput:
+    """Print the text as it grows (`show`) and return the whole answer."""
+    from .async_llm import AsyncLLM
+
+    async with AsyncLLM(engine, max_num_seqs=1) as llm:
+        answers = llm.generate(prompt, params) if isinstance(prompt, str) else llm.chat(prompt, params)
+        printed = 0
+        async for output in answers:
+            if show:
+                text = output.outputs[0].text
+                print(text[printed:], end="", flush=True)
+                printed = len(text)
+        return output
+
+
+def bench(
+    engine: Engine,
+    num_requests: Annotated[int | None, typer.Option("--num-requests", "-n", help="64, or all of the file.")] = None,
+    input_len: Annotated[str, typer.Option(help="Prompt tokens: 128, or a range 16:512.")] = "128",
+    output_len: Annotated[str, typer.Option(help="Output tokens: 64, or a range 16:256.")] = "64",
+    prefix_len: Annotated[int, typer.Option(help="Tokens that all synthetic prompts begin with, on top.")] = 0,
+    file: Annotated[Path | None, typer.Option(help="Prompts instead: text, one a line, or JSONL.")] = None,
+    concurrency: Annotated[int | None, typer.Option("--concurrency", "-c", help="Requests at any time.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests a second, Poisson arrivals.")] = None,
+    warmup: Annotated[int, typer.Option(help="Requests sent before and not counted.")] = 2,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences in one step at most.")] = 64,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens in one step at most.")] = None,
+    prefix_cache: PrefixCache = True,
+    seed: Annotated[int, typer.Option(help="Of lengths, tokens and arrivals.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Draw the latencies into this file (needs ingot[bench]).")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure latency and throughput of an engine under load (8 requests at any time, if not told otherwise)."""
+    from ..engines.manifest import Manifest
+    from . import bench as benchmark
+
+    if concurrency is None and rate is None:
+        concurrency = 8
+    for name, value in {"num-requests": num_requests, "concurrency": concurrency, "rate": rate}.items():
+        if value is not None and value <= 0:
+            raise typer.BadParameter(f"--{name} must be above 0, not {value}.")
+    if file:
+        jobs = benchmark.from_file(file, num_requests, output_len, seed)
+    else:
+        vocab = Manifest.open(engine, verify=False).model.vocab_size
+        jobs = benchmark.synthetic(num_requests or 64, input_len, output_len, vocab, seed, prefix_len)
+    if plot:
+        _check_plot(plot)
+    options: dict[str, Any] = {"max_num_seqs": max_num_seqs, "prefix_cache": prefix_cache}
+    if max_num_batched_tokens is not None:
+        options["max_num_batched_tokens"] = max_num_batched_tokens
+    timings, seconds = asyncio.run(_load(engine, options, jobs, warmup, concurrency, rate, seed))
+    figures = {"engine": str(engine), "concurrency": concurrency, "rate": rate, **benchmark.report(timings, seconds)}
+    if as_json:
+        print(json.dumps(figures, indent=1))
+    else:
+        _show(figures)
+    if plot:
+        _draw(timings, plot)
+    if figures["failed"]:
+        raise SystemExit(2)
+
+
+async def _load(
+    engine: Path, options: dict[str, Any], jobs: Sequence[Job], warmup: int, concurrency: int | None,
+    rate: float | None, seed: int,
+) -> tuple[list[Any], float]:  # fmt: skip
+    """Open the engine, warm it with other prompts of the same lengths, send the jobs; timings and seconds."""
+    import time
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .async_llm import AsyncLLM
+    from .bench import Job, run
+
+    async with AsyncLLM(engine, **options) as llm:
+        # reversed, so that the warm-up leaves nothing of use in the prefix cache
+        await run(llm.generate, [Job(job.prompt[::-1], job.params) for job in jobs[:warmup]], concurrency=concurrency)
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task(f"{len(jobs)} requests", total=len(jobs))
+            start = time.perf_counter()
+            timings = await run(
+                llm.generate, jobs, concurrency=concurrency, rate=rate, seed=seed, on_done=lambda: bar.advance(task)
+            )
+            return timings, time.perf_counter() - start
+
+
+def _show(figures: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    load = [f"{figures['concurrency']} at a time"] * bool(figures["concurrency"])
+    load += [f"{figures['rate']:g} a second"] * bool(figures["rate"])
+    title = f"{figures['requests']} requests, {', '.join(load)}: {figures['engine']}"
+    table = Table(box=box.SIMPLE, title=title, title_justify="left")
+    columns = ("mean", "p50", "p90", "p99", "max")
+    for column in ("milliseconds", *columns):
+        table.add_column(column, justify="left" if column == "milliseconds" else "right")
+    names = {"ttft_ms": "time to first token", "tpot_ms": "time per output token", "inter_token_ms": "between tokens",
+             "end_to_end_ms": "whole request"}  # fmt: skip
+    for key, name in names.items():
+        values = figures[key] or {}
+        table.add_row(name, *(f"{values[c]:.2f}" if c in values else "-" for c in columns))
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{figures['requests_per_s']:.2f} requests/s, {figures['output_tokens_per_s']:.1f} output tokens/s, "
+        f"{figures['total_tokens_per_s']:.1f} tokens/s in all; {figures['input_tokens']} in "
+        f"({figures['cached_input_tokens']} cached), {figures['output_tokens']} out in {figures['seconds']:.2f} s; "
+        f"peak memory {figures['peak_memory_bytes'] / 1e6:.0f} MB",
+        highlight=False,
+    )
+    if figures["failed"]:
+        print(f"{figures['failed']} requests failed; the first: {figures['first_error']}", file=sys.stderr)
+
+
+def _check_plot(path: Path) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise typer.BadParameter("--plot needs matplotlib; install it with `pip install 'ingot[bench]'`.")
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"the folder of {path} does not exist.")
+
+
+def _draw(timings: Sequence[Any], path: Path) -> None:
+    """Two cumulative curves: time to first token, and gaps between tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    good = [t for t in timings if t.deliveries]
+    curves = {
+        "time to first token": [t.deliveries[0] - t.sent for t in good],
+        "between tokens": [b - a for t in good for a, b in zip(t.deliveries, t.deliveries[1:], strict=False)],
+    }
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for axis, (name, seconds) in zip(axes, curves.items(), strict=True):
+        axis.ecdf([1000 * s for s in seconds])
+        axis.set(title=name, xlabel="ms", ylabel="share of values")
+    figure.savefig(path)
