@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,10 +31,9 @@ class BuildConfig:
 
 @dataclass
 class Phases:
-    """Times the named phases of a build; `listener` hears each name as it begins and (done, total) bytes within it."""
+    """Times the named phases of a build; `listener` hears each name as it begins."""
 
     listener: Callable[[str], None] | None = None
-    on_bytes: Callable[[int, int], None] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -49,14 +49,14 @@ def build_engine(
     config: BuildConfig,
     on_phase: Callable[[str], None] | None = None,
     on_bytes: Callable[[int, int], None] | None = None,
+    on_pass: Callable[[str, int], None] | None = None,
 ) -> Manifest:
     """Build the engine that `config` asks for and return its manifest.
 
-    `on_phase(name)` is called as each phase begins, `on_bytes(done, total)` while weights are written.
+    `on_phase(name)` is called as each phase begins, `on_bytes(done, total)` while weights are
+    written, `on_pass(name, num_nodes)` after each pass.
     Raises BuildError: no such checkpoint, a damaged one, an architecture that is refused, `out` that may not be written.
     """
-    from pathlib import Path
-
     from ..engines.manifest import BuildRecord, Manifest
     from ..engines.weights import save_graph
     from ..engines.writer import check_destination, engine_directory
@@ -64,29 +64,28 @@ def build_engine(
     from .checkpoint import Checkpoint
     from .export import export
     from .passes import optimise
-    from .record import kv_layers, model_info, versions
+    from .record import activation_dtype, kv_layers, model_info, versions
     from .targets import target_of
-    from .weights import bind_weights
+    from .text_files import copy_text_files
 
-    start, phase = time.perf_counter(), Phases(on_phase, on_bytes)
+    start, phase = time.perf_counter(), Phases(on_phase)
     target = target_of(config.target)
     check_destination(Path(config.out), config.force)
     with phase("read the checkpoint"):
         checkpoint = Checkpoint.open(config.model)
-        dtype = checkpoint.activation_dtype(config.dtype)
+        dtype = activation_dtype(config.dtype, checkpoint.config)
     with phase("check the architecture"):
         error = gate.self_check(checkpoint.config)
     with phase("export"):
-        graph = export(checkpoint.config, dtype)
+        graph = export(checkpoint, dtype)
         gate.check_structure(graph, checkpoint.config)
         num_exported = graph.graph.num_nodes()
-        bind_weights(graph, checkpoint)
     with phase("optimise"):
-        graph = optimise(graph)
+        graph = optimise(graph, on_pass)
     with engine_directory(config.out, config.force) as folder:
         with phase("write the weights"):
             save_graph(graph, folder, on_bytes)
-            checkpoint.copy_text_files(folder)
+            copy_text_files(checkpoint.path, folder)
         with phase(f"compile for {config.target}"):
             target_info = target.compile(graph, folder)
         record = BuildRecord(
@@ -97,5 +96,5 @@ def build_engine(
             self_check_error=error,
             versions=versions(),
         )
-        model = model_info(checkpoint, graph, dtype)
+        model = model_info(config.model, checkpoint, graph, dtype)
         return Manifest(model, kv_layers(graph), config.target, target_info, record).save(folder)

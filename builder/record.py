@@ -5,11 +5,15 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from ..engines.dtypes import ACTIVATION_DTYPES
+from ..engines.errors import BuildError
 from ..engines.manifest import KVLayer, ModelInfo
 from ..engines.step import LOGITS
+from .text_files import generation_config
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from transformers import PretrainedConfig
 
     from .checkpoint import Checkpoint
 
@@ -31,13 +35,24 @@ def kv_layers(model: ir.Model) -> tuple[KVLayer, ...]:
     )
 
 
-def model_info(checkpoint: Checkpoint, model: ir.Model, dtype: str) -> ModelInfo:
-    """The model as it was cast. Raises nothing: everything here was checked on the way."""
+def activation_dtype(asked: str, config: PretrainedConfig) -> str:
+    """The dtype of weights and activations: the one asked for, or with `auto` the checkpoint's.
+
+    Raises BuildError for one that engines do not come in.
+    """
+    dtype = str(config.get_text_config().dtype or "float32").removeprefix("torch.") if asked == "auto" else asked
+    if dtype not in ACTIVATION_DTYPES:
+        raise BuildError(f"the dtype is {dtype}, expected one of {', '.join(ACTIVATION_DTYPES)}; pass one as --dtype.")
+    return dtype
+
+
+def model_info(source: str, checkpoint: Checkpoint, model: ir.Model, dtype: str) -> ModelInfo:
+    """The model as it was cast; `source` is what the user called it."""
     config = checkpoint.config.get_text_config()
     logits = next(value for value in model.graph.outputs if value.name == LOGITS)
-    eos = checkpoint.generation_config.get("eos_token_id", config.eos_token_id)
+    eos = generation_config(checkpoint.path).get("eos_token_id", config.eos_token_id)
     return ModelInfo(
-        source=checkpoint.source,
+        source=source,
         architecture=(checkpoint.config.architectures or [type(config).__name__])[0],
         model_type=config.model_type,
         num_parameters=sum(value.const_value.size for value in model.graph.initializers.values()),
