@@ -11,16 +11,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..engines.manifest import Manifest
 
+
 @dataclass(frozen=True)
 class BuildConfig:
-    """What to build. `model`: a directory or a hub id; `dtype`: the activation dtype, `auto` for the checkpoint's own."""
+    """What to build. `model` is a directory or a hub id; `dtype` of activations and weights, `auto`: the checkpoint's."""
 
     model: str
     out: str
@@ -55,7 +56,7 @@ def build_engine(
 
     `on_phase(name)` is called as each phase begins, `on_bytes(done, total)` while weights are
     written, `on_pass(name, num_nodes)` after each pass.
-    Raises BuildError: no such checkpoint, a damaged one, an architecture that is refused, `out` that may not be written.
+    Raises BuildError: no such checkpoint, a damaged one, a refused architecture, `out` that may not be written.
     """
     from ..engines.manifest import BuildRecord, Manifest
     from ..engines.weights import save_graph
@@ -89,7 +90,7 @@ def build_engine(
         with phase(f"compile for {config.target}"):
             target_info = target.compile(graph, folder)
         record = BuildRecord(
-            time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=round(time.perf_counter() - start, 3),
             phases=phase.seconds,
             num_nodes={"exported": num_exported, "optimised": graph.graph.num_nodes()},

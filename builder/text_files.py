@@ -1,6 +1,6 @@
 """The small files an engine needs to turn text into tokens and back: tokenizer, chat template, generation defaults.
 
-They are copied as they are; a tokenizer that exists only in a slow format is converted to `tokenizer.json` here, so that
+They are copied as they are; a tokenizer that exists only in a slow format is converted to `tokenizer.json`, so that
 running an engine needs no transformers. A checkpoint without a tokenizer makes an engine that takes token ids.
 """
 
