@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What to build. `model` is a directory or a hub id; `dtype` of activations and weights, `auto`: the checkpoint's."""
+    """What to build. `model` is a directory or a hub id; `dtype` `auto` is the checkpoint's own."""
 
     model: str
     out: str
