@@ -13,7 +13,7 @@ import torch
 
 Attributes = Mapping[str, Any]
 Constants = tuple[torch.Tensor | None, ...]
-Run = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+Run = Callable[..., torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor]]  # a list is an ONNX sequence
 Binder = Callable[[Attributes, Constants], Run | None]
 
 

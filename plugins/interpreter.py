@@ -124,7 +124,7 @@ class Program:
         self.launches.reverse()
         self.launch_names.reverse()
 
-    def _place(self, value: ir.Value, constant: torch.Tensor | None = None) -> int:
+    def _place(self, value: ir.Value, constant: Any = None) -> int:
         self._slots[value] = slot = len(self._template)
         self._template.append(constant)
         return slot

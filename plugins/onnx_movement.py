@@ -95,6 +95,19 @@ def bind_split(attributes: Attributes, constants: Constants) -> Run:
     return lambda x, sizes: torch.split(x, read(sizes), axis)
 
 
+def bind_split_to_sequence(attributes: Attributes, constants: Constants) -> Run | None:
+    """A list of tensors (what torch.export makes of `chunk`); a scalar split is the size of every part but the last."""
+    axis = attributes.get("axis", 0)
+    if len(constants) < 2 or constants[1] is None:
+        return None
+    sizes = constants[1].tolist()
+    return lambda x, split: list(torch.split(x, sizes, axis))
+
+
+def sequence_at(parts: list[torch.Tensor], position: torch.Tensor) -> torch.Tensor:
+    return parts[int(position)]
+
+
 def bind_slice(attributes: Attributes, constants: Constants) -> Run:
     """Python slices, whose clamping is ONNX's; a negative step becomes a flip of the reversed range."""
     padded = (*constants, None, None)
@@ -257,10 +270,12 @@ MOVEMENT_OPS: dict[str, Binder] = {
     "Reshape": bind_reshape,
     "ScatterElements": bind_scatter_elements,
     "ScatterND": bind_scatter_nd,
+    "SequenceAt": lambda attributes, constants: sequence_at,
     "Shape": bind_shape,
     "Size": lambda attributes, constants: lambda x: torch.tensor(x.numel()),
     "Slice": bind_slice,
     "Split": bind_split,
+    "SplitToSequence": bind_split_to_sequence,
     "Squeeze": bind_squeeze,
     "Tile": bind_tile,
     "Transpose": bind_transpose,

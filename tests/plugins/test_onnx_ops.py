@@ -164,7 +164,24 @@ def test_equals_onnx_reference(op, arrays, attributes, constant):
 
 
 def test_every_op_of_the_table_is_tested():
-    assert ONNX_OPS.keys() == {case[0] for case in CASES}
+    assert ONNX_OPS.keys() == {case[0] for case in CASES} | {"SplitToSequence", "SequenceAt"}
+
+
+@pytest.mark.parametrize("split", [np.int64(3), i64(2, 4, 1)])
+@pytest.mark.parametrize("position", [0, 1, -1])
+def test_sequences(split, position):
+    nodes = [
+        helper.make_node("SplitToSequence", ["x", "split"], ["parts"], axis=1),
+        helper.make_node("SequenceAt", ["parts", "position"], ["y"]),
+    ]
+    constants = {"split": np.asarray(split), "position": np.int64(position)}
+    fixed = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    x = f(2, 7)
+    info = [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)]
+    graph = helper.make_graph(nodes, "sequence", info, [helper.make_empty_tensor_value_info("y")], fixed)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)])
+    [expected] = ReferenceEvaluator(model).run(None, {"x": x})
+    assert np.array_equal(Program(ir.from_proto(model), {})({"x": torch.from_numpy(x)})["y"].numpy(), expected)
 
 
 def test_reduced_precision_stays():
