@@ -47,7 +47,6 @@ class Program:
         self._slots: dict[ir.Value, int] = {}
         self._template: Values = [None]  # what a call starts from: constants in their slots
         self.launches: list[Launch] = []
-        self.launch_names: list[str] = []  # one per launch, for profiles
         self.inputs: dict[str, int] = {}  # name -> slot
         graph = model.graph
 
@@ -63,7 +62,10 @@ class Program:
 
     @torch.inference_mode()
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Runs the graph: input name -> tensor in, output name -> tensor out. Surplus inputs are ignored."""
+        """Runs the graph: input name -> tensor in, output name -> tensor out. Surplus inputs are ignored.
+
+        Runs under `torch.inference_mode`: outputs may be changed in place only under it.
+        """
         values = self._template.copy()
         try:
             for name, slot in self.inputs.items():
@@ -120,9 +122,7 @@ class Program:
             last = {slot for slot in (*sources, *targets) if slot not in alive}
             alive.update(last)
             self.launches.append(_launch(run, sources, targets, sorted(last)))
-            self.launch_names.append(f"{node.op_type} {node.name or ''}".rstrip())
         self.launches.reverse()
-        self.launch_names.reverse()
 
     def _place(self, value: ir.Value, constant: Any = None) -> int:
         self._slots[value] = slot = len(self._template)
