@@ -1,0 +1,141 @@
+"""Weights made of parts of the checkpoint's own, put together only when somebody asks for the numbers.
+
+A packed weight is a concatenation of parts; a part is some rows of one stored tensor (transposed first, for the
+[in, out] layout of GPT-2). Packing packed weights composes the row numbers, so there is always one step from the
+stored tensors to the final one, and rows that come out in stored order are the stored tensor itself.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+
+import numpy as np
+import onnx_ir as ir
+
+from ...engines.errors import BuildError
+from .graph import dims
+
+PARTS = "ingot.parts"  # key in `Value.meta`: tuple[Part, ...] of a packed weight
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a stored tensor: `source[rows]`, or `source.T[rows]`. Without a source: that many rows of zeros."""
+
+    source: ir.Value | None
+    rows: np.ndarray  # [n] int64
+    transposed: bool = False
+
+    def numpy(self, tail: tuple[int, ...], dtype: ir.DataType) -> np.ndarray:
+        """The rows, [n, *tail]. Raises BuildError where the source has no data yet."""
+        if self.source is None:
+            return np.zeros((len(self.rows), *tail), dtype.numpy())
+        if self.source.const_value is None:
+            raise BuildError(f"the weight '{self.source.name}' has no data; bind the checkpoint's weights to the graph first")
+        stored = self.source.const_value.numpy()
+        stored = stored.T if self.transposed else stored
+        whole = len(self.rows) == len(stored) and bool((np.diff(self.rows) == 1).all())
+        return np.ascontiguousarray(stored) if whole else stored[self.rows]
+
+
+def parts_of(weight: ir.Value) -> tuple[Part, ...]:
+    """What a weight is made of; one part, itself, for a stored one."""
+    return weight.meta.get(PARTS) or (Part(weight, np.arange(_length(weight))),)
+
+
+def zeros(length: int) -> tuple[Part, ...]:
+    """The parts of a bias that is not there."""
+    return (Part(None, np.zeros(length, np.int64)),)
+
+
+def transposed(weight: ir.Value) -> tuple[Part, ...]:
+    """The parts of the transpose of a stored [K, N] weight."""
+    return (Part(weight, np.arange(dims(weight)[1]), transposed=True),)  # type: ignore[arg-type]
+
+
+def take_rows(parts: Sequence[Part], rows: np.ndarray) -> tuple[Part, ...]:
+    """The parts of `concatenation[rows]`, runs of the same source joined."""
+    owner = np.repeat(np.arange(len(parts)), [len(part.rows) for part in parts])
+    stored = np.concatenate([part.rows for part in parts])
+    cuts = np.flatnonzero(np.diff(owner[rows])) + 1
+    runs = np.split(np.asarray(rows), cuts)
+    return tuple(Part(parts[owner[run[0]]].source, stored[run], parts[owner[run[0]]].transposed) for run in runs)
+
+
+def pack(graph: ir.Graph, parts: Sequence[Part], like: ir.Value) -> ir.Value:
+    """The initialiser that concatenates `parts` along axis 0; the stored tensor itself where that is all it is.
+
+    `like` gives the dtype and, for a part without source, the other sizes. The name is made of the sources' names.
+    """
+    parts = _joined(parts)
+    first = parts[0]
+    if len(parts) == 1 and first.source is not None and not first.transposed and _is_whole(first):
+        return first.source
+    length = sum(len(part.rows) for part in parts)
+    tail = _tail(parts, like)
+    dtype = like.dtype
+    assert dtype is not None
+    value = ir.Value(name=_unique(graph, _name(parts)), shape=ir.Shape((length, *tail)), type=like.type)
+
+    def assemble() -> ir.Tensor:
+        pieces = [part.numpy(tail, dtype) for part in parts]
+        return ir.Tensor(pieces[0] if len(pieces) == 1 else np.concatenate(pieces), dtype=dtype, name=value.name)
+
+    value.const_value = ir.LazyTensor(assemble, dtype, ir.Shape((length, *tail)), name=value.name)
+    value.meta[PARTS] = tuple(parts)
+    graph.register_initializer(value)
+    return value
+
+
+def _joined(parts: Sequence[Part]) -> list[Part]:
+    """Neighbours of the same source made one part."""
+    joined: list[Part] = []
+    for part in parts:
+        last = joined[-1] if joined else None
+        if last is not None and last.source is part.source and last.transposed == part.transposed:
+            joined[-1] = Part(part.source, np.concatenate([last.rows, part.rows]), part.transposed)
+        else:
+            joined.append(part)
+    return joined
+
+
+def _is_whole(part: Part) -> bool:
+    assert part.source is not None
+    return np.array_equal(part.rows, np.arange(_length(part.source)))
+
+
+def _length(weight: ir.Value) -> int:
+    length = dims(weight)[0]
+    assert isinstance(length, int)
+    return length
+
+
+def _tail(parts: Sequence[Part], like: ir.Value) -> tuple[int, ...]:
+    """Sizes of all axes but the first."""
+    for part in parts:
+        if part.source is not None:
+            shape = dims(part.source)
+            return (shape[0],) if part.transposed else shape[1:]  # type: ignore[return-value]
+    return dims(like)[1:]  # type: ignore[return-value]
+
+
+def _name(parts: Sequence[Part]) -> str:
+    """`a.q.weight`, `a.k.weight` -> `a.q+k.weight`; parts of one tensor keep its name."""
+    names = list(dict.fromkeys(part.source.name or "" for part in parts if part.source is not None))
+    if len(names) < 2:
+        return (names or ["zeros"])[0]
+    head = commonprefix(names).rpartition(".")[0]
+    tails = [name.removeprefix(f"{head}.") for name in names]
+    last = {tail.rpartition(".")[2] for tail in tails}
+    middles = [re.sub(r"\.[^.]*$", "", tail) for tail in tails]
+    joined = "+".join(middles) + "." + last.pop() if len(last) == 1 else "+".join(tails)
+    return f"{head}.{joined}" if head else joined
+
+
+def _unique(graph: ir.Graph, name: str) -> str:
+    taken, number, unique = graph.initializers, 1, name
+    while unique in taken:
+        number += 1
+        unique = f"{name}#{number}"
+    return unique
