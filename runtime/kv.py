@@ -1,9 +1,9 @@
 """The KV pool's pages: who holds which, and which full pages can be shared by their content.
 
-A full page is named by a digest of its tokens and of everything before them, so a chain of digests finds a prefix without
+A full page is named by a digest of its tokens and of all before them, so a chain of digests finds a prefix without
 comparing tokens; at 128 bits (BLAKE2b) neither chance nor an adversary makes two prefixes meet.
-A page is in exactly one state: held (references > 0), cached (nobody holds it, its content may be found again, least recently
-used goes first) or free. Page 0 belongs to nobody: padding tokens of a CUDA graph write there.
+A page is in exactly one state: held (references > 0), cached (nobody holds it, but its content can be found; the least
+recently used goes first) or free. Page 0 belongs to nobody: padding tokens of a CUDA graph write there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from ..engines.errors import EngineError
 SCRATCH_PAGE = 0
 
 
-def extend_digests(digests: list[bytes], tokens: Sequence[int], page_size: int, num_pages: int, salt: bytes = b"") -> None:
+def extend_digests(
+    digests: list[bytes], tokens: Sequence[int], page_size: int, num_pages: int, salt: bytes = b""
+) -> None:
     """Appends to the chain until it names the first `num_pages` full pages of `tokens`."""
     for i in range(len(digests), num_pages):
         parent = digests[i - 1] if i else salt
@@ -42,8 +44,8 @@ class PagePool:
     ):
         if num_pages < 2 or page_size < 1:
             raise EngineError(
-                f"The KV pool has {num_pages} pages of {page_size} tokens; it needs at least 2 pages (one is scratch) of 1 token:"
-                " give it more memory."
+                f"The KV pool has {num_pages} pages of {page_size} tokens; it needs at least 2 pages (one is scratch)"
+                " of 1 token: give it more memory."
             )
         self.num_pages = num_pages
         self.page_size = page_size
@@ -96,7 +98,7 @@ class PagePool:
             self._references[page] += 1
 
     def allocate(self, num: int) -> list[int]:
-        """`num` pages of arbitrary content, one reference each. Free ones first, then the least recently used cached ones."""
+        """`num` pages of any content, one reference each: free ones, then the least recently used cached ones."""
         assert num <= self.num_free, f"{num} pages asked for, {self.num_free} free: the caller must check"
         pages = []
         for _ in range(num):
@@ -110,13 +112,13 @@ class PagePool:
         return pages
 
     def share(self, page: int, digest: bytes) -> None:
-        """A held page is full and has this content: others may find it. The first page of a content is the one that is found."""
+        """A held page is full and has this content: others may find it. Of two with one content, the first is found."""
         if self.prefix_cache and digest not in self._page and self._digest[page] is None:
             self._page[digest] = page
             self._digest[page] = digest
 
     def release(self, pages: Sequence[int]) -> None:
-        """Drops one reference to each. The last page of the sequence is the first to be reused, since prefixes are shared most."""
+        """Drops one reference to each. Of a sequence's pages the last is reused first: beginnings are shared most."""
         for page in reversed(pages):
             self._references[page] -= 1
             if self._references[page]:
@@ -140,7 +142,8 @@ class PagePool:
         assert len(free) == len(self._free), "a page is free twice"
         assert not (free & cached or free & held or cached & held), "a page is in two states"
         assert free | cached | held == set(range(1, self.num_pages)), "a page is lost, or scratch is in use"
-        assert Counter(page for pages in owners for page in pages) == {p: self._references[p] for p in held}, "references"
+        owned = Counter(page for pages in owners for page in pages)
+        assert owned == {page: self._references[page] for page in held}, "references do not equal owners"
         assert {p: d for d, p in self._page.items()} == {p: d for p, d in enumerate(self._digest) if d}, "digests"
         assert cached <= set(self._page.values()), "a cached page has no content"
         assert not free & set(self._page.values()), "a free page can be found"

@@ -1,6 +1,6 @@
-"""A request: what a user asks for (`SamplingParams`), what the scheduler tracks (`Request`), what comes back (`RequestOutput`).
+"""A request: what is asked (`SamplingParams`), what is tracked (`Request`) and what returns (`RequestOutput`).
 
-Names and meanings follow vLLM, so that its users need no new vocabulary; where vLLM drops or clamps a value, we refuse it.
+Names and meanings follow vLLM, so that its users need no new vocabulary; values it would drop or clamp are refused.
 Invariant: a `SamplingParams` that exists is valid, so nothing below the constructor checks a value again.
 """
 
@@ -44,8 +44,8 @@ _OPTIONAL = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
 class SamplingParams:
     """How one request is sampled, with vLLM's names and defaults (`vllm.SamplingParams`).
 
-    `temperature=0` is greedy; `top_k` 0 or -1 is off; `max_tokens=None` runs to the context's end. `logprobs=k` returns the k
-    most likely tokens and the chosen one. `prefix_cache=False` neither reads nor fills the prefix cache.
+    `temperature=0` is greedy; `top_k` 0 or -1 is off; `max_tokens=None` runs to the context's end. `logprobs=k` returns
+    the k most likely tokens and the chosen one. `prefix_cache=False` neither reads nor fills the prefix cache.
     Raises RequestError naming the field, the value and what is allowed.
     """
 
@@ -97,7 +97,7 @@ class SamplingParams:
         put(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
         put(self, "logit_bias", _bias(self.logit_bias))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise RequestError(f"min_tokens is {self.min_tokens}; it must not exceed max_tokens, which is {self.max_tokens}.")
+            raise RequestError(f"min_tokens is {self.min_tokens}; it must not exceed max_tokens, {self.max_tokens}.")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -175,9 +175,9 @@ class State(Enum):
 class Request:
     """One sequence being generated. Written by the scheduler only; everyone else reads.
 
-    `tokens` are those the host knows: the prompt, then the output. `num_in_flight` more are sampled by steps not yet committed.
-    `computed` tokens have their KV written by steps already scheduled. The one rule of scheduling: `computed` catches up with
-    `length`. `stop_ids` end the request, but not among the first `min_tokens` outputs, where the sampler masks them.
+    `tokens` are those the host knows: the prompt, then the output; `num_in_flight` more are sampled by steps not yet
+    committed. `computed` tokens have their KV written by steps already scheduled; it catches up with `length`.
+    `stop_ids` end the request, but not among the first `min_tokens` outputs, where the sampler masks them.
     """
 
     id: str
@@ -192,13 +192,14 @@ class Request:
     state: State = field(init=False, default=State.WAITING)
     order: tuple[int, int] = field(init=False, default=(0, 0))  # (priority, arrival)
     limit: int = field(init=False, default=0)  # tokens, prompt included, at which it ends with "length"
+    limit_reason: str | None = field(init=False, default=None)  # "kv_pool" where the pool set the limit
     stop_ids: frozenset[int] = field(init=False, default=frozenset())
     row: int = field(init=False, default=-1)
     pages: list[int] = field(init=False, default_factory=list)  # only ever appended to; replaced when given back
     computed: int = field(init=False, default=0)
     num_in_flight: int = field(init=False, default=0)
     steps_in_flight: int = field(init=False, default=0)
-    num_cached: int | None = field(init=False, default=None)  # prompt tokens found in the prefix cache; None: not yet admitted
+    num_cached: int | None = field(init=False, default=None)  # prompt tokens found in the cache; None: never admitted
     num_scored: int = field(init=False, default=0)  # prompt positions whose logits were asked for (prompt_logprobs)
     num_shared: int = field(init=False, default=0)  # leading pages that are in the prefix cache
     digests: list[bytes] = field(init=False, default_factory=list)  # of the leading full pages, as far as needed
@@ -226,16 +227,19 @@ class Request:
         return len(self.tokens) - self.num_prompt
 
 
-def fan_out(request_id: str, prompt: Sequence[int], params: SamplingParams, priority: int = 0, salt: bytes = b"") -> list[Request]:
+def fan_out(
+    request_id: str, prompt: Sequence[int], params: SamplingParams, priority: int = 0, salt: bytes = b""
+) -> list[Request]:
     """The `params.n` requests of one prompt. They share its pages through the prefix cache; answer i has seed + i."""
     base = secrets.randbits(63) if params.seed is None else params.seed
-    one = params if params.n == 1 else replace(params, n=1)
+    single = replace(params, n=1)
     arrival = time.monotonic()
-    return [
-        Request(request_id if params.n == 1 else f"{request_id}#{i}", list(prompt), one, priority, salt, (base + i) % _SEEDS,
-                RequestMetrics(arrival))
-        for i in range(params.n)
-    ]  # fmt: skip
+    requests = []
+    for i in range(params.n):
+        name = request_id if params.n == 1 else f"{request_id}#{i}"
+        metrics = RequestMetrics(arrival)
+        requests.append(Request(name, list(prompt), single, priority, salt, (base + i) % _SEEDS, metrics))
+    return requests
 
 
 def _integer(name: str, value: Any, low: float, high: float) -> int:
@@ -257,7 +261,9 @@ def _span(low: float, high: float) -> str:
 
 
 def _strings(value: Any) -> tuple[str, ...]:
-    strings = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else () if value is None else None
+    if value is None:
+        return ()
+    strings = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else None
     if strings is None or not all(isinstance(s, str) and s for s in strings):
         raise RequestError(f"stop is {value!r}; it must be a non-empty string or a list of such.")
     return strings
