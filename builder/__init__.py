@@ -76,7 +76,7 @@ def build_engine(
         checkpoint = Checkpoint.open(config.model)
         dtype = activation_dtype(config.dtype, checkpoint.config)
     with phase("check the architecture"):
-        error = gate.self_check(checkpoint.config)
+        error = gate.self_check(checkpoint.config, optimise)
     with phase("export"):
         graph = export(checkpoint, dtype)
         gate.check_structure(graph, checkpoint.config)
