@@ -1,8 +1,8 @@
 """The command line: `ingot build | generate | bench | inspect`, and `build-engine`, which is `ingot build`.
 
 It stands at the root because builder and runtime never import each other. Heavy imports wait inside the commands.
-A user's mistake ends in one sentence on stderr and an exit code: 2 bad input, build or request, 3 engine, 130 Ctrl-C, 143 SIGTERM.
-Anything else is a bug of ours: 70, and a traceback with `--debug`.
+A user's mistake ends in one sentence on stderr and an exit code: 2 bad input, build or request, 3 engine, 130 Ctrl-C,
+143 SIGTERM. Anything else is a bug of ours: 70, and a traceback with `--debug`.
 """
 
 import functools

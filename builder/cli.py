@@ -1,4 +1,4 @@
-"""`build-engine MODEL -o DIR`, which is also `ingot build`: the build with its progress on stderr, its result on stdout."""
+"""`build-engine MODEL -o DIR`, which is also `ingot build`: the build with progress on stderr, the result on stdout."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 def build(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, or a hub id.", show_default=False)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory or hub id.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where to write it.", show_default=False)],
     target: Annotated[str, typer.Option(help="What the engine will run on: cpu.")] = "cpu",
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's own.", metavar="DTYPE")
     ] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace the engine that is already there.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Phases, node counts, and library warnings.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Phases, node counts, library warnings.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:

@@ -1,8 +1,9 @@
 """`ingot bench`: a workload sent to an engine, and what its users would have felt.
 
-Load is closed (`concurrency` requests at any time) or open (`rate` requests a second, Poisson arrivals, which do not wait for answers).
-Times are the client's: TTFT from sending to the first token, TPOT = (end - first token) / (tokens - 1), inter-token latency the
-gap between two deliveries. Every number comes from tokens that arrived; a request that failed is counted, never dropped.
+Load is closed (`concurrency` requests at any time) or open (`rate` requests a second, Poisson arrivals that wait for no
+answer). Times are the client's: TTFT from sending to the first token, TPOT = (end - first token) / (tokens - 1),
+inter-token latency the gap between two deliveries. Every number comes from tokens that arrived; a request that failed
+is counted, never dropped.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ async def run(
     seed: int = 0,
     on_done: Callable[[], None] = lambda: None,
 ) -> list[Timing]:
-    """Send every job and wait for all answers; give `concurrency` (at most so many at a time), `rate` (a second), or both."""
+    """Send every job and wait for all answers: at most `concurrency` at a time, `rate` a second, or both."""
     rng, places = random.Random(seed), asyncio.Semaphore(concurrency or len(jobs))
     start, when, tasks = time.perf_counter(), 0.0, []
     for job in jobs:
@@ -159,7 +160,7 @@ def report(timings: Sequence[Timing], seconds: float) -> dict[str, Any]:
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
-    """Mean, p50, p90, p99 and the largest, in milliseconds; None for no values. A percentile is a value that occurred."""
+    """Mean, p50, p90, p99 and the largest, in milliseconds, each but the mean a value that occurred; None for no values."""
     if not seconds:
         return None
     ordered = sorted(1000 * s for s in seconds)

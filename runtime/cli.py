@@ -1,4 +1,4 @@
-"""`ingot generate` and `ingot bench`: an engine from the command line, through the same AsyncLLM that a server would use."""
+"""`ingot generate` and `ingot bench`: an engine from the command line, through the AsyncLLM that a server uses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PrefixCache = Annotated[bool, typer.Option(help="Reuse the KV pages of prompts t
 
 def generate(
     engine: Engine,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue; - reads stdin.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text; - reads stdin.", show_default=False)],
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
@@ -67,7 +67,7 @@ def generate(
         print()
 
 
-async def _stream(engine: Path, prompt: str | list[dict[str, str]], params: SamplingParams, show: bool) -> RequestOutput:
+async def _stream(engine: Path, prompt: str | list[dict], params: SamplingParams, show: bool) -> RequestOutput:
     """Print the text as it grows (`show`) and return the whole answer."""
     from .async_llm import AsyncLLM
 
