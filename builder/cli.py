@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def build(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory or hub id.", show_default=False)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where to write it.", show_default=False)],
     target: Annotated[str, typer.Option(help="What the engine will run on: cpu.")] = "cpu",
     dtype: Annotated[

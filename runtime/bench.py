@@ -160,7 +160,7 @@ def report(timings: Sequence[Timing], seconds: float) -> dict[str, Any]:
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
-    """Mean, p50, p90, p99 and the largest, in milliseconds, each but the mean a value that occurred; None for no values."""
+    """Mean, p50, p90, p99 and the largest, in milliseconds, by nearest rank; None for no values."""
     if not seconds:
         return None
     ordered = sorted(1000 * s for s in seconds)
