@@ -40,7 +40,8 @@ def penalise(
 ) -> torch.Tensor:
     """logits, in_prompt (bool), counts (of the output) [R, V]; penalties [R, 1] -> [R, V].
 
-    Repetition (Keskar et al., arXiv:1909.05858) over prompt and output; presence and frequency (OpenAI) over the output.
+    Repetition (Keskar et al., arXiv:1909.05858) over prompt and output; presence and frequency (OpenAI)
+    over the output.
     """
     said = counts > 0
     repeated = torch.where(logits > 0, logits / repetition, logits * repetition)

@@ -38,7 +38,7 @@ def needs_history(params: SamplingParams) -> bool:
 
 
 class Sampler:
-    """Sampling state of `num_rows` rows over a vocabulary of `vocab_size`. One thread uses it, step by step in order."""
+    """Sampling state of `num_rows` rows over a vocabulary of `vocab_size`. One thread uses it, in step order."""
 
     def __init__(self, num_rows: int, vocab_size: int):
         self.vocab_size = vocab_size
@@ -173,8 +173,8 @@ def top_logprobs(logits: torch.Tensor, chosen: torch.Tensor, num: np.ndarray) ->
     width = min(int(num.max(initial=0)), logits.shape[1])
     best = logprobs.topk(width)
     rows = zip(
-        chosen[:, 0].tolist(), value[:, 0].tolist(), rank.tolist(), best.indices.tolist(), best.values.tolist(), num.tolist(),
-        strict=True,
+        chosen[:, 0].tolist(), value[:, 0].tolist(), rank.tolist(),
+        best.indices.tolist(), best.values.tolist(), num.tolist(), strict=True,
     )  # fmt: skip
     found = []
     for token, logprob, place, ids, values, k in rows:
