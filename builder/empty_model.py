@@ -5,6 +5,7 @@ the modules that have buffers is enough, for any model. Invariant: no parameter 
 """
 
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..engines.errors import BuildError
 from . import hooks
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}  # of config.layer_types: what PagedAttention can express
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -30,7 +33,14 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
                 attn_implementation=hooks.ATTENTION,
                 experts_implementation=hooks.EXPERTS,
             ).eval()
-    except (ValueError, KeyError, NotImplementedError) as error:
+    except KeyError as error:
+        if hooks.ATTENTION not in str(error):
+            raise
+        kind = config.model_type
+        raise BuildError(
+            f"{kind} has attention code of its own that transformers does not let others replace"
+        ) from error
+    except (ValueError, NotImplementedError) as error:
         raise BuildError(f"{config.model_type} cannot be built: {first_line(error)}") from error
     _compute_buffers(model)
     pin_rope(model)
@@ -47,6 +57,11 @@ def check_decoder(config: PretrainedConfig) -> None:
         raise BuildError(f"{kind} is a model of several modalities; save its language model alone and build that")
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise BuildError(f"{kind} has no causal language model in transformers, but only decoders can be built")
+    unknown = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
+    if unknown:
+        raise BuildError(
+            f"{kind} has {', '.join(sorted(unknown))} layers, but only full and sliding attention can be built"
+        )
 
 
 def _compute_buffers(model: PreTrainedModel) -> None:
@@ -64,20 +79,21 @@ def _compute_buffers(model: PreTrainedModel) -> None:
 
 
 def pin_rope(model: nn.Module) -> None:
-    """Fixes RoPE tables that transformers chooses by the longest sequence of the batch: requests would disturb each other.
+    """Fixes the RoPE tables that transformers chooses by the longest sequence in a batch.
 
-    LongRoPE (arXiv:2402.13753) gets the table of the model's whole context: the long one, unless that context fits the
-    original one. Dynamic NTK keeps the table of the model's context, which is what it uses up to that length.
+    Requests would disturb each other. LongRoPE (arXiv:2402.13753) gets the table of the model's whole context: the
+    long one, unless that context fits the original one. Dynamic NTK keeps the table of the model's context, which is
+    what it uses up to that length.
     """
     for module in model.modules():
-        kind = getattr(module, "rope_type", None)
-        if isinstance(kind, str) and _depends_on_length(kind):
-            _pin(module, kind)
-            module.rope_type = "pinned"
-        elif isinstance(kind, dict):
-            for layer_type in [name for name, k in kind.items() if _depends_on_length(k)]:
-                _pin(module, kind[layer_type], layer_type)
-                module.rope_type = {**module.rope_type, layer_type: "pinned"}
+        kinds: Any = getattr(module, "rope_type", None)  # a name, or a name per layer type
+        if isinstance(kinds, str) and _depends_on_length(kinds):
+            _pin(module, kinds)
+            setattr(module, "rope_type", "pinned")  # noqa: B010 (torch types attributes of modules as tensors)
+        elif isinstance(kinds, dict):
+            for layer_type in [name for name, kind in kinds.items() if _depends_on_length(kind)]:
+                _pin(module, kinds[layer_type], layer_type)
+                kinds[layer_type] = "pinned"
 
 
 def _depends_on_length(kind: str) -> bool:
@@ -85,9 +101,9 @@ def _depends_on_length(kind: str) -> bool:
 
 
 def _pin(module: nn.Module, kind: str, layer_type: str | None = None) -> None:
-    config = module.config
     if kind != "longrope":
         return
+    config: Any = module.config
     parameters = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
     original = parameters["original_max_position_embeddings"]
     length = original + 1 if config.max_position_embeddings > original else original

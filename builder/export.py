@@ -8,7 +8,7 @@ transformers model, and their data stay in the checkpoint's files (`weights.py`)
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import onnx_ir as ir
@@ -21,7 +21,7 @@ from ..engines import step
 from ..engines.errors import BuildError
 from .checkpoint import Checkpoint
 from .empty_model import empty_model, first_line
-from .weights import attach, load_plan
+from .weights import bind_weights
 
 OPSET = 23
 _WRAPPER = "model."  # what `_Step` puts before each parameter's name
@@ -30,16 +30,14 @@ _WRAPPER = "model."  # what `_Step` puts before each parameter's name
 def export(source: Checkpoint | PretrainedConfig, dtype: str | torch.dtype) -> ir.Model:
     """The graph of docs/contracts.md, before any pass. T and R are dynamic; activations are of `dtype`.
 
-    From a `Checkpoint` the initialisers are lazy tensors over its files; from a config they have no data (`attach`).
+    From a `Checkpoint` the initialisers are lazy tensors over its files; from a config they have no data.
     Raises BuildError if the model is not a decoder that can be exported, or the checkpoint lacks a weight.
     """
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     config = source.config if isinstance(source, Checkpoint) else source
-    model = empty_model(config, dtype)
-    plan = load_plan(source, model, dtype) if isinstance(source, Checkpoint) else {}
-    graph = _trace(model)
-    if plan:
-        attach(graph, plan)
+    graph = _trace(empty_model(config, dtype))
+    if isinstance(source, Checkpoint):
+        bind_weights(graph, source)
     return graph
 
 
@@ -139,6 +137,7 @@ def _connect(model: ir.Model) -> None:
     attention = [node for node in graph if node.op_type == "PagedAttention"]
     for layer, node in enumerate(attention):
         query, key, value, *sinks = node.inputs
+        assert query is not None
         dims = {n: node.attributes[n].as_int() for n in ("num_kv_heads", "head_dim", "v_head_dim")}
         pools = [
             _input(name, query.dtype, ["num_pages", "page_size", dims["num_kv_heads"], width])
@@ -154,13 +153,13 @@ def _connect(model: ir.Model) -> None:
     graph.inputs[:] = inputs
 
 
-def _replace(node: ir.Node, inputs: list[ir.Value]) -> None:
+def _replace(node: ir.Node, inputs: Sequence[ir.Value | None]) -> None:
     node.resize_inputs(len(inputs))
     for index, value in enumerate(inputs):
         node.replace_input_with(index, value)
 
 
-def _input(name: str, dtype: ir.DataType | None, shape: list[int | str]) -> ir.Value:
+def _input(name: str, dtype: ir.DataType | None, shape: Sequence[int | str]) -> ir.Value:
     return ir.Value(name=name, type=None if dtype is None else ir.TensorType(dtype), shape=ir.Shape(shape))
 
 

@@ -6,14 +6,12 @@ conversion mapping, so that a plan loads what `from_pretrained` would. Invariant
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
@@ -22,10 +20,12 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from ..engines.dtypes import DTYPES
 from ..engines.errors import BuildError
-from ..plugins.dtypes import to_torch
+from ..plugins.dtypes import TORCH_DTYPES
 from .checkpoint import Checkpoint
+from .empty_model import empty_model
 
 LoadPlan = dict[str, ir.TensorProtocol]
+Read = Callable[[str], torch.Tensor]
 
 
 @dataclass
@@ -35,9 +35,11 @@ class _Fusion:
     converter: WeightConverter
     sources: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # source pattern -> stored names
 
-    def convert(self, target: str, model: PreTrainedModel, read: Any) -> dict[str, torch.Tensor]:
+    def convert(
+        self, target: str, model: PreTrainedModel, read: Callable[[str], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """Every parameter that comes out, by name; `read(stored name)` gives the sources."""
-        converter = deepcopy(self.converter)
+        converter: Any = deepcopy(self.converter)
         for pattern, names in self.sources.items():
             for name in names:
                 converter.add_tensor(target, name, pattern, partial(read, name))
@@ -45,30 +47,31 @@ class _Fusion:
         return {name: t[0] if isinstance(t, list) else t for name, t in result.items()}
 
 
+def bind_weights(graph: ir.Model, checkpoint: Checkpoint) -> None:
+    """Gives the initialisers of an exported graph their lazy data; what is floating point is cast to the graph's dtype.
+
+    Raises BuildError if a weight is missing or has another shape than the config says.
+    """
+    dtype = next(
+        TORCH_DTYPES[int(v.dtype)] for v in graph.graph.initializers.values() if v.dtype and v.const_value is None
+    )
+    attach(graph, load_plan(checkpoint, empty_model(checkpoint.config, dtype), dtype))
+
+
 def load_plan(checkpoint: Checkpoint, model: PreTrainedModel, dtype: torch.dtype) -> LoadPlan:
     """Name of each parameter (and stored buffer) of `model` -> its lazy tensor, floating-point ones in `dtype`.
 
-    `model` may be on the meta device. A tied parameter that is not stored is given the tensor of its partner.
-    Raises BuildError if a weight is missing or has another shape than the config says.
+    `model` has no weights of its own (`empty_model`). Tied parameters share one tensor, whichever of them is stored.
+    Raises BuildError as `bind_weights`.
     """
     wanted = model.state_dict()
-    mapping = get_model_conversion_mapping(model)
-    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     plan: LoadPlan = {}
     fusions: dict[str, _Fusion] = {}
-    for name in sorted(checkpoint.stored, key=dot_natural_key):  # fused in the order of the experts' numbers
-        prefix = model.base_model_prefix
-        target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
-        if target not in wanted and name in wanted:
-            target, pattern = name, None
-        if target not in wanted:
-            continue
-        if pattern is None:
+    for name, target, converter, pattern in _targets(checkpoint, model, wanted):
+        if converter is None:
             plan[target] = _stored(checkpoint, name, target, wanted[target], dtype)
         else:
-            fusions.setdefault(target, _Fusion(by_pattern[pattern])).sources[pattern].append(name)
+            fusions.setdefault(target, _Fusion(converter)).sources[pattern].append(name)
     for first, fusion in fusions.items():
         for target, shape in _outputs(checkpoint, model, first, fusion).items():
             if target in wanted:
@@ -82,9 +85,9 @@ def load_plan(checkpoint: Checkpoint, model: PreTrainedModel, dtype: torch.dtype
     return plan
 
 
-def attach(model: ir.Model, plan: Mapping[str, ir.TensorProtocol | torch.Tensor]) -> None:
-    """Gives the graph's initialisers their (lazy) data. Raises BuildError if one has neither a plan nor data."""
-    for name, value in model.graph.initializers.items():
+def attach(graph: ir.Model, plan: Mapping[str, ir.TensorProtocol | torch.Tensor]) -> None:
+    """Gives the graph's initialisers their data. Raises BuildError if one has neither a plan nor data."""
+    for name, value in graph.graph.initializers.items():
         if name in plan:
             data = plan[name]
             value.const_value = ir.tensor(data, name=name) if isinstance(data, torch.Tensor) else data
@@ -92,9 +95,23 @@ def attach(model: ir.Model, plan: Mapping[str, ir.TensorProtocol | torch.Tensor]
             raise BuildError(f"the exported graph reads the weight '{name}', which the checkpoint does not hold")
 
 
-def torch_weights(model: ir.Model) -> dict[str, torch.Tensor]:
-    """All initialisers as torch tensors, in memory: for small models."""
-    return {n: to_torch(v.const_value) for n, v in model.graph.initializers.items() if v.const_value is not None}
+def _targets(
+    checkpoint: Checkpoint, model: PreTrainedModel, wanted: dict[str, torch.Tensor]
+) -> Iterator[tuple[str, str, WeightConverter | None, str]]:
+    """(stored name, parameter, converter or None, source pattern) of every stored tensor the model uses.
+
+    In the natural order of names, because experts are stacked in the order in which they come.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    for name in sorted(checkpoint.stored, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
+        if target in wanted:
+            yield name, target, by_pattern[pattern] if pattern else None, pattern or ""
+        elif name in wanted:
+            yield name, name, None, ""
 
 
 def _stored(
@@ -127,22 +144,14 @@ def _fused(checkpoint: Checkpoint, model: PreTrainedModel, first: str, fusion: _
     return fusion.convert(first, model, checkpoint.tensor)[target]
 
 
-def _lazy(name: str, shape: tuple[int, ...], dtype: torch.dtype, load: Any) -> ir.LazyTensor:
+def _lazy(name: str, shape: tuple[int, ...], dtype: torch.dtype, load: Callable[[], torch.Tensor]) -> ir.LazyTensor:
     """A tensor that is loaded, and cast to `dtype`, each time it is read; nothing is kept."""
-    onnx = next(d.onnx for d in DTYPES.values() if d.torch == dtype)
 
     def evaluate() -> ir.TensorProtocol:
-        return ir.Tensor(to_numpy(load().to(dtype)), dtype=onnx, name=name)
+        return ir.tensor(load().to(dtype), name=name)
 
+    onnx = next(d.onnx for d in DTYPES.values() if d.torch == dtype)
     return ir.LazyTensor(evaluate, dtype=onnx, shape=ir.Shape(shape), name=name, cache=False)
-
-
-def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The array of a tensor on the CPU; bfloat16 becomes ml_dtypes' type, without a copy."""
-    tensor = tensor.contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
 
 
 def _share_tied(plan: LoadPlan, model: PreTrainedModel) -> None:

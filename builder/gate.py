@@ -1,0 +1,174 @@
+"""No model is silently wrong: what an export must look like, and what it must compute.
+
+`check_structure` counts the attention nodes and refuses ops that would mix the tokens of different sequences.
+`self_check` shrinks the config, keeps all that is peculiar to it, gives it random weights, and compares the exported
+graph over packed sequences, in two steps through the paged cache, with transformers' eager attention one sequence by
+one. Invariant: a model that was not compared is refused, too.
+"""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+
+import onnx_ir as ir
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from ..engines import step
+from ..engines.errors import BuildError, EngineError
+from ..plugins.interpreter import Program
+from .empty_model import first_line, pin_rope
+from .export import export
+from .shrink import shrink
+from .weights import attach
+
+TOLERANCE = 1e-3  # relative, fp32; right models reach about 1e-5, a wrong window or position 1e-1
+# these look along the token axis and know nothing of sequences, or hide a subgraph from this check
+FORBIDDEN = {"Attention", "Conv", "ConvTranspose", "CumSum", "GRU", "If", "LSTM", "Loop", "RNN", "Scan", "SequenceMap"}
+
+_LENGTHS = (19, 34, 1, 27)
+_FIRST = (19, 13, 0, 26)  # tokens of each sequence in the first step: all, a chunk, none, all but one
+_PAGE_SIZE = 4
+
+
+def check_structure(model: ir.Model, config: PretrainedConfig) -> None:
+    """Raises BuildError unless each layer has its attention node and nothing else relates tokens to each other."""
+    kind, layers = config.model_type, config.num_hidden_layers
+    found = sum(node.op_type == "PagedAttention" for node in model.graph)
+    if found != layers:
+        raise BuildError(
+            f"{kind} exports with {found} attention calls for {layers} layers, expected one each; "
+            "its attention does not go through transformers' attention interface, so it cannot be built"
+        )
+    for node in model.graph:
+        if node.op_type in FORBIDDEN:
+            raise BuildError(
+                f"{kind} exports with the op {node.op_type}, which would mix the tokens of different requests"
+            )
+        if node.op_type in ("Softmax", "LogSoftmax") and _over_tokens(node):
+            raise BuildError(f"{kind} exports with a {node.op_type} over tokens, attention that ingot did not replace")
+
+
+def self_check(config: PretrainedConfig, optimise: Callable[[ir.Model], ir.Model] | None = None) -> float:
+    """Largest difference of the logits, relative to the largest logit, on a shrunken random model of the config's class.
+
+    With `optimise` the rewritten graph is checked. Raises BuildError above `TOLERANCE`, or if the model cannot be
+    exported or run.
+    """
+    small = shrink(config)
+    model = _random_model(small)
+    graph = export(small, torch.float32)
+    check_structure(graph, small)
+    attach(graph, model.state_dict())
+    if optimise is not None:
+        graph = optimise(graph)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, small.vocab_size, (n,), generator=generator) for n in _LENGTHS]
+    expected = [_eager(model, prompt) for prompt in prompts]
+    try:
+        found = _packed(graph, prompts)
+    except EngineError as error:
+        raise BuildError(f"{config.model_type} cannot be run: {error}") from error
+    return _compare(config.model_type, found, expected)
+
+
+def _compare(kind: str, found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    largest = max(float(logits.abs().max()) for logits in expected)
+    if not largest > 0:
+        raise BuildError(f"{kind} gives no logits on random weights, so that it could not be checked")
+    worst = 0.0
+    for ours, theirs in zip(found, expected, strict=True):
+        error = (ours - theirs).abs().amax(-1) / largest  # [n]
+        if not bool((error <= TOLERANCE).all()):  # NaN too
+            position = int((~(error <= TOLERANCE)).nonzero()[0])
+            raise BuildError(
+                f"{kind} computes other logits packed than transformers does alone: {float(error.max()):.1e} relative "
+                f"in a sequence of {len(theirs)} tokens, from position {position} on, at most {TOLERANCE:.0e} is "
+                "accepted; this architecture cannot be built"
+            )
+        worst = max(worst, float(error.max()))
+    return worst
+
+
+def _random_model(config: PretrainedConfig) -> PreTrainedModel:
+    """An fp32 model with eager attention whose every parameter matters to the logits.
+
+    Matrices keep the size of their input; norms, biases and sinks are moved away from the ones and zeros with which
+    they are initialised, since a wrong table or a lost bias would go unnoticed otherwise.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model = AutoModelForCausalLM.from_config(
+                deepcopy(config), dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+            ).eval()
+        except Exception as error:  # a class whose sizes cannot be shrunk together
+            raise BuildError(f"a small {config.model_type} cannot be made to check it: {first_line(error)}") from error
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter)
+            if parameter.dim() == 1:
+                parameter.data += 0.2 * noise
+            else:
+                parameter.data = noise * min(parameter.shape[-2:]) ** -0.5
+    pin_rope(model)
+    return model
+
+
+@torch.inference_mode()
+def _eager(model: PreTrainedModel, prompt: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=prompt[None], use_cache=False).logits[0]  # [n, vocab]
+
+
+def _packed(graph: ir.Model, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Logits of every token of every prompt, from two packed steps over one paged cache, the pages far apart."""
+    program = Program(graph, {})
+    widths = [-(-len(prompt) // _PAGE_SIZE) for prompt in prompts]
+    num_pages = sum(widths) + 1
+    order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(1))
+    page_lists = order[: sum(widths)].split(widths)
+    pages = torch.zeros(len(prompts), max(widths), dtype=torch.int32)
+    for row, owned in zip(pages, page_lists, strict=True):
+        row[: len(owned)] = owned
+    pools = {
+        value.name: torch.full((num_pages, _PAGE_SIZE, *_numbers(value)), torch.nan)  # what is not written is poison
+        for value in graph.graph.inputs
+        if value.name and value.name not in step.STEP_INPUTS
+    }
+    logits: list[list[torch.Tensor]] = [[] for _ in prompts]
+    starts = [0] * len(prompts)
+    for ends in (_FIRST, _LENGTHS):
+        spans = [(s, starts[s], ends[s]) for s in range(len(prompts)) if ends[s] > starts[s]]
+        outputs = program({**_step_inputs(spans, prompts, pages), **pools})[step.LOGITS]
+        for (s, _, _), rows in zip(spans, outputs.split([b - a for _, a, b in spans]), strict=True):
+            logits[s].append(rows)
+        starts = list(ends)
+    return [torch.cat(rows) for rows in logits]
+
+
+def _step_inputs(
+    spans: Sequence[tuple[int, int, int]], prompts: Sequence[torch.Tensor], pages: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The step tensors for tokens [start, end) of some sequences: spans of (sequence, start, end)."""
+    positions = torch.cat([torch.arange(start, end) for _, start, end in spans])
+    owner = torch.cat([torch.full((end - start,), s) for s, start, end in spans])
+    counts = torch.tensor([0, *(end - start for _, start, end in spans)])
+    inputs = {
+        step.TOKENS: torch.cat([prompts[s][start:end] for s, start, end in spans]),
+        step.POSITIONS: positions,
+        step.SLOTS: pages[owner, positions // _PAGE_SIZE] * _PAGE_SIZE + positions % _PAGE_SIZE,
+        step.QUERY_START: counts.cumsum(0),
+        step.KV_LEN: torch.tensor([end for _, _, end in spans]),
+        step.PAGES: pages[[s for s, _, _ in spans]],
+        step.LOGIT_ROWS: torch.arange(len(positions)),
+    }
+    return {name: tensor.to(torch.int32) for name, tensor in inputs.items()}
+
+
+def _numbers(value: ir.Value) -> list[int]:
+    assert value.shape is not None
+    return [int(dim) for dim in value.shape[2:]]  # kv_heads, head_dim
+
+
+def _over_tokens(node: ir.Node) -> bool:
+    source = node.inputs[0]
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else -1
+    return source is None or source.shape is None or not isinstance(source.shape[axis], int)
