@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from ingot.runtime.distribution import cutoffs, draw, uniforms
 from ingot.runtime.request import SamplingParams
 from ingot.runtime.sampler import Placement, Sampler, needs_history, top_logprobs

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
 from ingot.engines.errors import EngineError, RequestError
 from ingot.runtime.detokenise import ByteLevel, Sentencepiece, Windowed
 from ingot.runtime.request import SamplingParams
 from ingot.runtime.text import Text
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 DEMO = Path(__file__).parents[2] / "engines/demo/pycoder-14m"
 TEXT = Text.open(DEMO)
