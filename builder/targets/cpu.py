@@ -1,7 +1,4 @@
-"""The cpu target: the graph runs as it is; native kernels are compiled ahead of time where there is a C++ compiler.
-
-Without a compiler the engine is complete all the same: the plain-torch ops serve, slower, and the manifest says why.
-"""
+"""The cpu target: the graph runs as it is, node by node, on the plain-torch ops of `plugins/`."""
 
 from __future__ import annotations
 
@@ -10,9 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ...plugins import native
-
 
 def compile(graph: ir.Model, folder: Path) -> dict[str, Any]:
-    """Compile the native kernels into `folder/cpu`; returns what the manifest says about them."""
-    return native.compile(folder / "cpu").describe()
+    """Nothing is compiled for this target; returns what the manifest says about its kernels."""
+    return {"kernels": "torch"}
