@@ -9,9 +9,21 @@ from collections.abc import Callable
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
-from .folding import cast_by_type, drop_no_ops, fold_constants, gather_rows, lower_sequences, order_operands, static_shapes
+from .folding import (
+    cast_by_type,
+    drop_index_casts,
+    drop_no_ops,
+    fold_constants,
+    gather_rows,
+    lower_sequences,
+    order_operands,
+    static_shapes,
+)
 from .linear import fuse_bias, fuse_linear
-from .norm import fuse_norm
+from .logits import pick_rows_early
+from .norm import fuse_norm, fuse_residual
+from .packing import fuse_gated_activation, pack_qkv, take_columns_early
+from .rope import fuse_rope
 from .rows import drop_batch_axis
 from .verify import verify
 
@@ -29,6 +41,7 @@ def drop_dead(model: ir.Model) -> None:
 
 
 PASSES: tuple[Pass, ...] = (
+    # what the exporter wrote, in few forms
     lower_sequences,
     fold_constants,
     static_shapes,
@@ -37,10 +50,20 @@ PASSES: tuple[Pass, ...] = (
     drop_no_ops,
     share_common,
     order_operands,
+    # ops of our own, on [T, width]
     fuse_linear,
     fuse_bias,
     fuse_norm,
     drop_batch_axis,
+    drop_index_casts,
+    fuse_rope,
+    # fewer and smaller ones
+    take_columns_early,
+    pack_qkv,
+    fuse_gated_activation,
+    pick_rows_early,
+    share_common,
+    fuse_residual,
 )
 
 

@@ -68,7 +68,11 @@ def static_shapes(model: ir.Model) -> None:
     """Every op that only renames axes becomes `Reshape(x, constant)`, of the first value of such a chain."""
     for node in nodes(model):
         x, y = (node.inputs or [None])[0], node.outputs[0]
-        if x is None or x.shape is None or y.shape is None or not _renames_axes(node):
+        if x is None or x.shape is None or y.shape is None:
+            continue
+        if node.op_type == "Expand" and constant_of(node.inputs[1]) is None:
+            _expand_statically(node)
+        if not _renames_axes(node):
             continue
         if sum(not isinstance(d, int) for d in dims(y)) > 1:
             continue
@@ -78,6 +82,17 @@ def static_shapes(model: ir.Model) -> None:
             x = producer(x).inputs[0]
             assert x is not None
         replace(y, reshape(node, x, dims(y)))
+
+
+def _expand_statically(node: ir.Node) -> None:
+    """An axis that x has already is 1 in the target of an Expand: broadcasting keeps it."""
+    x, y = node.inputs[0], node.outputs[0]
+    assert x is not None
+    shape = dims(y)
+    old = (1,) * (len(shape) - len(dims(x))) + dims(x)
+    target = [1 if now == before else now for now, before in zip(shape, old, strict=True)]
+    if None not in old and all(isinstance(d, int) for d in target):
+        node.replace_input_with(1, integers(node, target))  # type: ignore[arg-type]
 
 
 def _renames_axes(node: ir.Node) -> bool:
@@ -137,18 +152,25 @@ def _keeps(node: ir.Node, x: ir.Value) -> bool:
 
 
 def gather_rows(model: ir.Model) -> None:
-    """GatherND with one index per row -> Gather; an index needs no cast between integer types."""
-    for node in nodes(model, "GatherND", "Gather"):
+    """GatherND with one index per row -> Gather."""
+    for node in nodes(model, "GatherND"):
         data, index = node.inputs
         assert data is not None and index is not None
-        if node.op_type == "GatherND":
-            if attribute(node, "batch_dims", 0) or index.shape is None or dims(index)[-1] != 1:
-                continue
-            index = reshape(node, index, dims(index)[:-1])
-            assert node.outputs[0].shape is not None
-            replace(node.outputs[0], new(node, "Gather", [data, index], node.outputs[0].shape, data.dtype, axis=0))
-        elif is_op(index, "Cast") and producer(index).inputs[0].dtype is ir.DataType.INT32:  # type: ignore[union-attr]
-            node.replace_input_with(1, producer(index).inputs[0])
+        y = node.outputs[0]
+        if attribute(node, "batch_dims", 0) or index.shape is None or dims(index)[-1] != 1 or y.shape is None:
+            continue
+        index = reshape(node, index, dims(index)[:-1])
+        replace(y, new(node, "Gather", [data, index], y.shape, data.dtype, axis=0))
+
+
+def drop_index_casts(model: ir.Model) -> None:
+    """An index of a Gather or of Experts needs no cast from one integer type to another."""
+    for node in nodes(model, "Gather", "Experts"):
+        index = node.inputs[1]
+        if is_op(index, "Cast"):
+            source = producer(index).inputs[0]  # type: ignore[arg-type]
+            if source is not None and source.dtype in (ir.DataType.INT32, ir.DataType.INT64):
+                node.replace_input_with(1, source)
 
 
 def order_operands(model: ir.Model) -> None:
@@ -160,7 +182,13 @@ def order_operands(model: ir.Model) -> None:
             node.replace_input_with(1, a)
 
 
-def _rank(value: ir.Value) -> int:
-    while (node := value.producer()) is not None and node.op_type in ("Cast", "Add") and len(node.inputs) in (1, 2):
-        value = node.inputs[0]  # type: ignore[assignment]
-    return 2 if constant_of(value) is not None else 1 if value.is_initializer() else 0
+def _rank(value: ir.Value | None, depth: int = 3) -> int:
+    """2 for constants, 1 for weights and what is made of them in a step or two (a cast, 1 + w), 0 for activations."""
+    if value is None or constant_of(value) is not None:
+        return 2
+    if value.is_initializer():
+        return 1
+    node = value.producer()
+    if node is None or node.op_type not in ("Cast", "Add") or not depth:
+        return 0
+    return min(_rank(source, depth - 1) for source in node.inputs)

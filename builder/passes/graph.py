@@ -112,6 +112,7 @@ def new(
     shape: Iterable[Dim] | ir.Shape,
     dtype: ir.DataType | None,
     domain: str = "",
+    /,
     **attributes: Any,
 ) -> ir.Value:
     """Inserts a node with one output in front of `before`; returns the output."""

@@ -32,7 +32,8 @@ class Part:
         if self.source is None:
             return np.zeros((len(self.rows), *tail), dtype.numpy())
         if self.source.const_value is None:
-            raise BuildError(f"the weight '{self.source.name}' has no data; bind the checkpoint's weights to the graph first")
+            name = self.source.name
+            raise BuildError(f"the weight '{name}' has no data; bind the checkpoint's weights to the graph first")
         stored = self.source.const_value.numpy()
         stored = stored.T if self.transposed else stored
         whole = len(self.rows) == len(stored) and bool((np.diff(self.rows) == 1).all())
@@ -71,6 +72,8 @@ def pack(graph: ir.Graph, parts: Sequence[Part], like: ir.Value) -> ir.Value:
     parts = _joined(parts)
     first = parts[0]
     if len(parts) == 1 and first.source is not None and not first.transposed and _is_whole(first):
+        if first.source.name not in graph.initializers:  # nobody read it as it is for a while
+            graph.register_initializer(first.source)
         return first.source
     length = sum(len(part.rows) for part in parts)
     tail = _tail(parts, like)

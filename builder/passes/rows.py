@@ -13,7 +13,8 @@ import onnx_ir as ir
 from .graph import INGOT, attribute, constant_of, dims, is_op, new, nodes, producer, replace, reshape
 
 ELEMENTWISE = frozenset(
-    "Abs Add Cast Clip Div Erf Exp Gelu Max Min Mul Neg Pow Reciprocal Relu Sigmoid Softplus Sqrt Sub Swish Tanh Where".split()
+    "Abs Add Cast Clip Div Erf Exp Gelu Max Min Mul Neg Pow Reciprocal Relu Sigmoid Softplus Sqrt Sub Swish Tanh "
+    "Where".split()
 )
 LAST_AXIS = frozenset("LayerNormalization Linear LogSoftmax RMSNorm Softmax".split())  # with axis -1 where it is given
 
