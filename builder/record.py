@@ -50,14 +50,17 @@ def model_info(source: str, checkpoint: Checkpoint, model: ir.Model, dtype: str)
     """The model as it was cast; `source` is what the user called it."""
     config = checkpoint.config.get_text_config()
     logits = next(value for value in model.graph.outputs if value.name == LOGITS)
+    vocab = logits.shape[-1] if logits.shape is not None else None
+    if not isinstance(vocab, int):
+        raise BuildError(f"the graph's logits have the shape {logits.shape}, expected a fixed vocabulary last.")
     eos = generation_config(checkpoint.path).get("eos_token_id", config.eos_token_id)
     return ModelInfo(
         source=source,
         architecture=(checkpoint.config.architectures or [type(config).__name__])[0],
         model_type=config.model_type,
-        num_parameters=sum(value.const_value.size for value in model.graph.initializers.values()),
+        num_parameters=sum(v.const_value.size for v in model.graph.initializers.values() if v.const_value is not None),
         dtype=dtype,
-        vocab_size=int(logits.shape[-1]),
+        vocab_size=vocab,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         max_model_len=config.max_position_embeddings,
