@@ -1,4 +1,4 @@
-"""The whole path per family: checkpoint on disk -> engine directory -> in-flight batch, greedy tokens equal to eager ones.
+"""The whole path per family: checkpoint -> engine directory -> in-flight batch, greedy tokens equal to eager ones.
 
 Weights are random but large (initializer range 0.2; biases, norm weights and sinks perturbed), so that positions,
 windows, norm offsets and expert routing all change the tokens: with the default 0.02 a wrong rotary table would pass.
