@@ -46,12 +46,9 @@ def _report(error: Exception) -> int:
         case BrokenPipeError():  # the reader of our output has gone: `ingot generate .. | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
-        case EngineError():
-            print(f"error: {error}", file=sys.stderr)
-            return 3
         case IngotError():
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            print(f"error: {str(error).rstrip('.')}.", file=sys.stderr)
+            return 3 if isinstance(error, EngineError) else 2
         case _:
             what = " ".join(str(error).split())[:300]
             print(

@@ -37,7 +37,7 @@ def show(facts: dict[str, Any]) -> None:
         "model": f"{model['source']} ({model['architecture']})",
         "parameters": f"{model['num_parameters']:,} in {model['dtype']}, {model['num_layers']} layers of width "
         f"{model['hidden_size']}, vocabulary {model['vocab_size']:,}",
-        "context": f"{model['max_model_len']:,} tokens; ends at token ids {model['eos_token_ids'] or 'none'}",
+        "context": f"{model['max_model_len']:,} tokens; end tokens {list(model['eos_token_ids']) or 'none'}",
         "KV cache": f"{facts['kv_bytes_per_token']:,} bytes per token over {len(kv)} layers"
         + (f", windows {windows}" if windows != [0] else ""),
         "size": f"{size(facts['bytes'])} in {len(facts['files'])} files",

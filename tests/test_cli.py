@@ -72,7 +72,7 @@ def test_impossible_sampling_values(ingot, tmp_path):
     for option, value in {"temperature": "-1", "top-p": "0", "min-p": "2", "max-tokens": "0", "top-k": "-5"}.items():
         refused(ingot("generate", tmp_path, "x", f"--{option}", value), 2, option.replace("-", "_"), value)
     code, _, err = ingot("generate", tmp_path, "x", "--temperature", "warm")
-    assert code == 2 and "warm" in err
+    assert code == 2 and "--temperature" in err
     refused(ingot("bench", tmp_path, "--file", tmp_path / "none"), 2, "not a file")
     assert ingot("bench", tmp_path, "--concurrency", "0")[0] == 2
 
