@@ -7,8 +7,6 @@ Invariant: opening costs memory for names, never for weights.
 
 import json
 import math
-import shutil
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +17,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig
 
-from ..engines.dtypes import ACTIVATION_DTYPES, DType, from_safetensors
+from ..engines.dtypes import DType, from_safetensors
 from ..engines.errors import BuildError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DOWNLOADED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab.*")
-TEXT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 _MAX_HEADER = 100 << 20  # bytes; the limit of the safetensors format
 
 
@@ -58,10 +48,8 @@ class StoredTensor:
 class Checkpoint:
     """A model directory: its config, and name -> place of every tensor."""
 
-    source: str  # as the user named it
     path: Path
     config: PretrainedConfig
-    generation_config: Mapping[str, Any]
     stored: Mapping[str, StoredTensor]
 
     @classmethod
@@ -85,28 +73,9 @@ class Checkpoint:
             method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
             raise BuildError(f"{model} is quantised already ({method}); give the unquantised checkpoint")
         stored = {tensor.name: tensor for file in _shards(path) for tensor in read_header(file)}
-        generation = path / "generation_config.json"
-        checkpoint = cls(model, path, config, _json(generation) if generation.is_file() else {}, stored)
+        checkpoint = cls(path, config, stored)
         checkpoint._check_index()
         return checkpoint
-
-    def activation_dtype(self, wanted: str) -> str:
-        """`wanted`, or for "auto" the dtype of the config, or of the stored weights where the config names none.
-
-        Raises BuildError for a dtype that activations cannot have.
-        """
-        if wanted == "auto":
-            named = getattr(self.config, "dtype", None)
-            wanted = str(named).removeprefix("torch.") if named else self._commonest_dtype()
-        if wanted not in ACTIVATION_DTYPES:
-            raise BuildError(f"dtype {wanted} is not one of {', '.join(ACTIVATION_DTYPES)}; choose one with --dtype")
-        return wanted
-
-    def copy_text_files(self, folder: Path) -> None:
-        """Copies config, tokenizer and chat template into `folder`, as far as the checkpoint has them."""
-        for name in TEXT_FILES:
-            if (self.path / name).is_file():
-                shutil.copyfile(self.path / name, folder / name)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as stored, over a memory map of its file. Raises BuildError if there is no such tensor."""
@@ -114,12 +83,6 @@ class Checkpoint:
             raise BuildError(f"{self.path} has no tensor '{name}'; download the checkpoint again")
         with safe_open(self.stored[name].file, framework="pt") as file:
             return file.get_tensor(name)
-
-    def _commonest_dtype(self) -> str:
-        sizes: Counter[str] = Counter()
-        for tensor in self.stored.values():
-            sizes[tensor.dtype.name] += tensor.length
-        return sizes.most_common(1)[0][0] if sizes else "float32"
 
     def _check_index(self) -> None:
         index = self.path / INDEX

@@ -49,7 +49,7 @@ def check_structure(model: ir.Model, config: PretrainedConfig) -> None:
 
 
 def self_check(config: PretrainedConfig, optimise: Callable[[ir.Model], ir.Model] | None = None) -> float:
-    """Largest difference of the logits, relative to the largest logit, on a shrunken random model of the config's class.
+    """Largest difference of the logits, relative to the largest one, on a small random model of the config's class.
 
     With `optimise` the rewritten graph is checked. Raises BuildError above `TOLERANCE`, or if the model cannot be
     exported or run.
@@ -165,7 +165,7 @@ def _step_inputs(
 
 def _numbers(value: ir.Value) -> list[int]:
     assert value.shape is not None
-    return [int(dim) for dim in value.shape[2:]]  # kv_heads, head_dim
+    return [dim for dim in value.shape[2:] if isinstance(dim, int)]  # kv_heads, head_dim
 
 
 def _over_tokens(node: ir.Node) -> bool:

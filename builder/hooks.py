@@ -79,7 +79,7 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 
 
 def experts(
-    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """hidden_states [T, K], top_k_index and top_k_weights [T, k] -> [T, K] as one `ingot::Experts` node."""
     weights = [module.gate_up_proj, module.down_proj]
@@ -105,7 +105,7 @@ def describe_experts(model: nn.Module) -> None:
             setattr(module, _EXPERTS_ATTRIBUTES, _experts_attributes(name, module))
 
 
-def _experts_attributes(name: str, module: nn.Module) -> dict[str, Any]:
+def _experts_attributes(name: str, module: Any) -> dict[str, Any]:
     if not module.has_gate or module.has_post_expert_norm:
         what = "no gate" if not module.has_gate else "a norm after each expert"
         raise BuildError(f"the experts {name} ({type(module).__name__}) have {what}, which Experts cannot express")

@@ -54,8 +54,7 @@ def _shrink_layers(config: PretrainedConfig) -> None:
         for name, value in config.to_dict().items()
         if isinstance(value, (list, tuple)) and len(value) == count and count > 1
     }
-    kinds = list(zip(*per_layer.values(), strict=True)) if per_layer else [()] * count
-    kinds = [repr(kind) for kind in kinds]  # type: ignore[misc]
+    kinds = [repr([value[layer] for value in per_layer.values()]) for layer in range(count)]
     keep = min(count, 2)
     while keep < min(count, _MAX_LAYERS) and len(set(kinds[:keep])) < len(set(kinds)):
         keep += 1

@@ -52,9 +52,8 @@ def bind_weights(graph: ir.Model, checkpoint: Checkpoint) -> None:
 
     Raises BuildError if a weight is missing or has another shape than the config says.
     """
-    dtype = next(
-        TORCH_DTYPES[int(v.dtype)] for v in graph.graph.initializers.values() if v.dtype and v.const_value is None
-    )
+    weights = [value for value in graph.graph.initializers.values() if value.const_value is None]
+    dtype = next(TORCH_DTYPES[int(value.dtype)] for value in weights if value.dtype)
     attach(graph, load_plan(checkpoint, empty_model(checkpoint.config, dtype), dtype))
 
 

@@ -1,0 +1,159 @@
+"""Opening a checkpoint: lazily, sharded or not; and every way in which it can be unusable, in one sentence."""
+
+import json
+
+import pytest
+import torch
+from families import FAMILIES
+from ingot.builder.checkpoint import INDEX, SINGLE, Checkpoint
+from ingot.engines.errors import BuildError
+from transformers import AutoModelForCausalLM
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(FAMILIES["llama"](), dtype=torch.float32)
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refusal(path) -> str:
+    with pytest.raises(BuildError) as error:
+        Checkpoint.open(str(path))
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "200KB"])
+def test_tensors_are_those_saved(model, tmp_path, shard_size):
+    model.save_pretrained(tmp_path, max_shard_size=shard_size)
+    checkpoint = Checkpoint.open(str(tmp_path))
+    assert (tmp_path / INDEX).exists() == (shard_size == "200KB")
+    assert checkpoint.config.model_type == "llama"
+    state = model.state_dict()
+    assert checkpoint.stored.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(checkpoint.tensor(name), tensor)
+        assert torch.equal(torch.from_numpy(checkpoint.stored[name].external().numpy().copy()), tensor)
+
+
+def test_no_such_directory(tmp_path):
+    assert "is not a directory" in refusal(tmp_path / "absent")
+
+
+def test_unknown_hub_id(monkeypatch):
+    import huggingface_hub
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("the network is unreachable")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    message = refusal("nobody/nothing")
+    assert "nobody/nothing is not a directory" in message and "network is unreachable" in message
+
+
+def test_hub_download_leaves_pickles_out(monkeypatch, folder):
+    import huggingface_hub
+
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **k: asked.update(k, name=name) or folder)
+    assert Checkpoint.open("org/name").path == folder
+    assert asked["name"] == "org/name" and not any("bin" in pattern for pattern in asked["allow_patterns"])
+
+
+def test_a_file_instead_of_a_directory(folder):
+    assert "is a file" in refusal(folder / SINGLE)
+
+
+def test_not_a_checkpoint(tmp_path):
+    assert "no config.json" in refusal(tmp_path)
+
+
+def test_config_of_unknown_type(folder):
+    (folder / "config.json").write_text('{"model_type": "abacus"}')
+    assert "abacus" in refusal(folder)
+
+
+def test_config_is_not_json(folder):
+    (folder / "config.json").write_text("{")
+    assert "config.json" in refusal(folder)
+
+
+def test_pickled_weights_only(folder):
+    (folder / SINGLE).rename(folder / "pytorch_model.bin")
+    message = refusal(folder)
+    assert "python -c" in message and "save_pretrained" in message and str(folder) in message
+
+
+def test_no_weights(folder):
+    (folder / SINGLE).unlink()
+    assert "neither" in refusal(folder)
+
+
+def test_quantised_already(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    assert "quantised already (awq)" in refusal(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_truncated(folder, keep):
+    data = (folder / SINGLE).read_bytes()
+    (folder / SINGLE).write_bytes(data[:keep])
+    assert "not a whole safetensors file" in refusal(folder)
+
+
+def test_longer_than_its_header_says(folder):
+    with (folder / SINGLE).open("ab") as file:
+        file.write(b"\0")
+    assert "not a whole safetensors file" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 12]},  # the shape does not fill the bytes
+        {"dtype": "F32", "shape": [3], "data_offsets": [-12, 0]},
+        {"dtype": "F32", "shape": [3]},
+        ["F32"],
+    ],
+)
+def test_damaged_header(folder, entry):
+    header = json.dumps({"x": entry}).encode()
+    (folder / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(12))
+    assert "not a whole safetensors file" in refusal(folder)
+
+
+def test_damaged_json_in_header(folder):
+    data = bytearray((folder / SINGLE).read_bytes())
+    data[8:10] = b"\xff\xff"
+    (folder / SINGLE).write_bytes(data)
+    assert "not a whole safetensors file" in refusal(folder)
+
+
+def test_unknown_data_type(folder):
+    header = json.dumps({"x": {"dtype": "F4", "shape": [24], "data_offsets": [0, 12]}}).encode()
+    (folder / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(12))
+    message = refusal(folder)
+    assert "'x' as F4" in message
+
+
+def test_missing_shard(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    assert shard.name in refusal(tmp_path)
+
+
+def test_shard_without_its_tensor(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    index = json.loads((tmp_path / INDEX).read_text())
+    index["weight_map"]["absent.weight"] = next(iter(index["weight_map"].values()))
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    assert "lacks the tensor 'absent.weight'" in refusal(tmp_path)
