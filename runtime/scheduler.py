@@ -160,7 +160,6 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         page_size = self.pool.page_size
         running = self._running  # victims leave from its end, while we walk from its start
-        short = False  # of pages: nobody further down may take one before the request that lacked it
         i = 0
         while i < len(running) and budget:
             request = running[i]
@@ -172,12 +171,11 @@ class Scheduler:
             if num > 1:  # a long prompt does not stall those behind it: each keeps one token of the budget
                 num = min(num, max(1, budget - (len(running) - i)))
             lacking = -(-(start + num) // page_size) - len(request.pages)
-            if lacking > 0 and (short or not self._grow(request, lacking)):
-                short = True
+            if lacking > 0 and not self._grow(request, lacking):
                 continue
             works.append(self._work(request, num))
             budget -= num
-        if self._waiting and not short:
+        if self._waiting:
             self._admit(works, budget)
         return tuple(works) or None
 
@@ -323,10 +321,9 @@ class Scheduler:
                 break
         if before == request.num_prompt:
             request.metrics.first_token = now
+        self._share(request)
         if reason:
             self._finish(request, reason, stop)
-        elif request.state is State.RUNNING:
-            self._share(request)
         new = tokens[before:]
         return Delta(request.id, new, logprobs[: len(new)] if logprobs else None, reason, stop, scores or None)
 
@@ -356,7 +353,7 @@ class Scheduler:
             request.row = -1
         self.pool.release(request.pages)
         request.pages = []  # a new list: works in the caller's hands keep the old one
-        request.computed = request.num_shared = 0
+        request.computed = 0
         if request.state is State.PREEMPTED:
             request.state = State.WAITING
             insort(self._waiting, request, key=_order)

@@ -138,13 +138,19 @@ def test_n_answers_share_their_prompt_within_one_step():
     assert s.stats().num_held_pages == 3 + 1 + 1
 
 
-def test_output_is_found_by_the_next_turn_of_a_conversation():
+@pytest.mark.parametrize("overlap", [False, True])
+def test_output_is_found_by_the_next_turn_of_a_conversation(overlap):
     s = scheduler()
     first = add(s, "a", range(6), max_tokens=7)
-    run(s)
+    steps = []
+    while s.has_work:
+        if step := s.schedule():
+            steps.append(step)
+        if not step or len(steps) > overlap:
+            commit(s, steps.pop(0))
     turn = add(s, "b", [*first.tokens, 50, 51])
     s.schedule()
-    assert turn.num_cached == 12
+    assert turn.num_cached == 12, "13 tokens, the last without KV"
 
 
 @pytest.mark.parametrize("other", [{"prefix_cache": False}, {"salt": b"tenant"}, {"prompt_logprobs": 1}])
@@ -247,6 +253,28 @@ def test_prompt_logprobs_score_each_position_once():
     assert [(d.token_ids, d.prompt_logprobs) for d in deltas] == [([], ["s"] * 4), ([7], ["s"]), ([7], None)]
 
 
+def test_prompt_logprobs_survive_a_preemption_in_the_middle():
+    s = scheduler(pages=6, budget=2)
+    add(s, "a", range(3), max_tokens=12)
+    request = add(s, "b", range(50, 62), prompt_logprobs=1, max_tokens=1)
+    scored = []
+    while step := s.schedule():
+        positions = [[*range(w.kv_len - w.num_logits, w.kv_len - w.num_samples)] for w in step]
+        for delta in s.commit(step, [[7] * w.num_samples for w in step], None, positions):
+            scored += delta.prompt_logprobs or [] if delta.request_id == "b" else []
+    assert request.num_preemptions == 1 and scored == [*range(11)]
+
+
+def test_admission_leaves_a_page_in_hand_for_each_that_runs():
+    s = scheduler(pages=5, page_size=2)  # 4 to give
+    add(s, "a", range(2), max_tokens=4)
+    add(s, "b", range(50, 56), max_tokens=1)
+    step = s.schedule()
+    assert shares(step) == {"a": 2}, "b would fit now, and be thrown out by a's next token"
+    commit(s, step)
+    assert [delta.request_id for delta in run(s)] == ["a", "a", "a", "b"] and s.stats().num_preemptions == 0
+
+
 def test_cancel_and_finish():
     s = scheduler(rows=1)
     running, waiting = add(s, "a", [1, 2]), add(s, "b", [1, 2])
@@ -265,11 +293,12 @@ def test_a_failed_step_ends_everything_and_leaves_the_scheduler_whole():
     s = scheduler(rows=2)
     for name in "abc":
         add(s, name, range(8))
-    s.schedule(), s.schedule()
+    (work, _), _ = s.schedule(), s.schedule()
     s.cancel("a")
     assert {(delta.request_id, delta.finish_reason) for delta in s.abandon()} == {("b", "error"), ("c", "error")}
     s.check()
     assert not s.has_work and s.stats().num_held_pages == s.stats().num_cached_pages == 0
+    assert len(work.pages) == 3, "whoever still reads the step finds what it was"
     again = add(s, "a", range(8))
     run(s)
     assert again.num_cached == 0, "KV of a failed step is not trusted"
