@@ -1,0 +1,169 @@
+"""A step as arrays: the tensors of `engines/step.py` and the sampling columns, cut from one int32 arena.
+
+Everything that grows with the number of tokens is array arithmetic; Python touches each request once. Page tables stay
+in place from step to step and only grow. Two arenas take turns, so that a step is filled while the one before it runs.
+Invariant: a batch is valid until the second `fill` after it; by then its step must be done.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..engines import step as names
+from .sampler import Placement, needs_history
+from .step import FROM_DEVICE, Step
+
+
+class Scored(NamedTuple):
+    """Prompt positions of one work whose log-probabilities were asked for."""
+
+    work: int  # index into the step
+    begin: int  # first of its logits rows
+    token_ids: np.ndarray  # [n] the tokens that follow those positions
+    num_logprobs: int
+
+
+class Batch(NamedTuple):
+    """What an executor needs to run a step. S sequences, T tokens, R logits rows, N samples; all arrays are int32."""
+
+    inputs: dict[str, np.ndarray]  # the graph's, by their names
+    in_flight: np.ndarray  # [F] tokens to be taken from last_token
+    in_flight_rows: np.ndarray  # [F]
+    sample_index: np.ndarray  # [N] logits rows to sample from
+    sample_rows: np.ndarray  # [N] the rows (of the scheduler) they belong to
+    sample_positions: np.ndarray  # [N] positions of the new tokens
+    sample_works: np.ndarray  # [N] index into the step
+    num_works: int
+    placements: list[Placement]  # rows with a new request, before anything is sampled
+    scored: list[Scored]
+
+
+class Arena:
+    """Buffers for steps of at most the given sizes; `fill(step)` makes the next batch."""
+
+    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, page_size: int):
+        width = -(-max_model_len // page_size)
+        size = 4 * max_num_batched_tokens + (width + 8) * max_num_seqs + 2
+        self._buffers = [np.zeros(size, np.int32), np.zeros(size, np.int32)]
+        self._page_size = page_size
+        self._table = np.zeros((max_num_seqs, width), np.int32)  # page table by row
+        self._num_pages = [0] * max_num_seqs  # entries of it that are up to date
+        self._range = np.arange(max_num_batched_tokens + 1, dtype=np.int32)
+
+    def fill(self, step: Step) -> Batch:
+        """Read the step (before anything more is committed) into the arena whose turn it is."""
+        self._buffers.reverse()
+        cut = _Cut(self._buffers[0])
+        num_works = len(step)
+        self._place_pages(step)
+        columns = np.array([work[1:5] for work in step], np.int32)  # [S, 4]
+        rows, starts, counts, num_logits = columns.T
+        query_start = cut(num_works + 1)
+        query_start[0] = 0
+        np.cumsum(counts, out=query_start[1:])
+        ends, num_tokens = query_start[1:], int(query_start[-1])
+
+        tokens, positions, slots = cut(num_tokens), cut(num_tokens), cut(num_tokens)
+        self._fill_tokens(step, tokens)
+        if num_tokens == num_works:  # nothing but single tokens
+            token_rows, positions[:] = rows, starts
+        else:
+            token_rows = np.repeat(rows, counts)
+            np.add(self._range[:num_tokens], np.repeat(starts - query_start[:-1], counts), out=positions)
+        page, offset = np.divmod(positions, self._page_size)
+        np.multiply(self._table[token_rows, page], self._page_size, out=slots)
+        slots += offset
+
+        kv_len = cut(num_works)
+        np.add(starts, counts, out=kv_len)
+        width = -(-int(kv_len.max()) // self._page_size)
+        pages = cut(num_works * width).reshape(num_works, width)
+        np.take(self._table[:, :width], rows, axis=0, out=pages)
+
+        logit_ends = np.cumsum(num_logits, dtype=np.int32)
+        num_rows = int(logit_ends[-1])
+        logit_rows = cut(max(1, num_rows))  # a graph always gets one: none is a shape that kernels need not know
+        logit_rows[0] = 0
+        if num_rows:
+            np.add(self._range[:num_rows], np.repeat(ends - logit_ends, num_logits), out=logit_rows)
+
+        in_flight = np.flatnonzero(tokens == FROM_DEVICE)
+        samples = np.flatnonzero([work[6] for work in step])
+        return Batch(
+            inputs={
+                names.TOKENS: tokens, names.POSITIONS: positions, names.SLOTS: slots, names.QUERY_START: query_start,
+                names.KV_LEN: kv_len, names.PAGES: pages, names.LOGIT_ROWS: logit_rows,
+            },
+            in_flight=in_flight,
+            in_flight_rows=token_rows[in_flight],
+            sample_index=logit_ends[samples] - 1,
+            sample_rows=rows[samples],
+            sample_positions=kv_len[samples],
+            sample_works=samples,
+            num_works=num_works,
+            placements=_placements(step),
+            scored=_scored(step, logit_ends),
+        )  # fmt: skip
+
+    def _place_pages(self, step: Step) -> None:
+        """Bring the page tables up to date: all of a row that is new to its request, else what was appended."""
+        for work in step:
+            row, pages = work.row, work.pages
+            known = 0 if work.fresh else self._num_pages[row]
+            if known != len(pages):
+                self._table[row, known : len(pages)] = pages[known:]
+                self._num_pages[row] = len(pages)
+
+    @staticmethod
+    def _fill_tokens(step: Step, tokens: np.ndarray) -> None:
+        at, single = 0, []
+        for work in step:
+            request, _, start, count, *_ = work
+            if count == 1:
+                known = request.tokens
+                single.append(known[start] if start < len(known) else FROM_DEVICE)
+            else:
+                if single:
+                    tokens[at - len(single) : at] = single
+                    single = []
+                tokens[at : at + count] = work.tokens
+            at += count
+        if single:
+            tokens[at - len(single) : at] = single
+
+
+class _Cut:
+    """Hands out an array in pieces, from its beginning."""
+
+    def __init__(self, buffer: np.ndarray):
+        self._buffer, self._used = buffer, 0
+
+    def __call__(self, size: int) -> np.ndarray:
+        begin, self._used = self._used, self._used + size
+        return self._buffer[begin : self._used]
+
+
+def _placements(step: Step) -> list[Placement]:
+    placements = []
+    for work in step:
+        if work.fresh:
+            request = work.request
+            tokens = list(request.tokens) if needs_history(request.params) else ()  # a copy: commits append to it
+            placements.append(
+                Placement(work.row, request.params, request.seed, request.num_prompt, request.stop_ids, tokens)
+            )
+    return placements
+
+
+def _scored(step: Step, logit_ends: np.ndarray) -> list[Scored]:
+    scored = []
+    for i, work in enumerate(step):
+        num = work.num_logits - work.num_samples
+        if num:
+            begin = int(logit_ends[i]) - work.num_logits
+            first = work.start + work.num_tokens - work.num_logits + 1
+            token_ids = np.array(work.request.tokens[first : first + num])
+            scored.append(Scored(i, begin, token_ids, work.request.params.prompt_logprobs or 0))
+    return scored

@@ -1,0 +1,111 @@
+"""How many KV pages an engine gets: from what the user asks, what the machine has, and what could ever be used.
+
+The default takes a stated share of the memory that is free when the engine opens; too little is refused with numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..engines.errors import EngineError
+from ..engines.manifest import Manifest
+
+MEMORY_SHARE = 0.2  # of the memory available
+MEMORY_CEILING = 4 << 30  # bytes; more has to be asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """How an engine is served. Raises EngineError for a value that cannot work.
+
+    max_num_seqs: requests that run at a time. max_num_batched_tokens: tokens per step; longer prompts go in chunks.
+    max_model_len: prompt and output of a request, by default the model's. page_size: tokens per KV page.
+    num_kv_pages: pages, one of them set aside; or kv_cache_memory: bytes for them; by default 20% of the memory
+    available, at most 4 GiB and what `max_num_seqs` requests of full length need.
+    """
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_model_len: int | None = None
+    page_size: int = 16
+    num_kv_pages: int | None = None
+    kv_cache_memory: int | None = None
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size", "num_kv_pages",
+                     "kv_cache_memory"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise EngineError(f"{name} is {value!r}; it must be an integer of at least 1.")
+        if self.num_kv_pages is not None and self.kv_cache_memory is not None:
+            raise EngineError("num_kv_pages and kv_cache_memory both size the KV pool; give one of them.")
+
+
+def model_len(manifest: Manifest, config: ServeConfig) -> int:
+    """Tokens that one request may have. Raises EngineError if more is asked than the model has positions."""
+    most = manifest.model.max_model_len
+    if config.max_model_len is not None and config.max_model_len > most:
+        raise EngineError(f"max_model_len is {config.max_model_len}; {manifest.model.source} has {most} positions.")
+    return config.max_model_len or most
+
+
+def num_kv_pages(manifest: Manifest, config: ServeConfig) -> int:
+    """Pages of the pool, the one set aside included. Raises EngineError if they do not fit or are too few."""
+    page_bytes = manifest.kv_bytes_per_token * config.page_size
+    available = available_memory()
+    length = model_len(manifest, config)
+    full = -(-length // config.page_size)  # pages of one request of full length
+    if config.num_kv_pages is not None:
+        num = config.num_kv_pages
+        if available is not None and num * page_bytes > available:
+            raise EngineError(
+                f"num_kv_pages={num} needs {_size(num * page_bytes)}, but {_size(available)} of memory is available; "
+                f"ask for at most {available // page_bytes} pages."
+            )
+    elif config.kv_cache_memory is not None:
+        num = config.kv_cache_memory // page_bytes
+        if available is not None and config.kv_cache_memory > available:
+            raise EngineError(
+                f"kv_cache_memory is {_size(config.kv_cache_memory)}, but {_size(available)} of memory is available."
+            )
+    else:
+        memory = MEMORY_CEILING if available is None else min(MEMORY_CEILING, int(MEMORY_SHARE * available))
+        num = min(memory // page_bytes, config.max_num_seqs * full + 1)
+    needed = full + 1 if config.max_model_len is not None else 2
+    if num < needed:
+        what = f"one request of max_model_len={length}" if needed > 2 else "one page"
+        raise EngineError(
+            f"The KV pool would have {num} pages of {_size(page_bytes)}, one of them set aside, but {what} needs {needed}"
+            f" ({_size(needed * page_bytes)}); raise kv_cache_memory or num_kv_pages, or lower max_model_len or page_size."
+        )
+    return num
+
+
+def available_memory() -> int | None:
+    """Bytes that can be allocated without swapping, within the control group's limit; None where unknown."""
+    found = []
+    try:
+        text = Path("/proc/meminfo").read_text()
+        found.append(1024 * int(re.search(r"MemAvailable:\s+(\d+)", text)[1]))  # type: ignore[index]
+    except (OSError, TypeError):
+        if "SC_PHYS_PAGES" in os.sysconf_names:  # macOS: half of what there is
+            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+        found.append(limit - int((group / "memory.current").read_text()) + int(cached[1] if cached else 0))
+    except (OSError, ValueError):  # no control group, or one without a limit
+        pass
+    return max(0, min(found)) if found else None
+
+
+def _size(num_bytes: int) -> str:
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes} bytes"

@@ -1,0 +1,80 @@
+"""What users may pass as prompts, and what every prompt must satisfy before anything is scheduled.
+
+The forms are vLLM's: text, token ids, `{"prompt": text}`, `{"prompt_token_ids": ids}`, or a list of such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, TypeAlias
+
+from ..engines.errors import RequestError
+from .text import Text
+
+Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a prompt is checked against."""
+
+    vocab_size: int
+    max_model_len: int
+    kv_capacity: int  # tokens in the whole KV pool
+
+
+def split(prompts: Any) -> list[Prompt]:
+    """One prompt or several -> several. A list of integers is one prompt."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise RequestError(f"The prompt is {prompts!r}; it must be text, a list of token ids, or a list of those.")
+    if prompts and all(isinstance(item, Integral) for item in prompts):
+        return [prompts]
+    return list(prompts)
+
+
+def tokens_of(prompt: Prompt, text: Text | None, limits: Limits) -> tuple[str | None, list[int]]:
+    """The prompt's text, if it was one, and its checked token ids.
+
+    Raises RequestError: not a prompt, empty, longer than the context or the KV pool, or an unknown token id.
+    """
+    words: Any = None
+    if isinstance(prompt, Mapping):
+        words, prompt = prompt.get("prompt"), prompt.get("prompt_token_ids") or prompt.get("prompt") or ""
+    if isinstance(prompt, str):
+        if text is None and prompt:
+            raise RequestError("This engine has no tokenizer; send token ids instead of text.")
+        words, ids = prompt, text.encode(prompt) if text else []
+    else:
+        ids = _ids(prompt, limits.vocab_size)
+    check_length(len(ids), limits)
+    return words, ids
+
+
+def check_length(num: int, limits: Limits) -> None:
+    """Raises RequestError unless a prompt of `num` tokens leaves room for one more."""
+    if not num:
+        raise RequestError("The prompt is empty; it needs at least one token.")
+    if num >= limits.max_model_len:
+        raise RequestError(
+            f"The prompt has {num} tokens; the context holds {limits.max_model_len}, at least one of them new: "
+            "shorten the prompt or raise max_model_len."
+        )
+    if num > limits.kv_capacity:
+        raise RequestError(
+            f"The prompt has {num} tokens; the whole KV pool holds {limits.kv_capacity}: "
+            "shorten the prompt or give the pool more memory."
+        )
+
+
+def _ids(prompt: Any, vocab_size: int) -> list[int]:
+    if not isinstance(prompt, Sequence) or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in prompt):
+        raise RequestError(f"The prompt is {str(prompt)[:60]!r}; it must be text or a list of token ids.")
+    ids = [int(i) for i in prompt]
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise RequestError(f"The prompt holds token {token}; the model's tokens are 0 to {vocab_size - 1}.")
+    return ids

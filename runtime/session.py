@@ -1,0 +1,189 @@
+"""An open engine with its loop running in a thread: what `LLM` and `AsyncLLM` share.
+
+Requests are checked in the caller's thread and handed over as orders; the loop's thread owns scheduler and streams.
+If a step fails, every open stream fails with the reason and the session is unhealthy from then on: nobody ever waits
+for an answer that cannot come.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Sequence
+from queue import SimpleQueue
+from typing import Any
+
+from ..engines.errors import EngineError, RequestError
+from . import loop
+from .batch import Arena
+from .capacity import ServeConfig, model_len, num_kv_pages
+from .engine import Engine
+from .executor import CpuExecutor
+from .kv import PagePool
+from .metrics import Metrics, Recorder
+from .prompt import Limits, Prompt, tokens_of
+from .request import SamplingParams
+from .sampler import Sampler
+from .scheduler import Scheduler
+from .step import Delta
+from .stream import Answer, Listener, Stream
+
+
+class Session:
+    """Opens the engine in `folder` and serves it until `close`. Raises EngineError if it cannot be opened."""
+
+    def __init__(self, folder: Any, config: ServeConfig):
+        self.engine = Engine.open(folder)
+        model = self.engine.manifest.model
+        max_len, num_pages = model_len(self.engine.manifest, config), num_kv_pages(self.engine.manifest, config)
+        pool = PagePool(num_pages, config.page_size, config.prefix_cache)
+        self.limits = Limits(model.vocab_size, max_len, pool.capacity)
+        self.scheduler = Scheduler(
+            pool, config.max_num_seqs, config.max_num_batched_tokens, max_len, model.eos_token_ids
+        )
+        arena = Arena(config.max_num_seqs, config.max_num_batched_tokens, max_len, config.page_size)
+        executor = CpuExecutor(
+            self.engine.program, self.engine.pools(num_pages, config.page_size),
+            Sampler(config.max_num_seqs, model.vocab_size), config.max_num_seqs,
+        )  # fmt: skip
+        self.failure: BaseException | None = None
+        self._recorder = Recorder()
+        self._open: dict[str, tuple[Stream, Answer]] = {}  # by the id of the scheduler's request
+        self._numbers = itertools.count()
+        self._closed = False
+        self._gate = threading.Lock()  # no order gets into the inbox behind the one to stop, where nobody would read it
+        self._inbox: loop.Inbox = SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, args=(arena, executor), name="ingot-loop", daemon=True)
+        self._thread.start()
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        listener: Listener,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> Stream:
+        """A checked stream, not yet submitted. Raises RequestError."""
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"The sampling parameters are {params!r}; they must be a SamplingParams.")
+        text, ids = tokens_of(prompt, self.engine.text, self.limits)
+        params.check_vocabulary(self.limits.vocab_size)
+        if params.stop_strings and self.engine.text is None:
+            raise RequestError("This engine has no tokenizer, so stop strings cannot be found; use stop_token_ids.")
+        number = str(next(self._numbers)) if request_id is None else request_id
+        return Stream(number, text, ids, params, priority, self.engine.text, listener)
+
+    def submit(self, streams: Sequence[Stream]) -> None:
+        """Hand over to the loop. A stream that the scheduler refuses fails with a RequestError of its own."""
+        with self._gate:
+            if self._closed:
+                raise EngineError("The engine is closed; open it again.")
+            self._inbox.put(lambda: self._add(streams))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request with "abort"; its pages and row are free within one step. An unknown id is ignored."""
+        with self._gate:
+            if not self._closed:
+                self._inbox.put(lambda: self._cancel(request_id))
+
+    @property
+    def healthy(self) -> bool:
+        """Open, and no step has failed."""
+        return self.failure is None and not self._closed
+
+    def metrics(self) -> Metrics:
+        """A snapshot of what the engine is doing."""
+        return self._recorder.snapshot(self.scheduler.stats(), self.healthy)
+
+    def close(self) -> None:
+        """End the loop; requests still open are aborted. A second call does nothing."""
+        with self._gate:
+            if not self._closed:
+                self._closed = True
+                self._inbox.put(None)
+        self._thread.join()
+
+    # -- the loop's thread ---------------------------------------------------------------------------------------------
+
+    def _serve(self, arena: Arena, executor: CpuExecutor) -> None:
+        try:
+            loop.run(self.scheduler, arena, executor, self._inbox, self._deliver)
+            self._hand_out([delta for key in list(self._open) if (delta := self.scheduler.cancel(key))])
+        except BaseException as error:
+            self._fail(error)
+            while loop.take(self._inbox, idle=True):  # whoever comes now is told
+                pass
+        finally:
+            executor.close()
+
+    def _add(self, streams: Sequence[Stream]) -> None:
+        refused = []
+        for stream in streams:
+            try:
+                if self.failure is not None:
+                    raise self._error()
+                for answer in stream.answers:
+                    self.scheduler.add(answer.request)
+                    self._open[answer.request.id] = stream, answer
+            except (RequestError, EngineError) as error:
+                for answer in stream.answers:
+                    if self._open.get(answer.request.id, (None,))[0] is stream:
+                        self.scheduler.cancel(answer.request.id)
+                        del self._open[answer.request.id]
+                stream.fail(error)
+                refused.append(stream)
+        _tell(refused)
+
+    def _cancel(self, request_id: str) -> None:
+        keys = [key for key, (stream, _) in self._open.items() if stream.request_id == request_id]
+        self._hand_out([delta for key in keys if (delta := self.scheduler.cancel(key))])
+
+    def _deliver(self, deltas: Sequence[Delta]) -> None:
+        """What a commit brought."""
+        self._recorder.step(time.monotonic(), sum(len(delta.token_ids) for delta in deltas))
+        self._hand_out(deltas)
+
+    def _hand_out(self, deltas: Sequence[Delta]) -> None:
+        """Deltas to their streams; a stop string ends its request in the scheduler, too."""
+        now, changed = time.monotonic(), {}
+        for delta in deltas:
+            stream, answer = self._open[delta.request_id]
+            if delta.token_ids:
+                self._recorder.tokens(answer.last_tokens_at, now, answer.request.metrics.arrival)
+                answer.last_tokens_at = now
+            stop = stream.take(answer, delta)
+            if stop is not None:
+                self.scheduler.finish(delta.request_id, "stop", stop)
+            if answer.finish_reason:
+                del self._open[delta.request_id]
+                request = answer.request
+                self._recorder.end(request.metrics, answer.finish_reason, request.num_prompt, len(answer.token_ids))
+            changed[stream] = None
+        _tell(list(changed))
+
+    def _fail(self, error: BaseException) -> None:
+        self.failure = error
+        streams = dict.fromkeys(stream for stream, _ in self._open.values())
+        self._open.clear()
+        self.scheduler.abandon()
+        for stream in streams:
+            stream.fail(self._error())
+        _tell(list(streams))
+
+    def _error(self) -> EngineError:
+        error = EngineError(
+            f"The engine failed in a step ({type(self.failure).__name__}: {self.failure}); open it again."
+        )
+        error.__cause__ = self.failure
+        return error
+
+
+def _tell(streams: Sequence[Stream]) -> None:
+    """Each listener once, with all of its streams."""
+    by_listener: dict[Listener, list[Stream]] = {}
+    for stream in streams:
+        by_listener.setdefault(stream.listener, []).append(stream)
+    for listener, some in by_listener.items():
+        listener(some)
