@@ -186,6 +186,17 @@ def test_the_last_in_order_is_preempted_and_resumes_from_the_cache():
     assert cached[0] == 0 < cached[1] and two.num_cached == 0, "what it computed is found; its own statistics stay"
 
 
+def test_what_is_recomputed_can_be_found_again():
+    s = scheduler(pages=6, page_size=2, rows=3)
+    add(s, "one", [1, 2, 3, 4], max_tokens=7)  # fills the pool
+    two = add(s, "two", [5, 6, 7], max_tokens=6)
+    run(s)
+    assert two.num_preemptions == 1 and s.stats().num_evictions >= 2
+    three = add(s, "three", two.tokens)
+    s.schedule()
+    assert three.num_cached == 8
+
+
 def test_preempted_in_flight_keeps_row_and_pages_until_the_commit():
     s = scheduler(pages=6, page_size=1, rows=2, prefix_cache=False)
     one, two = add(s, "one", [1, 2], max_tokens=4), add(s, "two", [3], max_tokens=4)
@@ -254,15 +265,15 @@ def test_prompt_logprobs_score_each_position_once():
 
 
 def test_prompt_logprobs_survive_a_preemption_in_the_middle():
-    s = scheduler(pages=6, budget=2)
-    add(s, "a", range(3), max_tokens=12)
-    request = add(s, "b", range(50, 62), prompt_logprobs=1, max_tokens=1)
+    s = scheduler(pages=5, page_size=8, budget=2)
+    add(s, "a", range(3), max_tokens=16)
+    request = add(s, "b", range(50, 66), prompt_logprobs=1, max_tokens=1)
     scored = []
     while step := s.schedule():
         positions = [[*range(w.kv_len - w.num_logits, w.kv_len - w.num_samples)] for w in step]
         for delta in s.commit(step, [[7] * w.num_samples for w in step], None, positions):
             scored += delta.prompt_logprobs or [] if delta.request_id == "b" else []
-    assert request.num_preemptions == 1 and scored == [*range(11)]
+    assert request.num_preemptions == 1 and scored == [*range(15)], "14 before it, one after"
 
 
 def test_admission_leaves_a_page_in_hand_for_each_that_runs():
