@@ -9,6 +9,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
+from .activation import fuse_gelu
 from .folding import (
     cast_by_type,
     drop_index_casts,
@@ -54,6 +55,7 @@ PASSES: tuple[Pass, ...] = (
     fuse_linear,
     fuse_bias,
     fuse_norm,
+    fuse_gelu,
     drop_batch_axis,
     drop_index_casts,
     fuse_rope,

@@ -55,3 +55,5 @@ def _pick_before(node: ir.Node, index: ir.Value) -> None:
         made.shape, made.dtype = ir.Shape((*dims(index), *dims(old)[1:])), old.dtype
         for use in list(old.uses()):
             replace(use.node.outputs[0], made)
+            node.graph.remove(use.node, safe=True)
+    node.graph.remove(node, safe=True)  # else it would still read what its inputs' makers want to pick from

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from .graph import INGOT, attribute, constant_of, dims, is_op, new, nodes, producer, replace, reshape
+from .graph import INGOT, attribute, constant_of, dims, integers, is_op, new, nodes, producer, replace, reshape
 
 ELEMENTWISE = frozenset(
     "Abs Add Cast Clip Div Erf Exp Gelu Max Min Mul Neg Pow Reciprocal Relu Sigmoid Softplus Sqrt Sub Swish Tanh "
@@ -21,12 +21,14 @@ LAST_AXIS = frozenset("LayerNormalization Linear LogSoftmax RMSNorm Softmax".spl
 
 def drop_batch_axis(model: ir.Model) -> None:
     """Ops on [1, T, ...] become the same ops on [T, ...]."""
-    for node in nodes(model, *ELEMENTWISE, *LAST_AXIS, "Gather", "Reshape"):
+    for node in nodes(model, *ELEMENTWISE, *LAST_AXIS, "Gather", "Reshape", "Slice"):
         match node.op_type:
             case "Reshape":
                 _join(node)
             case "Gather":
                 _gather(node)
+            case "Slice":
+                _slice(node)
             case "RMSNorm" if len(node.outputs) == 1:
                 _norm(node)
             case op_type if len(node.outputs) == 1 and (op_type in ELEMENTWISE or _on_last_axis(node)):
@@ -108,6 +110,17 @@ def _norm(node: ir.Node) -> None:
         if isinstance(columns, int) and isinstance(width, int) and columns % width == 0 and dims(x)[-1] == width:
             made = new(node, "RMSNorm", [inner, weight], dims(inner), y.dtype, INGOT, **_attributes(node))
             replace(y, reshape(node, made, dims(y)))
+
+
+def _slice(node: ir.Node) -> None:
+    """Columns of a view that only adds leading axes of one."""
+    x, y = node.inputs[0], node.outputs[0]
+    assert x is not None
+    inner, axes = _without_ones(x), constant_of(node.inputs[3]) if len(node.inputs) > 3 else None
+    if inner is not x and axes is not None and axes.tolist() in ([len(dims(x)) - 1], [-1]):
+        shape = (*dims(inner)[:-1], dims(y)[-1])
+        bounds = [*node.inputs[1:3], integers(node, [-1]), *node.inputs[4:]]
+        replace(y, reshape(node, new(node, "Slice", [inner, *bounds], shape, y.dtype), dims(y)))
 
 
 def _gather(node: ir.Node) -> None:
