@@ -8,7 +8,7 @@ transformers model, and their data stay in the checkpoint's files (`weights.py`)
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import onnx_ir as ir
@@ -77,7 +77,7 @@ def _trace(model: PreTrainedModel) -> ir.Model:
     if onnx is None:
         raise BuildError(f"{kind} cannot be exported: torch gave no graph")
     graph = onnx.model
-    _clean(graph)
+    _clean(graph, model.all_tied_weights_keys)
     _connect(graph)
     return graph
 
@@ -96,8 +96,11 @@ def _fake_parameters(model: nn.Module) -> None:
                 module._parameters[name] = fakes[parameter]
 
 
-def _clean(model: ir.Model) -> None:
-    """The checkpoint's names, our dimension names, and none of the tracer's notes about its own source files."""
+def _clean(model: ir.Model, tied: Mapping[str, str]) -> None:
+    """transformers' parameter names, our dimension names, and none of the tracer's notes about its own source files.
+
+    The tracer names a shared parameter by its last use (`lm_head.weight`); it gets the name of its owner in `tied`.
+    """
     graph = model.graph
     for value in list(graph.initializers.values()):
         name = value.name or ""
@@ -105,7 +108,9 @@ def _clean(model: ir.Model) -> None:
             value.const_value = None
         if name.startswith(_WRAPPER):
             graph.initializers.pop(name)
-            value.name = name.removeprefix(_WRAPPER)
+            own = name.removeprefix(_WRAPPER)
+            value.name = tied.get(own, own)
+            assert value.name not in graph.initializers, f"'{own}' is tied, but its own initialiser"
             graph.initializers[value.name] = value
     names = {
         str(value.shape[0]): dim

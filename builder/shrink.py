@@ -1,8 +1,8 @@
 """A small config of the same kind: what `gate.self_check` builds and compares.
 
 Sizes go down; everything that decides what is computed stays: options, head size (RoPE tables depend on it), scalings,
-the kinds of layers in their order, grouped heads or not, shared or separate sizes. Windows become shorter than the
-check's sequences. Invariant: the config given is left as it is.
+the kinds of layers in their order, grouped heads or not, shared or separate sizes. Windows and softcaps become
+small enough to take effect on the check's short random sequences. Invariant: the config given is left as it is.
 """
 
 from copy import deepcopy
@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 WINDOW = 8  # tokens
+SOFTCAP = 2.0
 _HEADS, _EXPERTS, _CHOSEN, _INNER, _VOCAB, _MAX_LAYERS = 4, 6, 3, 96, 320, 12
 _INNER_SIZES = (
     "intermediate_size",
@@ -38,6 +39,9 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
     _lower(small, "num_experts_per_tok", _CHOSEN)
     for name in _WINDOWS:
         _lower(small, name, WINDOW)
+    for name in config.to_dict():  # the usual 50 would not bend scores of the size that random weights give
+        if "softcap" in name.replace("_", ""):
+            _lower(small, name, SOFTCAP)
     _lower(small, "vocab_size", _VOCAB)
     for name in _TOKEN_IDS:  # embeddings have a padding index, which must be in the vocabulary
         token = getattr(small, name, None)
@@ -80,7 +84,7 @@ def _shrink_heads(config: PretrainedConfig) -> None:
         config.word_embed_proj_dim = config.hidden_size
 
 
-def _lower(config: PretrainedConfig, name: str, limit: int) -> None:
+def _lower(config: PretrainedConfig, name: str, limit: float) -> None:
     value = getattr(config, name, None)
-    if isinstance(value, int) and value > limit:
+    if isinstance(value, (int, float)) and value > limit:
         setattr(config, name, limit)

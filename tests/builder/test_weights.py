@@ -1,0 +1,115 @@
+"""The load plan gives what `from_pretrained` loads: stored as is, cast, tied, or put together from single experts."""
+
+import onnx_ir as ir
+import pytest
+import torch
+from families import FAMILIES
+from ingot.builder.checkpoint import Checkpoint
+from ingot.builder.empty_model import empty_model
+from ingot.builder.export import export
+from ingot.builder.weights import attach, load_plan
+from ingot.engines.errors import BuildError
+from ingot.plugins.dtypes import to_torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+
+def save(family, folder, **options):
+    config = FAMILIES[family]()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder, **options)
+    return model
+
+
+def plan_of(folder, dtype):
+    checkpoint = Checkpoint.open(str(folder))
+    return load_plan(checkpoint, empty_model(checkpoint.config, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["qwen2", "phi3", "gpt_neox", "gpt2", "mixtral", "qwen3_moe", "gpt_oss"])
+def test_plan_equals_from_pretrained(family, dtype, tmp_path):
+    save(family, tmp_path, max_shard_size="150KB")
+    plan = plan_of(tmp_path, dtype)
+    state = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).state_dict()
+    assert plan.keys() == state.keys()
+    for name, expected in state.items():
+        found = to_torch(plan[name])
+        assert found.dtype == dtype
+        assert torch.equal(found, expected.to(dtype)), name
+
+
+def test_experts_were_stored_one_by_one(tmp_path):
+    """What makes the test above test fusing."""
+    save("qwen3_moe", tmp_path)
+    stored = Checkpoint.open(str(tmp_path)).stored
+    assert "model.layers.0.mlp.experts.5.gate_proj.weight" in stored
+    assert not any("gate_up" in name for name in stored)
+
+
+def test_eleven_experts_are_in_numerical_order(tmp_path):
+    """Expert 10 comes after expert 9, not after expert 1."""
+    config = FAMILIES["qwen3_moe"]()
+    config.num_experts = 11
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    name = "model.layers.1.mlp.experts.down_proj"
+    assert torch.equal(to_torch(plan_of(tmp_path, torch.float32)[name]), model.state_dict()[name])
+
+
+def test_stored_as_is_points_into_the_file(tmp_path):
+    save("llama", tmp_path)
+    assert all(isinstance(tensor, ir.ExternalTensor) for tensor in plan_of(tmp_path, torch.float32).values())
+    assert all(isinstance(tensor, ir.LazyTensor) for tensor in plan_of(tmp_path, torch.bfloat16).values())
+
+
+@pytest.mark.parametrize("kept", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_tied_head_from_either_name(tmp_path, kept):
+    model = save("qwen2", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    embedding = tensors.pop("model.embed_tokens.weight")
+    save_file({**tensors, kept: embedding}, file)
+    plan = plan_of(tmp_path, torch.float32)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(to_torch(plan[name]), model.state_dict()[name])
+
+
+@pytest.mark.parametrize("family, lost", [("llama", "model.layers.1.mlp.up_proj.weight"), ("mixtral", "experts.2.w1")])
+def test_missing_weight(tmp_path, family, lost):
+    save(family, tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if lost not in name}, file)
+    with pytest.raises(BuildError, match="lacks|config.json says"):
+        plan_of(tmp_path, torch.float32)
+
+
+def test_weight_of_another_shape(tmp_path):
+    save("llama", tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), "model.norm.weight": torch.ones(63)}, file)
+    with pytest.raises(BuildError, match=r"'model.norm.weight' of shape \[63\], its config.json says \[64\]"):
+        plan_of(tmp_path, torch.float32)
+
+
+def test_exported_checkpoint_reads_the_files(tmp_path):
+    model = save("qwen2", tmp_path)
+    graph = export(Checkpoint.open(str(tmp_path)), "bfloat16")
+    state = model.state_dict()
+    weights = {name: value for name, value in graph.graph.initializers.items() if name in state}
+    assert weights.keys() == state.keys() - {"lm_head.weight"}, "the tied head is one initialiser"
+    for name, value in weights.items():
+        assert value.dtype == value.const_value.dtype == ir.DataType.BFLOAT16
+        assert torch.equal(to_torch(value.const_value), state[name].bfloat16())
+
+
+def test_attach_names_what_is_missing():
+    value = ir.Value(name="w", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([2]))
+    graph = ir.Model(ir.Graph([], [], nodes=[], initializers=[value], opset_imports={"": 23}), ir_version=10)
+    with pytest.raises(BuildError, match="'w'"):
+        attach(graph, {})
+    attach(graph, {"w": torch.tensor([1.0, 2.0])})
+    assert to_torch(value.const_value).tolist() == [1.0, 2.0]
