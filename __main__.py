@@ -41,7 +41,7 @@ def reported(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _report(error: Exception) -> int:
     match error:
-        case typer.Exit():
+        case typer.Exit() | typer.BadParameter():
             raise error
         case BrokenPipeError():  # the reader of our output has gone: `ingot generate .. | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from ..engines.manifest import Manifest
+    from . import BuildConfig
 
 
 def build(
@@ -24,9 +25,11 @@ def build(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Cast a checkpoint into an engine directory. A build that fails leaves nothing behind."""
+    from . import BuildConfig
+
     if not verbose and not debug:
         _hush()
-    manifest = _build_with_progress(model, out, target, dtype, force)
+    manifest = _build_with_progress(BuildConfig(model, str(out), target, dtype, force), verbose)
     if as_json:
         print((out / "engine.json").read_text(), end="")
         return
@@ -35,18 +38,20 @@ def build(
     print(f"{out}: {manifest.num_bytes / 1e6:.1f} MB for {manifest.target}, built in {manifest.build.seconds:.1f} s")
 
 
-def _build_with_progress(model: str, out: Path, target: str, dtype: str, force: bool) -> Manifest:
+def _build_with_progress(config: BuildConfig, verbose: bool) -> Manifest:
     """Run the build under a spinner per phase, which becomes a bar where bytes are counted."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from . import BuildConfig, build_engine
+    from . import build_engine
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
 
         def on_phase(name: str) -> None:
+            if verbose and not console.is_terminal:
+                console.print(name)  # a log has no use for a bar
             for task in bar.task_ids:
                 bar.remove_task(task)
             bar.add_task(name, total=None)
@@ -54,7 +59,7 @@ def _build_with_progress(model: str, out: Path, target: str, dtype: str, force: 
         def on_bytes(done: int, total: int) -> None:
             bar.update(bar.task_ids[-1], completed=done, total=total)
 
-        return build_engine(BuildConfig(model, str(out), target, dtype, force), on_phase, on_bytes)
+        return build_engine(config, on_phase, on_bytes)
 
 
 def _show_phases(out: Path, manifest: Manifest) -> None:

@@ -23,7 +23,7 @@ from ..engines.errors import RequestError
 from .request import RequestOutput, SamplingParams
 
 Prompt = str | list[int]
-Submit = Callable[[Prompt, SamplingParams], AsyncIterator[RequestOutput]]
+Submit = Callable[[Prompt, SamplingParams], AsyncIterator[RequestOutput]]  # each output holds only what is new
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,10 @@ async def _one(submit: Submit, job: Job, places: asyncio.Semaphore, on_done: Cal
         timing = Timing(time.perf_counter())
         try:
             async for output in submit(job.prompt, job.params):
-                total = sum(len(answer.token_ids) for answer in output.outputs)
-                if total > timing.num_output:
+                num_new = sum(len(answer.token_ids) for answer in output.outputs)
+                if num_new:
                     timing.deliveries.append(time.perf_counter())
-                timing.num_output = total
+                timing.num_output += num_new
                 timing.num_prompt, timing.num_cached = len(output.prompt_token_ids), output.num_cached_tokens
         except RequestError as error:
             timing.error = str(error)

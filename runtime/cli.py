@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -145,14 +146,15 @@ async def _load(
     from .bench import Job, run
 
     async with AsyncLLM(engine, **options) as llm:
+        submit = partial(llm.generate, deltas=True)
         # reversed, so that the warm-up leaves nothing of use in the prefix cache
-        await run(llm.generate, [Job(job.prompt[::-1], job.params) for job in jobs[:warmup]], concurrency=concurrency)
+        await run(submit, [Job(job.prompt[::-1], job.params) for job in jobs[:warmup]], concurrency=concurrency)
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task(f"{len(jobs)} requests", total=len(jobs))
             start = time.perf_counter()
             timings = await run(
-                llm.generate, jobs, concurrency=concurrency, rate=rate, seed=seed, on_done=lambda: bar.advance(task)
+                submit, jobs, concurrency=concurrency, rate=rate, seed=seed, on_done=lambda: bar.advance(task)
             )
             return timings, time.perf_counter() - start
 
@@ -162,9 +164,9 @@ def _show(figures: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    load = [f"{figures['concurrency']} at a time"] * bool(figures["concurrency"])
-    load += [f"{figures['rate']:g} a second"] * bool(figures["rate"])
-    title = f"{figures['requests']} requests, {', '.join(load)}: {figures['engine']}"
+    load = {"concurrency": "at a time", "rate": "a second"}
+    told = ", ".join(f"{figures[key]:g} {words}" for key, words in load.items() if figures[key])
+    title = f"{figures['requests']} requests, {told}: {figures['engine']}"
     table = Table(box=box.SIMPLE, title=title, title_justify="left")
     columns = ("mean", "p50", "p90", "p99", "max")
     for column in ("milliseconds", *columns):

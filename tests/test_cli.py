@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -199,12 +198,13 @@ def test_a_damaged_engine(ingot, draft, tmp_path):
 
 @pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_build_that_is_stopped_leaves_nothing(tmp_path, sent, code):
-    command = [*BUILD, DEMO / "pycoder-14m", "-o", tmp_path / "deep" / "engine"]
+    command = [*BUILD, DEMO / "pycoder-draft-2m", "-o", tmp_path / "deep" / "engine", "-v"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    time.sleep(3)
+    while "export" not in process.stderr.readline():
+        assert process.poll() is None
     process.send_signal(sent)
     err = process.communicate(timeout=30)[1]
-    assert process.returncode == code and "Traceback" not in err
+    assert process.returncode == code and "Traceback" not in err, err
     assert not list(tmp_path.iterdir())
 
 
@@ -217,3 +217,12 @@ def test_a_bug_says_so(ingot, monkeypatch, tmp_path):
     assert code == 70 and out == "" and "ZeroDivisionError: by zero" in err and "--debug" in err
     with pytest.raises(ZeroDivisionError):
         cli.app(["inspect", str(tmp_path), "--debug"])
+
+
+def test_generate_that_is_stopped(draft):
+    command = [sys.executable, "-m", "ingot", "generate", draft[0], PROMPT, "--max-tokens", "4000", "--ignore-eos"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.read(20), "it streams before it ends"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and err == "interrupted\n"

@@ -23,7 +23,7 @@ class FakeEngine:
                 raise RequestError("the prompt is too long.")
             for i in range(params.max_tokens):
                 await asyncio.sleep(self.delay)
-                answer = CompletionOutput(0, "", list(range(i + 1)))
+                answer = CompletionOutput(0, "", [i])
                 yield RequestOutput("0", None, prompt, [answer], i + 1 == params.max_tokens, num_cached_tokens=1)
         finally:
             self.now -= 1
