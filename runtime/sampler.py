@@ -139,7 +139,7 @@ class Sampler:
         logits = (logits - logits.amax(-1, keepdim=True)).div_(temperature)  # [R, V]
         weights = logits.exp()
         if flags & TRUNCATE:
-            cut = cutoffs(logits, self._top_k[rows], self._top_p[rows], self._min_p[rows])
+            cut = cutoffs(logits, weights, self._top_k[rows], self._top_p[rows], self._min_p[rows])
             weights.masked_fill_(logits < cut, 0)
         return draw(weights, uniforms(self._seed[rows], positions)).numpy().astype(np.int32)
 

@@ -122,9 +122,11 @@ def test_kept_set_equals_reference(values, top_k, top_p, min_p, temperature):
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     x = torch.tensor(values)
     x = ((x - x.max()) / temperature).unsqueeze(0)
-    kept = [x[0] >= cutoffs(x, np.array([top_k]), np.array([top_p]), np.array([min_p]))[0]]
+    kept = [x[0] >= cutoffs(x, x.exp(), np.array([top_k]), np.array([top_p]), np.array([min_p]))[0]]
     both = torch.cat((x, x.flip(1)))
-    kept.append(both[0] >= cutoffs(both, np.array([top_k, 0]), np.array([top_p, 0.999]), np.array([min_p, 0.0]))[0])
+    kept.append(
+        both[0] >= cutoffs(both, both.exp(), np.array([top_k, 0]), np.array([top_p, 0.999]), np.array([min_p, 0.0]))[0]
+    )
     assert kept[0].equal(kept[1])
     wanted = torch.tensor(reference(values, params)) > 0
     if not kept[0].equal(wanted):
@@ -139,7 +141,7 @@ def test_nucleus_wider_than_the_first_candidates():
     x[:, 0] = 1.0
     x[1] -= torch.arange(1000) * 1e-3
     x -= x.amax(-1, keepdim=True)
-    cut = cutoffs(x, np.array([0, 0]), np.array([0.9, 0.9]), np.array([0.0, 0.0]))
+    cut = cutoffs(x, x.exp(), np.array([0, 0]), np.array([0.9, 0.9]), np.array([0.0, 0.0]))
     for row in range(2):
         kept = x[row] >= cut[row]
         assert kept.tolist() == [p > 0 for p in reference(x[row].tolist(), SamplingParams(top_p=0.9))]
