@@ -1,0 +1,227 @@
+"""Binds graph nodes to the C++ kernels: what is constant becomes a C struct once, a step only passes pointers.
+
+A launch costs about 2 us of Python, most of it the allocation of the output. The structs mirror those of the
+`kernel.cpp` beside each op. A node or an input that a kernel does not serve (another dtype, an index type, too many
+rows) goes to the op's reference, so a binder never changes what an op means, only how fast it is. Structs are `bytes`,
+which ctypes passes by address; the closure keeps them alive, and the weights whose addresses they hold.
+"""
+
+import ctypes
+import struct
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .binder import Attributes, Binder, Constants, Run
+from .dtypes import TORCH_DTYPES
+from .gated_activation.reference import gated_activation
+from .linear.reference import linear
+from .paged_attention.reference import paged_attention
+from .rms_norm.reference import rms_norm
+from .rope.reference import rope
+from .rotary_cos_sin.reference import rotary_cos_sin
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # simd.h's DType
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+MAX_GROUP = 64  # query heads of a KV head that paged_attention/kernel.cpp holds in one task
+
+# Rows up to which the kernel beats F.linear.
+MAX_ROWS = {torch.float32: 64, torch.bfloat16: 16, torch.float16: 16}
+
+P, Q, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+Prototype = Callable[..., None]
+
+
+def binders(library: ctypes.CDLL) -> dict[str, Binder]:
+    """Op name -> binder over the kernels of `library`. Raises AttributeError if the library lacks one."""
+
+    def function(name: str, *types: type) -> Prototype:
+        prototype = getattr(library, name)
+        prototype.argtypes, prototype.restype = types, None
+        return prototype
+
+    return {
+        "Linear": partial(_bind_linear, function("ingot_linear", P, P, P, Q)),
+        "RMSNorm": partial(_bind_rms_norm, function("ingot_rms_norm", P, P, P, P, P, Q)),
+        "Rope": partial(_bind_rope, function("ingot_rope", P, P, P, P, Q, Q, Q)),
+        "RotaryCosSin": partial(_bind_rotary_cos_sin, function("ingot_rotary_cos_sin", P, Q, F, Q, P, P, Q)),
+        "GatedActivation": partial(_bind_gated_activation, function("ingot_gated_activation", Q, Q, P, P, Q, Q)),
+        "PagedAttention": partial(_bind_paged_attention, function("ingot_paged_attention", P, P)),
+    }
+
+
+def _bind_linear(launch: Prototype, attributes: Attributes, constants: Constants) -> Run | None:
+    _, weight, bias = constants
+    if weight is None or weight.dtype not in DTYPES or not weight.is_contiguous():
+        return None
+    if bias is not None and (bias.dtype is not weight.dtype or not bias.is_contiguous()):
+        return None
+    dtype, (width, depth) = weight.dtype, weight.shape
+    bias_address = 0 if bias is None else bias.data_ptr()
+    arguments = struct.pack("PPqqq", weight.data_ptr(), bias_address, width, depth, DTYPES[dtype])
+    max_rows, bound = MAX_ROWS[dtype], bias
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows = x.shape[0]
+        if rows > max_rows or x.dtype is not dtype or bias is not bound or x.dim() != 2:
+            return linear(x, weight, bias)
+        x = x.contiguous()
+        y = torch.empty((rows, width), dtype=dtype)
+        launch(arguments, x.data_ptr(), y.data_ptr(), rows)
+        return y
+
+    return run
+
+
+def _bind_rms_norm(launch: Prototype, attributes: Attributes, constants: Constants) -> Run | None:
+    weight = constants[1]
+    if weight is None or weight.dtype not in DTYPES or not weight.is_contiguous():
+        return None
+    dtype, size = weight.dtype, weight.shape[0]
+    epsilon, offset = attributes["epsilon"], attributes["weight_offset"]
+    fp32_multiply = int(bool(offset or attributes["fp32_multiply"]))
+    structs: dict[int, bytes] = {}  # row width -> struct
+
+    def run(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if x.dtype is not dtype or x.dim() != 2 or (residual is not None and residual.dtype is not dtype):
+            return rms_norm(x, weight, residual, **attributes)
+        rows, width = x.shape
+        arguments = structs.get(width)
+        if arguments is None:
+            chunks = width // size
+            arguments = struct.pack(
+                "Pqqqqff", weight.data_ptr(), size, chunks, fp32_multiply, DTYPES[dtype], epsilon, offset
+            )
+            structs[width] = arguments
+        x = x.contiguous()
+        y = torch.empty((rows, width), dtype=dtype)
+        if residual is None:
+            launch(arguments, x.data_ptr(), None, y.data_ptr(), None, rows)
+            return y
+        residual = residual.contiguous()
+        total = torch.empty((rows, width), dtype=dtype)
+        launch(arguments, x.data_ptr(), residual.data_ptr(), y.data_ptr(), total.data_ptr(), rows)
+        return y, total
+
+    return run
+
+
+def _bind_rope(launch: Prototype, attributes: Attributes, constants: Constants) -> Run | None:
+    shape = (attributes["num_heads"], attributes["head_dim"], attributes["interleaved"], attributes["rotary_offset"])
+    structs = {  # a 16-bit table with fp32 activations is left to the reference
+        (dtype, table): struct.pack("6q", *shape, DTYPES[dtype], DTYPES[table])
+        for dtype in DTYPES
+        for table in DTYPES
+        if table in (dtype, torch.float32)
+    }
+
+    def run(x: Tensor, cos_sin: Tensor) -> Tensor:
+        arguments = structs.get((x.dtype, cos_sin.dtype))
+        if arguments is None or x.dim() != 2:
+            return rope(x, cos_sin, **attributes)
+        x, cos_sin = x.contiguous(), cos_sin.contiguous()
+        rows, width = x.shape
+        y = torch.empty((rows, width), dtype=x.dtype)
+        launch(arguments, x.data_ptr(), cos_sin.data_ptr(), y.data_ptr(), rows, width, cos_sin.shape[1])
+        return y
+
+    return run
+
+
+def _bind_rotary_cos_sin(launch: Prototype, attributes: Attributes, constants: Constants) -> Run | None:
+    inv_freq, dtype = constants[1], TORCH_DTYPES.get(attributes["dtype"])
+    if inv_freq is None or inv_freq.dtype is not torch.float32 or not inv_freq.is_contiguous() or dtype not in DTYPES:
+        return None
+    half, scaling = inv_freq.shape[0], attributes["attention_scaling"]
+    address, code = inv_freq.data_ptr(), DTYPES[dtype]
+
+    def run(positions: Tensor, inv_freq: Tensor) -> Tensor:
+        if positions.dtype is not torch.int32 or positions.dim() != 1:
+            return rotary_cos_sin(positions, inv_freq, **attributes)
+        positions, rows = positions.contiguous(), positions.shape[0]
+        y = torch.empty((rows, 2 * half), dtype=dtype)
+        launch(address, half, scaling, code, positions.data_ptr(), y.data_ptr(), rows)
+        return y
+
+    return run
+
+
+def _bind_gated_activation(launch: Prototype, attributes: Attributes, constants: Constants) -> Run | None:
+    activation = ACTIVATIONS.get(attributes["activation"])
+    if activation is None:
+        return None
+
+    def run(x: Tensor) -> Tensor:
+        dtype = DTYPES.get(x.dtype)
+        if dtype is None or x.dim() != 2:
+            return gated_activation(x, **attributes)
+        x = x.contiguous()
+        rows, width = x.shape[0], x.shape[1] // 2
+        y = torch.empty((rows, width), dtype=x.dtype)
+        launch(activation, dtype, x.data_ptr(), y.data_ptr(), rows, width)
+        return y
+
+    return run
+
+
+def _bind_paged_attention(launch: Prototype, attributes: Attributes, constants: Constants) -> Run | None:
+    heads, kv_heads = attributes["num_heads"], attributes["num_kv_heads"]
+    head_dim, v_head_dim = attributes["head_dim"], attributes["v_head_dim"]
+    if heads % kv_heads or heads // kv_heads > MAX_GROUP:
+        return None
+    scale, window, softcap = attributes["scale"], attributes["window"], attributes["softcap"]
+    q_width, k_width, v_width = heads * head_dim, kv_heads * head_dim, kv_heads * v_head_dim
+    pack = struct.Struct("3P3q4P3q4P").pack  # AttentionCall
+    structs: dict[tuple[torch.dtype, int], bytes] = {}  # AttentionArgs by (activation dtype, page size)
+
+    def run(
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        slots: Tensor,
+        query_start: Tensor,
+        kv_len: Tensor,
+        pages: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        dtype = query.dtype
+        served = dtype in DTYPES and k_pages.dtype is dtype and v_pages.dtype is dtype
+        served = served and k_pages.is_contiguous() and v_pages.is_contiguous()
+        served = served and (sinks is None or sinks.dtype is dtype)
+        for index in (slots, query_start, kv_len, pages):
+            served = served and index.dtype is torch.int32 and index.is_contiguous()
+        if not served:
+            return paged_attention(
+                query, key, value, slots, query_start, kv_len, pages, k_pages, v_pages, sinks, **attributes
+            )
+        query, num_tokens = query.contiguous(), query.shape[0]
+        q = query.data_ptr()
+        if key is None or value is None:
+            stride, size = query.shape[1], query.element_size()
+            k, v = q + q_width * size, q + (q_width + k_width) * size
+            strides = (stride, stride, stride)
+        else:
+            key, value = key.contiguous(), value.contiguous()
+            k, v, strides = key.data_ptr(), value.data_ptr(), (q_width, k_width, v_width)
+        if sinks is not None:
+            sinks = sinks.contiguous()
+        page_size = k_pages.shape[1]
+        arguments = structs.get((dtype, page_size))
+        if arguments is None:
+            numbers = (heads, kv_heads, head_dim, v_head_dim, page_size, window, DTYPES[dtype])
+            arguments = structs[dtype, page_size] = struct.pack("7qff", *numbers, scale, softcap)
+        y = torch.empty((num_tokens, heads * v_head_dim), dtype=dtype)
+        call = pack(
+            *(q, k, v, *strides),
+            *(slots.data_ptr(), query_start.data_ptr(), kv_len.data_ptr(), pages.data_ptr()),
+            *(num_tokens, kv_len.shape[0], pages.shape[1]),
+            *(k_pages.data_ptr(), v_pages.data_ptr(), 0 if sinks is None else sinks.data_ptr(), y.data_ptr()),
+        )
+        launch(arguments, call)
+        return y
+
+    return run
