@@ -79,8 +79,8 @@ def num_kv_pages(manifest: Manifest, config: ServeConfig) -> int:
     if num < needed:
         what = f"one request of max_model_len={length}" if needed > 2 else "one page"
         raise EngineError(
-            f"The KV pool would have {num} pages of {_size(page_bytes)}, one of them set aside, but {what} needs {needed} "
-            f"({_size(needed * page_bytes)}); give more kv_cache_memory or num_kv_pages, or a smaller max_model_len."
+            f"The KV pool would have {num} pages of {_size(page_bytes)}, one of them set aside, but {what} needs "
+            f"{needed} ({_size(needed * page_bytes)}); give more kv_cache_memory or num_kv_pages, or a smaller max_model_len."
         )
     return num
 
