@@ -80,7 +80,7 @@ def num_kv_pages(manifest: Manifest, config: ServeConfig) -> int:
         what = f"one request of max_model_len={length}" if needed > 2 else "one page"
         raise EngineError(
             f"The KV pool would have {num} pages of {_size(page_bytes)}, one of them set aside, but {what} needs "
-            f"{needed} ({_size(needed * page_bytes)}); give more kv_cache_memory or num_kv_pages, or a smaller max_model_len."
+            f"{needed} pages; give more kv_cache_memory or num_kv_pages, or a smaller max_model_len."
         )
     return num
 

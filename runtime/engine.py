@@ -19,6 +19,7 @@ from ..engines.dtypes import DTYPES
 from ..engines.manifest import Manifest
 from ..engines.step import k_pages, v_pages
 from ..engines.weights import load_graph, open_weights
+from ..plugins import native
 from ..plugins.interpreter import Program
 from .request import SamplingParams
 from .text import Text
@@ -33,6 +34,7 @@ class Engine:
     folder: Path
     manifest: Manifest
     program: Program
+    torch_because: str | None  # why there are no native kernels, where torch's ops run instead
     text: Text | None
     generation_config: Mapping[str, Any]
 
@@ -41,10 +43,13 @@ class Engine:
         """Raises EngineError: no engine there, a damaged one, or one for another target."""
         folder = Path(folder)
         manifest = Manifest.open(folder, targets=TARGETS)
-        program = Program(load_graph(folder), open_weights(folder))
+        kernels = native.load(folder / manifest.target)
+        binders = kernels.binders if isinstance(kernels, native.Kernels) else None
+        program = Program(load_graph(folder), open_weights(folder), binders)
+        torch_because = None if isinstance(kernels, native.Kernels) else kernels.reason
         path = folder / "generation_config.json"
         generation_config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return cls(folder, manifest, program, Text.open(folder), generation_config)
+        return cls(folder, manifest, program, torch_because, Text.open(folder), generation_config)
 
     def pools(self, num_pages: int, page_size: int) -> dict[str, torch.Tensor]:
         """Fresh KV pools by their input names, zeros: [num_pages, page_size, kv_heads, head_dim] for each layer."""

@@ -12,21 +12,24 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 from .activation import fuse_gelu
 from .folding import (
     cast_by_type,
-    drop_index_casts,
     drop_no_ops,
     fold_constants,
     gather_rows,
-    lower_sequences,
     order_operands,
     static_shapes,
 )
 from .linear import fuse_bias, fuse_linear
 from .logits import pick_rows_early
+from .naming import name_nodes
 from .norm import fuse_norm, fuse_residual
 from .packing import fuse_gated_activation, pack_qkv, take_columns_early
 from .rope import fuse_rope
-from .rows import drop_batch_axis
+from .rows import drop_batch_axis, drop_index_casts
+from .sequences import lower_sequences
+from .summary import Summary, describe, summarise
 from .verify import verify
+
+__all__ = ["PASSES", "Summary", "describe", "optimise", "summarise"]
 
 Pass = Callable[[ir.Model], None]
 
@@ -66,6 +69,7 @@ PASSES: tuple[Pass, ...] = (
     pick_rows_early,
     share_common,
     fuse_residual,
+    name_nodes,
 )
 
 
@@ -75,9 +79,9 @@ def optimise(model: ir.Model, on_pass: Callable[[str, int], None] | None = None)
     Raises:
         BuildError: the graph is not valid after a pass (a fault of the pass, or of the export for the first).
     """
+    model.opset_imports.setdefault("ingot", 1)
     for step in PASSES:
         step(model)
-        model.opset_imports.setdefault("ingot", 1)
         drop_dead(model)
         verify(model, step.__name__)
         if on_pass:

@@ -16,6 +16,56 @@ from ...plugins.onnx_ops import ONNX_OPS
 
 Dim = int | str | None
 INGOT = "ingot"
+LARGEST_CONSTANT = 65536  # elements; what is larger is a weight
+
+
+def nodes(model: ir.Model, *op_types: str) -> list[ir.Node]:
+    """The nodes of these types (all without any) in graph order; a list, so that a pass may edit the graph."""
+    return [node for node in model.graph if not op_types or node.op_type in op_types]
+
+
+def operand(node: ir.Node, index: int = 0) -> ir.Value:
+    """An input that must be there."""
+    value = node.inputs[index]
+    assert value is not None, f"{node.op_type} lacks input {index}"
+    return value
+
+
+def made_by(value: ir.Value | None, *op_types: str, domain: str = "") -> ir.Node | None:
+    """The node that makes the value, if it is of one of these types."""
+    node = None if value is None else value.producer()
+    if node is None or node.op_type not in op_types or (node.domain or "").replace("ai.onnx", "") != domain:
+        return None
+    return node
+
+
+def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
+    """The value of an attribute, `default` where it is not given."""
+    found = node.attributes.get(name)
+    return default if found is None else found.value
+
+
+def attributes(node: ir.Node) -> dict[str, Any]:
+    """All attributes as plain values."""
+    return {name: found.value for name, found in node.attributes.items()}
+
+
+def dims(value: ir.Value) -> tuple[Dim, ...]:
+    """The shape: numbers, names, None for unknown. Every value has one after verification."""
+    assert value.shape is not None, f"'{value.name}' has no shape"
+    return tuple(d if isinstance(d, int) else d.value for d in value.shape)
+
+
+def size(value: ir.Value, axis: int) -> int:
+    """A dimension that must be a number."""
+    found = dims(value)[axis]
+    assert isinstance(found, int), f"axis {axis} of '{value.name}' is {found}"
+    return found
+
+
+def same_shape(a: ir.Value, b: ir.Value) -> bool:
+    """True where both are known to have the same shape; two unknown sizes are not the same."""
+    return dims(a) == dims(b) and None not in dims(a)
 
 
 def constant_of(value: ir.Value | None) -> torch.Tensor | None:
@@ -24,11 +74,12 @@ def constant_of(value: ir.Value | None) -> torch.Tensor | None:
         return None
     node = value.producer()
     if node is not None:
-        if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
-            return None
-        return run_node(node, ())[0]
+        made = run_node(node, ()) if made_by(value, "Constant") else None
+        return None if made is None else made[0]
     tensor = value.const_value if value.is_initializer() else None
-    if tensor is None or (tensor.dtype.is_floating_point() and tensor.shape.rank() > 0):
+    if tensor is None or tensor.size > LARGEST_CONSTANT:
+        return None
+    if tensor.dtype.is_floating_point() and tensor.shape.rank() > 0:
         return None
     return to_torch(tensor)
 
@@ -42,20 +93,19 @@ def scalar_of(value: ir.Value | None) -> float | int | bool | None:
 def run_node(node: ir.Node, inputs: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor, ...] | None:
     """Computes a standard ONNX node in torch, None if `plugins.onnx_ops` cannot."""
     binder = ONNX_OPS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
-    if binder is None:
-        return None
-    run = binder({name: attribute.value for name, attribute in node.attributes.items()}, tuple(inputs))
+    run = binder(attributes(node), tuple(inputs)) if binder else None
     if run is None:
         return None
     result = run(*inputs)
-    return result if isinstance(result, tuple) else (result,)
+    outputs = result if isinstance(result, tuple) else (result,)
+    return outputs if all(isinstance(output, torch.Tensor) for output in outputs) else None  # a sequence is no tensor
 
 
 def evaluate(value: ir.Value, known: Mapping[ir.Value, torch.Tensor]) -> torch.Tensor:
     """Computes `value` from the known ones, constants, and small buffers (initialisers) on the way.
 
     Raises:
-        LookupError: a graph input, or an op that cannot be computed, lies on the way.
+        LookupError: a graph input, a weight, or an op that cannot be computed lies on the way.
     """
     results = dict(known)
 
@@ -64,8 +114,8 @@ def evaluate(value: ir.Value, known: Mapping[ir.Value, torch.Tensor]) -> torch.T
             return results[target]
         node = target.producer()
         if node is None:
-            if target.const_value is None:
-                raise LookupError(f"'{target.name}' has no value")
+            if target.const_value is None or target.const_value.size > LARGEST_CONSTANT:
+                raise LookupError(f"'{target.name}' has no value, or a large one")
             results[target] = to_torch(target.const_value)
             return results[target]
         outputs = run_node(node, [None if source is None else visit(source) for source in node.inputs])
@@ -77,39 +127,11 @@ def evaluate(value: ir.Value, known: Mapping[ir.Value, torch.Tensor]) -> torch.T
     return visit(value)
 
 
-def dims(value: ir.Value) -> tuple[Dim, ...]:
-    """The shape: numbers, names, None for unknown. Every value has one after verification."""
-    assert value.shape is not None, f"'{value.name}' has no shape"
-    return tuple(d if isinstance(d, int) else d.value for d in value.shape)
-
-
-def same_shape(a: ir.Value, b: ir.Value) -> bool:
-    """True where both are known to have the same shape; two unknown sizes are not the same."""
-    return dims(a) == dims(b) and None not in dims(a)
-
-
-def is_op(value: ir.Value | None, *op_types: str, domain: str = "") -> bool:
-    """Whether the value is made by one of these ops."""
-    node = None if value is None else value.producer()
-    return node is not None and node.op_type in op_types and (node.domain or "").replace("ai.onnx", "") == domain
-
-
-def producer(value: ir.Value) -> ir.Node:
-    node = value.producer()
-    assert node is not None, f"'{value.name}' is made by no node"
-    return node
-
-
-def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
-    found = node.attributes.get(name)
-    return default if found is None else found.value
-
-
 def new(
     before: ir.Node,
     op_type: str,
     inputs: Sequence[ir.Value | None],
-    shape: Iterable[Dim] | ir.Shape,
+    shape: Iterable[Dim],
     dtype: ir.DataType | None,
     domain: str = "",
     /,
@@ -120,8 +142,7 @@ def new(
         inputs = inputs[:-1]
     node = ir.node(op_type, inputs, attributes=attributes, domain=domain)
     output = node.outputs[0]
-    output.shape = ir.Shape(shape)
-    output.dtype = dtype
+    output.shape, output.type = ir.Shape(shape), None if dtype is None else ir.TensorType(dtype)
     assert before.graph is not None
     before.graph.insert_before(before, node)
     return output
@@ -130,7 +151,7 @@ def new(
 def constant(before: ir.Node, tensor: torch.Tensor) -> ir.Value:
     """Inserts a Constant in front of `before`."""
     data = ir.tensor(tensor.contiguous())
-    return new(before, "Constant", [], data.shape, data.dtype, value=data)
+    return new(before, "Constant", [], tuple(tensor.shape), data.dtype, value=data)
 
 
 def integers(before: ir.Node, numbers: Sequence[int]) -> ir.Value:
@@ -148,15 +169,10 @@ def reshape(before: ir.Node, x: ir.Value, shape: Sequence[Dim]) -> ir.Value:
 def replace(old: ir.Value, replacement: ir.Value) -> None:
     """Lets every reader of `old`, the graph's outputs included, read `replacement`."""
     if old.is_graph_output():
-        graph = producer(old).graph
-        assert graph is not None
+        if replacement.is_graph_output() or replacement.producer() is None:  # has a name that must stay
+            node = old.producer()
+            assert node is not None
+            replacement = new(node, "Identity", [replacement], dims(replacement), replacement.dtype)
         name, old.name = old.name, None
-        if replacement.name in {v.name for v in graph.outputs} or replacement.producer() is None:
-            replacement = new(graph[-1], "Identity", [replacement], dims(replacement), replacement.dtype)
         replacement.name = name
     ir.convenience.replace_all_uses_with(old, replacement, replace_graph_outputs=True)
-
-
-def nodes(model: ir.Model, *op_types: str) -> list[ir.Node]:
-    """The nodes of these types (all without any) in graph order; a list, so that a pass may edit the graph."""
-    return [node for node in model.graph if not op_types or node.op_type in op_types]

@@ -6,54 +6,45 @@ on the last axis, so it may stand on [1, T, K] until `rows.py` makes it 2-D.
 
 import onnx_ir as ir
 
-from .graph import INGOT, attribute, dims, is_op, new, nodes, producer, replace
+from .graph import INGOT, attribute, dims, made_by, new, nodes, operand, replace
 from .packed_weights import pack, transposed
 
 
 def fuse_linear(model: ir.Model) -> None:
     """MatMul and Gemm with a 2-D weight -> Linear."""
     for node in nodes(model, "MatMul", "Gemm"):
-        x, y = node.inputs[0], node.outputs[0]
-        weight = _weight(node)
-        if x is None or weight is None or y.shape is None or dims(x)[-1] != dims(weight)[1]:
+        x, y = operand(node), node.outputs[0]
+        weight = _weight(model.graph, node)
+        if weight is None or dims(x)[-1] != dims(weight)[1]:
             continue
         bias = node.inputs[2] if len(node.inputs) > 2 else None
-        if bias is not None and not _is_bias(bias, weight):
-            continue
-        replace(y, new(node, "Linear", [x, weight, bias], y.shape, y.dtype, INGOT))
+        if bias is None or _is_bias(bias, weight):
+            replace(y, new(node, "Linear", [x, weight, bias], dims(y), y.dtype, INGOT))
 
 
 def fuse_bias(model: ir.Model) -> None:
     """`Linear(x, W) + b` -> `Linear(x, W, b)`."""
     for node in nodes(model, "Add"):
-        y = node.outputs[0]
-        for product, bias in (node.inputs, reversed(node.inputs)):
-            if not is_op(product, "Linear", domain=INGOT) or bias is None or len(product.uses()) > 1:  # type: ignore[union-attr]
-                continue
-            linear = producer(product)  # type: ignore[arg-type]
-            if len(linear.inputs) == 2 and _is_bias(bias, linear.inputs[1]):  # type: ignore[arg-type]
-                replace(y, new(node, "Linear", [*linear.inputs, bias], dims(y), y.dtype, INGOT))
-                break
+        y, product, bias = node.outputs[0], operand(node), operand(node, 1)
+        linear = made_by(product, "Linear", domain=INGOT)
+        if linear is None or len(product.uses()) > 1 or len(linear.inputs) > 2:
+            continue
+        if _is_bias(bias, operand(linear, 1)):
+            replace(y, new(node, "Linear", [*linear.inputs, bias], dims(y), y.dtype, INGOT))
 
 
-def _weight(node: ir.Node) -> ir.Value | None:
+def _weight(graph: ir.Graph, node: ir.Node) -> ir.Value | None:
     """The stored matrix the node multiplies by, as [N, K]; None if it is not one, or the node does more than that."""
-    right = node.inputs[1]
-    if right is None:
-        return None
-    turned = False
+    weight, turned = operand(node, 1), False
     if node.op_type == "Gemm":
         if attribute(node, "alpha", 1.0) != 1 or attribute(node, "beta", 1.0) != 1 or attribute(node, "transA", 0):
             return None
         turned = bool(attribute(node, "transB", 0))
-    elif is_op(right, "Transpose") and list(attribute(producer(right), "perm", ())) == [1, 0]:
-        turned, right = True, producer(right).inputs[0]
-    if right is None or not right.is_initializer() or len(dims(right)) != 2:
+    elif (transpose := made_by(weight, "Transpose")) and list(attribute(transpose, "perm", ())) == [1, 0]:
+        turned, weight = True, operand(transpose)
+    if not weight.is_initializer() or len(dims(weight)) != 2:
         return None
-    if turned:
-        return right
-    assert node.graph is not None
-    return pack(node.graph, transposed(right), right)  # type: ignore[arg-type]
+    return weight if turned else pack(graph, transposed(weight), weight)
 
 
 def _is_bias(value: ir.Value, weight: ir.Value) -> bool:

@@ -8,12 +8,10 @@ tokens then costs one row in all of them.
 import onnx_ir as ir
 
 from ...engines.step import LOGIT_ROWS
-from .graph import attribute, dims, new, replace
+from .graph import attribute, attributes, constant_of, dims, new, replace
 from .rows import ELEMENTWISE
 
-ROW_WISE = ELEMENTWISE | frozenset(
-    "Experts GatedActivation LayerNormalization Linear LogSoftmax RMSNorm Softmax TopK".split()
-)
+ALONG_ROW = frozenset("Experts GatedActivation LayerNormalization Linear LogSoftmax RMSNorm Softmax TopK".split())
 
 
 def pick_rows_early(model: ir.Model) -> None:
@@ -35,25 +33,28 @@ def _picks(node: ir.Node, index: ir.Value) -> bool:
 
 def _is_row_wise(node: ir.Node) -> bool:
     """On [T, W] values and along the last axis at most."""
-    if node.op_type not in ROW_WISE or any(len(dims(value)) != 2 for value in node.outputs):
+    if any(len(dims(value)) != 2 for value in node.outputs):
         return False
-    return attribute(node, "axis", -1) in (1, -1)
+    if node.op_type in ("ReduceSum", "ReduceMean", "ReduceMax"):
+        axes = constant_of(node.inputs[1]) if len(node.inputs) > 1 else None
+        return axes is not None and axes.tolist() in ([-1], [1]) and attribute(node, "keepdims", 1) == 1
+    return node.op_type in ELEMENTWISE or (node.op_type in ALONG_ROW and attribute(node, "axis", -1) in (1, -1))
 
 
 def _pick_before(node: ir.Node, index: ir.Value) -> None:
+    """The node on the picked rows of its inputs; the Gathers of its outputs go."""
     tokens = dims(node.outputs[0])[0]
     inputs: list[ir.Value | None] = []
     for value in node.inputs:
         if value is not None and not value.is_initializer() and dims(value)[:1] == (tokens,):
             value = new(node, "Gather", [value, index], (*dims(index), *dims(value)[1:]), value.dtype, axis=0)
         inputs.append(value)
-    attributes = {name: found.value for name, found in node.attributes.items()}
-    picked = ir.node(node.op_type, inputs, attributes, domain=node.domain, num_outputs=len(node.outputs))
+    made = ir.node(node.op_type, inputs, attributes(node), domain=node.domain, num_outputs=len(node.outputs))
     assert node.graph is not None
-    node.graph.insert_before(node, picked)
-    for old, made in zip(node.outputs, picked.outputs, strict=True):
-        made.shape, made.dtype = ir.Shape((*dims(index), *dims(old)[1:])), old.dtype
+    node.graph.insert_before(node, made)
+    for old, picked in zip(node.outputs, made.outputs, strict=True):
+        picked.shape, picked.type = ir.Shape((*dims(index), *dims(old)[1:])), old.type
         for use in list(old.uses()):
-            replace(use.node.outputs[0], made)
+            replace(use.node.outputs[0], picked)
             node.graph.remove(use.node, safe=True)
     node.graph.remove(node, safe=True)  # else it would still read what its inputs' makers want to pick from

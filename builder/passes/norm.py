@@ -8,7 +8,7 @@ in fp32. A norm computed in less than fp32 is left as it is.
 import onnx_ir as ir
 from onnxscript.rewriter import pattern
 
-from .graph import INGOT, dims, is_op, nodes, producer, replace, same_shape, scalar_of
+from .graph import INGOT, dims, made_by, nodes, operand, replace, same_shape, scalar_of
 
 FLOAT = ir.DataType.FLOAT
 
@@ -117,16 +117,16 @@ def fuse_norm(model: ir.Model) -> None:
 def fuse_residual(model: ir.Model) -> None:
     """`s = a + b; RMSNorm(s)` -> `RMSNorm(a, residual=b)`, which also gives s to its other readers."""
     for node in nodes(model, "RMSNorm"):
-        total, weight = node.inputs[0], node.inputs[1]
-        if not is_op(total, "Add") or len(node.inputs) > 2:
+        total = operand(node)
+        add = made_by(total, "Add")
+        if add is None or len(node.inputs) > 2:
             continue
-        add = producer(total)  # type: ignore[arg-type]
-        x, residual = add.inputs
-        if x is None or residual is None or not (same_shape(x, total) and same_shape(residual, total)):  # type: ignore[arg-type]
+        x, residual = operand(add), operand(add, 1)
+        if not (same_shape(x, total) and same_shape(residual, total)):
             continue
-        fused = ir.node("RMSNorm", [x, weight, residual], node.attributes, domain=INGOT, num_outputs=2)
+        fused = ir.node("RMSNorm", [x, node.inputs[1], residual], node.attributes, domain=INGOT, num_outputs=2)
         for made, replaced in zip(fused.outputs, (node.outputs[0], total), strict=True):
-            made.shape, made.dtype = replaced.shape, replaced.dtype
-        add.graph.insert_before(add, fused)  # before every reader of the sum
+            made.shape, made.type = replaced.shape, replaced.type
+        model.graph.insert_before(add, fused)  # before every reader of the sum
         replace(node.outputs[0], fused.outputs[0])
         replace(total, fused.outputs[1])

@@ -14,9 +14,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ...engines.errors import BuildError
-from .graph import dims
+from .graph import dims, size
 
 PARTS = "ingot.parts"  # key in `Value.meta`: tuple[Part, ...] of a packed weight
+WORKING_NUMBER = "#"  # before the number that keeps names apart while passes still have several packings of a weight
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Part:
 
 def parts_of(weight: ir.Value) -> tuple[Part, ...]:
     """What a weight is made of; one part, itself, for a stored one."""
-    return weight.meta.get(PARTS) or (Part(weight, np.arange(_length(weight))),)
+    return weight.meta.get(PARTS) or (Part(weight, np.arange(size(weight, 0))),)
 
 
 def zeros(length: int) -> tuple[Part, ...]:
@@ -52,7 +53,7 @@ def zeros(length: int) -> tuple[Part, ...]:
 
 def transposed(weight: ir.Value) -> tuple[Part, ...]:
     """The parts of the transpose of a stored [K, N] weight."""
-    return (Part(weight, np.arange(dims(weight)[1]), transposed=True),)  # type: ignore[arg-type]
+    return (Part(weight, np.arange(size(weight, 1)), transposed=True),)
 
 
 def take_rows(parts: Sequence[Part], rows: np.ndarray) -> tuple[Part, ...]:
@@ -105,22 +106,16 @@ def _joined(parts: Sequence[Part]) -> list[Part]:
 
 def _is_whole(part: Part) -> bool:
     assert part.source is not None
-    return np.array_equal(part.rows, np.arange(_length(part.source)))
-
-
-def _length(weight: ir.Value) -> int:
-    length = dims(weight)[0]
-    assert isinstance(length, int)
-    return length
+    return np.array_equal(part.rows, np.arange(size(part.source, 0)))
 
 
 def _tail(parts: Sequence[Part], like: ir.Value) -> tuple[int, ...]:
     """Sizes of all axes but the first."""
     for part in parts:
         if part.source is not None:
-            shape = dims(part.source)
-            return (shape[0],) if part.transposed else shape[1:]  # type: ignore[return-value]
-    return dims(like)[1:]  # type: ignore[return-value]
+            axes = range(1) if part.transposed else range(1, len(dims(part.source)))
+            return tuple(size(part.source, axis) for axis in axes)
+    return tuple(size(like, axis) for axis in range(1, len(dims(like))))
 
 
 def _name(parts: Sequence[Part]) -> str:
@@ -140,5 +135,5 @@ def _unique(graph: ir.Graph, name: str) -> str:
     taken, number, unique = graph.initializers, 1, name
     while unique in taken:
         number += 1
-        unique = f"{name}#{number}"
+        unique = f"{name}{WORKING_NUMBER}{number}"
     return unique

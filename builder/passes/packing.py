@@ -5,145 +5,132 @@ in its own order (GPT-NeoX by heads, Phi-3, GPT-2) fall apart into q, k, v first
 the order q|k|v; where that is the stored order, the stored tensor is used as it is.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
-from .graph import INGOT, attribute, constant_of, dims, is_op, new, nodes, producer, replace
-from .packed_weights import Part, pack, parts_of, take_rows, zeros
+from .graph import INGOT, attribute, attributes, constant_of, dims, made_by, new, nodes, operand, replace, size
+from .packed_weights import pack, parts_of, take_rows, zeros
 
 
 def take_columns_early(model: ir.Model) -> None:
-    """`Linear(x, W)[:, columns]` -> `Linear(x, W[columns])`, where every reader takes some columns of its own."""
+    """`Linear(x, W)[:, columns]` -> `Linear(x, W[columns])`, where every reader takes columns of its own."""
     for linear in nodes(model, "Linear"):
         y = linear.outputs[0]
-        taken = [(use.node, _columns(use.node)) for use in y.uses() if use.idx == 0]
-        if y.is_graph_output() or not taken or len(taken) < len(y.uses()):
+        taken = [(use.node, _columns(use.node) if use.idx == 0 else None) for use in y.uses()]
+        chosen = [columns for _, columns in taken if columns is not None]
+        if y.is_graph_output() or not taken or len(chosen) < len(taken):
             continue
-        if any(columns is None for _, columns in taken):
-            continue
-        everything = np.concatenate([columns for _, columns in taken])  # type: ignore[misc]
+        everything = np.concatenate(chosen)
         if len(np.unique(everything)) < len(everything):
             continue  # computed once, read twice: stays so
-        for node, columns in taken:
-            assert columns is not None
-            weight, bias = _rows(linear, columns)
+        weight, bias = operand(linear, 1), linear.inputs[2] if len(linear.inputs) > 2 else None
+        for (node, _), columns in zip(taken, chosen, strict=True):
+            rows = pack(model.graph, take_rows(parts_of(weight), columns), weight)
+            offset = None if bias is None else pack(model.graph, take_rows(parts_of(bias), columns), bias)
             z = node.outputs[0]
-            replace(z, new(node, "Linear", [linear.inputs[0], weight, bias], dims(z), z.dtype, INGOT))
+            replace(z, new(node, "Linear", [linear.inputs[0], rows, offset], dims(z), z.dtype, INGOT))
 
 
 def pack_qkv(model: ir.Model) -> None:
     """Three projections of one input, rotated alike -> one Linear, one Rope over q|k, attention on packed q|k|v."""
     for node in nodes(model, "PagedAttention"):
-        query, key, value = node.inputs[:3]
-        if query is None or key is None or value is None:
+        if None in node.inputs[:3]:
             continue
-        ropes = [producer(v) for v in (query, key) if is_op(v, "Rope", domain=INGOT)]
-        if len(ropes) == 1 or (ropes and not _rotate_alike(*ropes)):
+        query, key, value = (operand(node, index) for index in range(3))
+        q_rope, k_rope = made_by(query, "Rope", domain=INGOT), made_by(key, "Rope", domain=INGOT)
+        if q_rope is not None and k_rope is not None and _rotate_alike(q_rope, k_rope):
+            packed = _side_by_side(model.graph, [operand(q_rope), operand(k_rope), value])
+            if packed is None:
+                continue
+            heads = attribute(node, "num_heads") + attribute(node, "num_kv_heads")
+            options = {**attributes(q_rope), "num_heads": heads}
+            packed = new(node, "Rope", [packed, q_rope.inputs[1]], dims(packed), packed.dtype, INGOT, **options)
+        elif q_rope is None and k_rope is None:
+            packed = _side_by_side(model.graph, [query, key, value])
+            if packed is None:
+                continue
+        else:
             continue
-        if ropes:
-            query, key = ropes[0].inputs[0], ropes[1].inputs[0]
-        packed = _pack([query, key, value], before=node)
-        if packed is None:
-            continue
-        if ropes:
-            attributes = {name: found.value for name, found in ropes[0].attributes.items()}
-            attributes["num_heads"] = attribute(node, "num_heads") + attribute(node, "num_kv_heads")
-            inputs = [packed, ropes[0].inputs[1]]
-            packed = new(node, "Rope", inputs, dims(packed), packed.dtype, INGOT, **attributes)
-        for index, operand in enumerate((packed, None, None)):
-            node.replace_input_with(index, operand)
+        for index, replacement in enumerate((packed, None, None)):
+            node.replace_input_with(index, replacement)
 
 
 def fuse_gated_activation(model: ir.Model) -> None:
     """`act(gate(x)) * up(x)` -> one Linear for gate|up, and GatedActivation."""
     for node in nodes(model, "Mul"):
         y = node.outputs[0]
-        for activated, up in (node.inputs, node.inputs[::-1]):
+        for activated, up in ((operand(node), operand(node, 1)), (operand(node, 1), operand(node))):
             found = _activation(activated)
-            if found is None or up is None or len(activated.uses()) > 1:  # type: ignore[union-attr]
+            if found is None or len(activated.uses()) > 1 or dims(found[0]) != dims(up):
                 continue
-            gate, activation = found
-            packed = _pack([gate, up], before=node, reads={gate: 2 if activation == "silu" else 1})
-            if packed is not None and dims(gate) == dims(up):
-                made = new(node, "GatedActivation", [packed], dims(y), y.dtype, INGOT, activation=activation)
-                replace(y, made)
+            gate, activation, num_reads = found
+            packed = _side_by_side(model.graph, [gate, up], [num_reads, 1])
+            if packed is not None:
+                replace(y, new(node, "GatedActivation", [packed], dims(y), y.dtype, INGOT, activation=activation))
                 break
 
 
-def _activation(value: ir.Value | None) -> tuple[ir.Value, str] | None:
-    """The value that was activated and the name of the activation."""
-    node = None if value is None else value.producer()
-    if node is None or not node.inputs or node.inputs[0] is None:
+def _activation(value: ir.Value) -> tuple[ir.Value, str, int] | None:
+    """The value that was activated, the name of the activation, and how often computing it reads the value."""
+    node = made_by(value, "Relu", "Gelu", "Swish", "Mul")
+    if node is None:
         return None
     match node.op_type:
         case "Relu":
-            return node.inputs[0], "relu"
+            return operand(node), "relu", 1
         case "Gelu":
-            return node.inputs[0], "gelu_tanh" if attribute(node, "approximate", "none") == "tanh" else "gelu"
-        case "Swish" if attribute(node, "alpha", 1.0) == 1.0:
-            return node.inputs[0], "silu"
-        case "Mul":  # x * sigmoid(x)
-            for x, gate in (node.inputs, node.inputs[::-1]):
-                if is_op(gate, "Sigmoid") and producer(gate).inputs[0] is x and x is not None:  # type: ignore[arg-type]
-                    return x, "silu"
+            return operand(node), "gelu_tanh" if attribute(node, "approximate", "none") == "tanh" else "gelu", 1
+        case "Swish":
+            return (operand(node), "silu", 1) if attribute(node, "alpha", 1.0) == 1.0 else None
+    for x, gate in ((operand(node), operand(node, 1)), (operand(node, 1), operand(node))):  # x * sigmoid(x)
+        sigmoid = made_by(gate, "Sigmoid")
+        if sigmoid is not None and operand(sigmoid) is x and len(gate.uses()) == 1:
+            return x, "silu", 2
     return None
 
 
-def _pack(values: list, before: ir.Node, reads: dict[ir.Value, int] | None = None) -> ir.Value | None:
-    """One Linear for these, side by side; None unless all are Linears of one input that nobody else reads."""
-    if not all(is_op(value, "Linear", domain=INGOT) for value in values):
+def _side_by_side(
+    graph: ir.Graph, values: Sequence[ir.Value], num_reads: Sequence[int] | None = None
+) -> ir.Value | None:
+    """One Linear for all of these; None unless they are Linears of one input that are read only here."""
+    made = [made_by(value, "Linear", domain=INGOT) for value in values]
+    linears = [linear for linear in made if linear is not None]
+    if len(linears) < len(values) or len(set(linears)) < len(linears):
         return None
-    linears = [producer(value) for value in values]
-    x = linears[0].inputs[0]
-    if any(linear.inputs[0] is not x for linear in linears) or len(set(linears)) < len(linears):
+    x = operand(linears[0])
+    if any(linear.inputs[0] is not x for linear in linears) or any(value.is_graph_output() for value in values):
         return None
-    if any(len(value.uses()) != (reads or {}).get(value, 1) or value.is_graph_output() for value in values):
+    if [len(value.uses()) for value in values] != list(num_reads or [1] * len(values)):
         return None
-    weights = [linear.inputs[1] for linear in linears]
+    weights = [operand(linear, 1) for linear in linears]
     biases = [linear.inputs[2] if len(linear.inputs) > 2 else None for linear in linears]
-    graph = before.graph
-    assert isinstance(graph, ir.Graph) and x is not None
-    weight = pack(graph, [part for w in weights for part in parts_of(w)], weights[0])
-    bias = None
-    if any(biases):
-        parts: list[Part] = []
-        for b, w in zip(biases, weights, strict=True):
-            parts += zeros(dims(w)[0]) if b is None else parts_of(b)
-        bias = pack(graph, parts, next(b for b in biases if b is not None))
-    # at the first of them: a reader of one part may come before the last
-    return new(_first(linears), "Linear", [x, weight, bias], (dims(values[0])[0], dims(weight)[0]), x.dtype, INGOT)
-
-
-def _first(linears: list[ir.Node]) -> ir.Node:
-    graph = linears[0].graph
-    assert graph is not None
-    return next(node for node in graph if node in linears)
-
-
-def _rows(linear: ir.Node, rows: np.ndarray) -> tuple[ir.Value, ir.Value | None]:
-    """Weight and bias of some of the outputs of a Linear."""
-    graph = linear.graph
-    weight, bias = linear.inputs[1], linear.inputs[2] if len(linear.inputs) > 2 else None
-    assert isinstance(graph, ir.Graph) and weight is not None
-    taken = None if bias is None else pack(graph, take_rows(parts_of(bias), rows), bias)
-    return pack(graph, take_rows(parts_of(weight), rows), weight), taken
+    weight = pack(graph, [part for stored in weights for part in parts_of(stored)], weights[0])
+    bias, given = None, [b for b in biases if b is not None]
+    if given:
+        lengths = [size(stored, 0) for stored in weights]
+        parts = [zeros(n) if b is None else parts_of(b) for b, n in zip(biases, lengths, strict=True)]
+        bias = pack(graph, [part for group in parts for part in group], given[0])
+    first = next(node for node in graph if node in linears)  # a reader of one may come before the last
+    return new(first, "Linear", [x, weight, bias], (dims(x)[0], size(weight, 0)), x.dtype, INGOT)
 
 
 def _columns(node: ir.Node) -> np.ndarray | None:
     """The columns of its [T, W] input that a Gather or Slice takes."""
-    x = node.inputs[0]
-    if x is None or len(dims(x)) != 2 or not isinstance(dims(x)[1], int):
+    x = operand(node)
+    if len(dims(x)) != 2 or not isinstance(dims(x)[1], int):
         return None
-    width = dims(x)[1]
+    every = np.arange(size(x, 1))
     if node.op_type == "Gather" and attribute(node, "axis", 0) in (1, -1):
         index = constant_of(node.inputs[1])
-        return None if index is None or index.dim() != 1 else index.numpy() % width
-    if node.op_type == "Slice" and len(node.inputs) >= 4:
+        return None if index is None or index.dim() != 1 else every[index.numpy()]
+    if node.op_type == "Slice" and len(node.inputs) > 3:
         bounds = [constant_of(value) for value in node.inputs[1:]]
-        if all(bound is not None and bound.numel() == 1 for bound in bounds) and int(bounds[2]) in (1, -1):  # type: ignore
-            start, stop = (int(bound) for bound in bounds[:2])  # type: ignore[arg-type]
-            step = int(bounds[3]) if len(bounds) > 3 else 1  # type: ignore[arg-type]
-            return np.arange(width)[start : min(stop, width) : step] if step > 0 else None
+        numbers = [int(bound) for bound in bounds if bound is not None and bound.numel() == 1]
+        if len(numbers) == len(bounds) and numbers[2] in (1, -1):
+            start, stop, _, step = (*numbers, 1)[:4]
+            return every[start:stop:step] if step > 0 else None
     return None
 
 

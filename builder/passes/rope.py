@@ -1,11 +1,9 @@
 """RoPE of every family -> `RotaryCosSin` once and one `Rope` per query and key.
 
 Families write RoPE in a dozen ways: by halves or interleaved, on part of a head, with angles repeated before or after
-the cosine, on heads cut out of a packed projection. A pattern for each would miss the next one. All are maps, linear
-in x, made of moves, signs and products with a table of the positions. So the region between a projection and the
-attention is found by the kinds of its ops, and then *computed* on numbers: which columns it takes, and whether it is a
-`Rope` of them. Two different linear maps do not agree on random numbers, so agreement is proof, in the graph's own
-type bit for bit. A region that is no Rope is left as it is.
+the cosine, on heads cut out of a packed projection. A pattern for each would miss the next one. So the region before
+the attention is computed on random numbers and compared with `Rope`: two different linear maps do not agree on them,
+so agreement is proof, and in 16-bit types it must be bit for bit. A region that is no Rope is left as it is.
 """
 
 from collections.abc import Iterator
@@ -16,55 +14,33 @@ import onnx_ir as ir
 import torch
 
 from ...engines.step import POSITIONS
-from ...plugins.dtypes import TORCH_DTYPES
 from ...plugins.rope import rope
 from ...plugins.rotary_cos_sin import rotary_cos_sin
-from .graph import INGOT, attribute, constant, constant_of, dims, evaluate, new, nodes, scalar_of
+from .graph import INGOT, Dim, attribute, constant, dims, evaluate, new, nodes, scalar_of, size
+from .regions import Region, agree, region_of, tables_of
 
-MOVES = frozenset("Cast Concat Expand Gather Identity Neg Reshape Slice Split Squeeze Transpose Unsqueeze".split())
-TABLE_OPS = MOVES | frozenset("Add Cos Div MatMul Mul Sin Sub".split())
-LARGEST_BUFFER = 65536  # elements of a buffer that may lie in a table's making (inv_freq)
+FLOAT = ir.DataType.FLOAT
 PROBE_POSITIONS = torch.tensor([0, 1, 2, 5, 11, 29, 57, 123], dtype=torch.int32)
-DIGIT = 16  # column numbers are read in digits that every float type holds with room for a factor
-
-
-@dataclass(frozen=True)
-class Region:
-    """`result` is linear in `source` [T, W]: moves, signs, and products with tables of the positions."""
-
-    source: ir.Value
-    result: ir.Value
-    tables: frozenset[ir.Value]
-    positions: ir.Value
-
-    def compute(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
-        try:
-            return evaluate(self.result, {self.source: x, self.positions: positions})
-        except (LookupError, RuntimeError):  # an op without a torch form, or a shape bound to the traced lengths
-            return None
 
 
 @dataclass(frozen=True)
 class Table:
-    """What a `RotaryCosSin` node computes; `rounded_first` marks a table rounded to it and then widened to fp32."""
+    """What a `RotaryCosSin` node computes; a `widened` one is rounded to `dtype` and then cast to fp32 (Cohere 2)."""
 
-    inv_freq: torch.Tensor  # [r/2] fp32
+    inv_freq: tuple[float, ...]  # r/2 fp32 numbers, radians per position
     scaling: float
     dtype: ir.DataType
     widened: bool = False
 
     def compute(self, positions: torch.Tensor) -> torch.Tensor:
-        table = rotary_cos_sin(positions, self.inv_freq, dtype=int(self.dtype), attention_scaling=self.scaling)
+        """[T, r]: cosines, then sines."""
+        inv_freq = torch.tensor(self.inv_freq)
+        table = rotary_cos_sin(positions, inv_freq, dtype=int(self.dtype), attention_scaling=self.scaling)
         return table.float() if self.widened else table
 
 
-@dataclass(frozen=True)
-class Rotation:
-    """Attributes of a `Rope` node."""
-
-    head_dim: int
-    interleaved: int
-    rotary_offset: int
+Rotation = dict[str, int]  # attributes of a Rope node, without the number of heads
+Made = dict[Table, ir.Value]  # outputs of the RotaryCosSin (and Cast) nodes there are already
 
 
 def fuse_rope(model: ir.Model) -> None:
@@ -72,174 +48,70 @@ def fuse_rope(model: ir.Model) -> None:
     positions = next((value for value in model.graph.inputs if value.name == POSITIONS), None)
     if positions is None:
         return
-    tables = _tables(model, positions)
-    made: dict[tuple, ir.Value] = {}
+    tables = tables_of(model, positions)
+    made: Made = {}
     for node in nodes(model, "PagedAttention"):
-        for index, heads, head_dim in (
-            (0, "num_heads", "head_dim"),
-            (1, "num_kv_heads", "head_dim"),
-            (2, "num_kv_heads", "v_head_dim"),
-        ):
-            operand = node.inputs[index]
-            region = operand and _region(operand, tables, positions)
-            if region:
+        kinds = ("num_heads", "head_dim"), ("num_kv_heads", "head_dim"), ("num_kv_heads", "v_head_dim")
+        for index, (heads, head_dim) in enumerate(kinds):
+            value = node.inputs[index]
+            region = None if value is None else region_of(value, tables, positions)
+            if region is not None and region.source is not value:
                 _fuse(model, node, index, region, attribute(node, heads), attribute(node, head_dim), made)
 
 
 def _fuse(
-    model: ir.Model, node: ir.Node, index: int, region: Region, num_heads: int, head_dim: int, made: dict
+    model: ir.Model, node: ir.Node, index: int, region: Region, num_heads: int, head_dim: int, made: Made
 ) -> None:
-    """Replaces input `index` of an attention node by its columns of the region's source, rotated if they were."""
-    width = num_heads * head_dim
-    columns, scale = _columns(region)
-    dtype = region.result.dtype
-    if columns is None or len(columns) != width or dtype != region.source.dtype or dtype is None:
+    """Replaces input `index` of an attention node by columns of the region's source, rotated if they were."""
+    taken = region.columns()
+    if taken is None or len(taken[0]) != num_heads * head_dim or region.result.dtype != region.source.dtype:
         return
-    shape = (dims(region.result)[0], width)
-    if region.tables:
+    columns, factor = taken
+    if region.only_moves(columns, factor):
+        if factor != 1.0 and index != 0:
+            return
+        x = _take(node, region.source, columns)
+        if factor != 1.0:  # a scaled query: the factor goes where the scores are scaled, in fp32
+            node.attributes["scale"] = ir.AttrFloat32("scale", attribute(node, "scale") * factor)
+    else:
         found = next(_rotations(region, columns, head_dim), None)
         if found is None:
             return
         table, rotation = found
-        x = _take(node, region.source, columns, shape)
-        attributes = dict(head_dim=rotation.head_dim, interleaved=rotation.interleaved)
-        cos_sin = _cos_sin(model, region.positions, table, made)
-        x = new(
-            node, "Rope", [x, cos_sin], shape, dtype, INGOT, num_heads=num_heads, **attributes,
-            rotary_offset=rotation.rotary_offset,
-        )  # fmt: skip
-    elif scale == 1.0:
-        x = _take(node, region.source, columns, shape)
-    elif index == 0:  # a scaled query: the factor goes where the scores are scaled, in fp32
-        x = _take(node, region.source, columns, shape)
-        node.attributes["scale"] = ir.AttrFloat32("scale", attribute(node, "scale") * scale)
-    else:
-        return
+        x = _take(node, region.source, columns)
+        inputs = [x, _cos_sin(model, region.positions, table, made)]
+        x = new(node, "Rope", inputs, dims(x), x.dtype, INGOT, num_heads=num_heads, **rotation)
     node.replace_input_with(index, x)
 
 
-def _take(before: ir.Node, x: ir.Value, columns: np.ndarray, shape: tuple) -> ir.Value:
+def _take(before: ir.Node, x: ir.Value, columns: np.ndarray) -> ir.Value:
     """x[:, columns], x itself where that is all of it in order."""
-    if np.array_equal(columns, np.arange(dims(x)[1])):  # type: ignore[arg-type]
+    if np.array_equal(columns, np.arange(size(x, 1))):
         return x
-    return new(before, "Gather", [x, constant(before, torch.from_numpy(columns))], shape, x.dtype, axis=1)
-
-
-def _tables(model: ir.Model, positions: ir.Value) -> set[ir.Value]:
-    """Every value that depends on the positions and on small buffers, and on nothing else."""
-    tables = {positions}
-    for node in model.graph:
-        inputs = [value for value in node.inputs if value is not None]
-        if node.op_type in TABLE_OPS and any(value in tables for value in inputs):
-            if all(value in tables or constant_of(value) is not None or _is_buffer(value) for value in inputs):
-                tables.update(node.outputs)
-    return tables
-
-
-def _is_buffer(value: ir.Value) -> bool:
-    tensor = value.const_value if value.is_initializer() else None
-    return tensor is not None and tensor.size <= LARGEST_BUFFER
-
-
-def _region(result: ir.Value, tables: set[ir.Value], positions: ir.Value) -> Region | None:
-    """Walks up from `result` through linear ops; None unless it ends at exactly one 2-D value (and tables)."""
-    sources: set[ir.Value] = set()
-    used: set[ir.Value] = set()
-    seen: set[ir.Value] = set()
-    waiting = [result]
-    while waiting:
-        value = waiting.pop()
-        if value in seen:
-            continue
-        seen.add(value)
-        node = value.producer()
-        inputs = [] if node is None else [v for v in node.inputs if v is not None and constant_of(v) is None]
-        data = [v for v in inputs if v not in tables]
-        op_type = "" if node is None else node.op_type
-        if op_type in MOVES and len(data) == len(inputs) and data:
-            waiting += data
-        elif op_type in ("Add", "Sub") and len(data) == 2:
-            waiting += data
-        elif op_type == "Mul" and len(data) == 1 and (len(inputs) == 2 or _scalar_factor(node)):
-            waiting += data
-            used.update(v for v in inputs if v in tables)
-        else:
-            sources.add(value)
-    source = sources.pop() if len(sources) == 1 else None
-    if source is None or len(dims(source)) != 2 or not isinstance(dims(source)[1], int):
-        return None
-    return Region(source, result, frozenset(used), positions)
-
-
-def _scalar_factor(node: ir.Node | None) -> bool:
-    return node is not None and any(scalar_of(value) is not None for value in node.inputs)
-
-
-def _columns(region: Region) -> tuple[np.ndarray | None, float]:
-    """The source column each result column is, at position 0 where all cosines are one factor and all sines 0.
-
-    Token t of the probe holds digit t of each column's number and the last token holds ones, which shows the factor.
-    """
-    width, dtype = dims(region.source)[1], region.source.dtype
-    assert isinstance(width, int) and dtype is not None
-    numbers, digits = torch.arange(width), []
-    while not digits or DIGIT ** len(digits) < width:
-        digits.append(numbers // DIGIT ** len(digits) % DIGIT)
-    x = torch.stack([*digits, torch.ones(width, dtype=torch.int64)]).to(TORCH_DTYPES[int(dtype)])
-    y = region.compute(x, torch.zeros(len(x), dtype=torch.int32))
-    if y is None or y.dim() != 2 or len(y) != len(x):
-        return None, 1.0
-    y = y.double()
-    factor = float(y[-1, 0])
-    if factor <= 0 or not bool((y[-1] == factor).all()):
-        return None, 1.0
-    read = (y[:-1] / factor).round().long()
-    columns = sum(digit * DIGIT**place for place, digit in enumerate(read))
-    columns = np.asarray(columns)
-    if columns.min() < 0 or columns.max() >= width:
-        return None, 1.0
-    if not region.tables:  # no rotation: this is all the region does, which numbers must confirm
-        probe = torch.randn(len(x), width).to(x.dtype)
-        y = region.compute(probe, torch.zeros(len(x), dtype=torch.int32))
-        if y is None or not _agree(y, probe[:, columns] * factor):
-            return None, 1.0
-    return columns, factor
+    index = constant(before, torch.from_numpy(columns))
+    return new(before, "Gather", [x, index], (dims(x)[0], len(columns)), x.dtype, axis=1)
 
 
 def _rotations(region: Region, columns: np.ndarray, head_dim: int) -> Iterator[tuple[Table, Rotation]]:
     """The tables and Rope attributes with which `Rope(source[:, columns])` gives what the region gives."""
-    dtype = region.source.dtype
-    width = dims(region.source)[1]
-    assert dtype is not None and isinstance(width, int)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(len(PROBE_POSITIONS), width, generator=generator).to(TORCH_DTYPES[int(dtype)])
+    x = torch.randn(len(PROBE_POSITIONS), size(region.source, 1), generator=generator).to(region.dtype)
     expected = region.compute(x, PROBE_POSITIONS)
     if expected is None:
         return
-    taken = x[:, columns]
-    for table in _candidate_tables(region, dtype):
+    x = x[:, columns]
+    for table in _candidate_tables(region):
         cos_sin = table.compute(PROBE_POSITIONS)
-        size = cos_sin.shape[1]
-        if size > head_dim:
-            continue
-        for offset in dict.fromkeys((0, head_dim - size)):
+        width = cos_sin.shape[1]
+        for offset in dict.fromkeys((0, head_dim - width)) if width <= head_dim else ():
             for interleaved in (0, 1):
-                rotation = Rotation(head_dim, interleaved, offset)
-                attributes = dict(head_dim=head_dim, interleaved=interleaved, rotary_offset=offset)
-                y = rope(taken, cos_sin, num_heads=taken.shape[1] // head_dim, **attributes)
-                if _agree(y, expected):
+                rotation = {"head_dim": head_dim, "interleaved": interleaved, "rotary_offset": offset}
+                if agree(rope(x, cos_sin, num_heads=x.shape[1] // head_dim, **rotation), expected):
                     yield table, rotation
 
 
-def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal bit for bit in 16-bit types, where a wrong rounding order shows; to the last bits in fp32."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(a, b) if a.dtype is not torch.float32 else torch.allclose(a, b, rtol=1e-5, atol=1e-6)
-
-
-def _candidate_tables(region: Region, dtype: ir.DataType) -> Iterator[Table]:
-    """Tables the region may use: frequencies from its angles at position 1, the factor after its cosine, the types."""
+def _candidate_tables(region: Region) -> Iterator[Table]:
+    """Tables the region may use: frequencies are its angles at position 1, the factor follows the cosine."""
     cosine = _upstream(region.tables, "Cos")
     if cosine is None or cosine.inputs[0] is None:
         return
@@ -247,23 +119,21 @@ def _candidate_tables(region: Region, dtype: ir.DataType) -> Iterator[Table]:
         angles = evaluate(cosine.inputs[0], {region.positions: torch.ones(1, dtype=torch.int32)}).flatten()
     except (LookupError, RuntimeError):
         return
-    scaling = 1.0
-    for use in cosine.outputs[0].uses():
-        factors = [scalar_of(value) for value in use.node.inputs]
-        if use.node.op_type == "Mul" and any(factor is not None for factor in factors):
-            scaling = next(float(factor) for factor in factors if factor is not None)
+    users = [use.node for use in cosine.outputs[0].uses() if use.node.op_type == "Mul"]
+    scaling = next((float(f) for node in users for v in node.inputs if (f := scalar_of(v)) is not None), 1.0)
     half = len(angles) // 2
     forms = []
-    if torch.equal(angles[:half], angles[half:]):
-        forms.append(angles[:half])
-    if len(angles) % 2 == 0 and torch.equal(angles[0::2], angles[1::2]):
-        forms.append(angles[0::2])
+    if len(angles) == 2 * half:
+        forms += [angles[:half]] if torch.equal(angles[:half], angles[half:]) else []
+        forms += [angles[0::2]] if torch.equal(angles[0::2], angles[1::2]) else []
+    dtype = region.source.dtype
+    assert dtype is not None
     for inv_freq in (*forms, angles):
-        inv_freq = inv_freq.contiguous()
-        yield Table(inv_freq, scaling, dtype)
-        if dtype is not ir.DataType.FLOAT:
-            yield Table(inv_freq, scaling, ir.DataType.FLOAT)
-            yield Table(inv_freq, scaling, dtype, widened=True)
+        numbers = tuple(inv_freq.tolist())
+        yield Table(numbers, scaling, dtype)
+        if dtype is not FLOAT:
+            yield Table(numbers, scaling, FLOAT)
+            yield Table(numbers, scaling, dtype, widened=True)
 
 
 def _upstream(values: frozenset[ir.Value], op_type: str) -> ir.Node | None:
@@ -280,23 +150,25 @@ def _upstream(values: frozenset[ir.Value], op_type: str) -> ir.Node | None:
     return None
 
 
-def _cos_sin(model: ir.Model, positions: ir.Value, table: Table, made: dict) -> ir.Value:
-    """The output of the table's node, made at the head of the graph and once only."""
+def _cos_sin(model: ir.Model, positions: ir.Value, table: Table, made: Made) -> ir.Value:
+    """The value of the table, made at the head of the graph and once only."""
+    if table in made:
+        return made[table]
     graph = model.graph
-    key = (table.inv_freq.numpy().tobytes(), table.scaling, table.dtype)
-    if key not in made:
-        data = ir.tensor(table.inv_freq, name=f"rotary.{len(made)}.inv_freq")
-        inv_freq = ir.Value(name=data.name, shape=data.shape, type=ir.TensorType(data.dtype), const_value=data)
-        graph.register_initializer(inv_freq)
-        shape = (dims(positions)[0], 2 * len(table.inv_freq))
-        attributes = dict(attention_scaling=table.scaling, dtype=int(table.dtype))
-        made[key] = new(graph[0], "RotaryCosSin", [positions, inv_freq], shape, table.dtype, INGOT, **attributes)
-    if not table.widened:
-        return made[key]
-    if (*key, "widened") not in made:
-        rounded = made[key]
-        first = next(use.node for use in rounded.uses()) if rounded.uses() else graph[1]
-        made[*key, "widened"] = new(
-            first, "Cast", [rounded], dims(rounded), ir.DataType.FLOAT, to=int(ir.DataType.FLOAT)
+    if table.widened:
+        rounded = _cos_sin(model, positions, Table(table.inv_freq, table.scaling, table.dtype), made)
+        cast = ir.node("Cast", [rounded], {"to": int(FLOAT)})
+        cast.outputs[0].shape, cast.outputs[0].type = rounded.shape, ir.TensorType(FLOAT)
+        graph.insert_after(rounded.producer(), cast)  # type: ignore[arg-type]
+        made[table] = cast.outputs[0]
+    else:
+        name = f"rotary.{sum(not other.widened for other in made)}.inv_freq"
+        data = ir.tensor(torch.tensor(table.inv_freq), name=name)
+        inv_freq = ir.Value(
+            name=name, shape=ir.Shape([len(table.inv_freq)]), type=ir.TensorType(data.dtype), const_value=data
         )
-    return made[*key, "widened"]
+        graph.register_initializer(inv_freq)
+        shape: tuple[Dim, ...] = (dims(positions)[0], 2 * len(table.inv_freq))
+        options = {"attention_scaling": table.scaling, "dtype": int(table.dtype)}
+        made[table] = new(graph[0], "RotaryCosSin", [positions, inv_freq], shape, table.dtype, INGOT, **options)
+    return made[table]
