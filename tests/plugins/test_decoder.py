@@ -6,11 +6,10 @@ This is the shape of graph the passes aim at; it shows that the ops together mea
 import onnx_ir as ir
 import pytest
 import torch
-from onnx import TensorProto, helper
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from ingot.engines import step
 from ingot.plugins.interpreter import Program
+from onnx import TensorProto, helper
+from transformers import LlamaConfig, LlamaForCausalLM
 
 PAGE_SIZE, WIDTH = 4, 12
 CONFIG = LlamaConfig(

@@ -7,12 +7,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
-from torch.testing import assert_close
-
 from ingot.engines.errors import EngineError
 from ingot.plugins import OPS
 from ingot.plugins.interpreter import Program
+from onnx import TensorProto, helper, numpy_helper
+from torch.testing import assert_close
 
 
 def program(nodes, inputs, outputs, constants=(), weights=(), kernels=None):

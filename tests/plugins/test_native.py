@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from ingot.engines.dtypes import ONNX_DTYPES
 from ingot.plugins import OPS, native
 from ingot.plugins.native_binders import MAX_ROWS

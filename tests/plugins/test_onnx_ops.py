@@ -4,11 +4,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
-
 from ingot.plugins.interpreter import Program
 from ingot.plugins.onnx_ops import ONNX_OPS
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 RNG = np.random.default_rng()
 
@@ -157,9 +156,10 @@ def test_equals_onnx_reference(op, arrays, attributes, constant):
     assert len(expected) == len(ours)
     for theirs, y in zip(expected, ours.values(), strict=True):
         assert tuple(np.shape(theirs)) == tuple(y.shape)
-        assert helper.np_dtype_to_tensor_dtype(np.asarray(theirs).dtype) == ir.from_proto(
-            numpy_helper.from_array(y.numpy())
-        ).dtype
+        assert (
+            helper.np_dtype_to_tensor_dtype(np.asarray(theirs).dtype)
+            == ir.from_proto(numpy_helper.from_array(y.numpy())).dtype
+        )
         np.testing.assert_allclose(y.numpy(), theirs, rtol=1e-5, atol=1e-5)
 
 

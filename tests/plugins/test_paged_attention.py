@@ -8,7 +8,6 @@ import random
 
 import pytest
 import torch
-
 from ingot.plugins import OPS
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

@@ -5,6 +5,8 @@ import math
 import onnx
 import pytest
 import torch
+from ingot.engines.errors import EngineError
+from ingot.plugins import OPS
 from torch.testing import assert_close
 from transformers import Cohere2Config, GptOssConfig, LlamaConfig, MixtralConfig
 from transformers.models.cohere2 import modeling_cohere2
@@ -14,9 +16,6 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama import modeling_llama
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.olmo2 import modeling_olmo2
-
-from ingot.engines.errors import EngineError
-from ingot.plugins import OPS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPSILON = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # one rounding, relative

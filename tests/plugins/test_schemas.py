@@ -6,9 +6,8 @@ import sys
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, shape_inference
-
 from ingot.plugins import OPS, register_schemas
+from onnx import TensorProto, helper, shape_inference
 
 
 def test_nothing_registers_on_import():
