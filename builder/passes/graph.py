@@ -98,7 +98,8 @@ def run_node(node: ir.Node, inputs: Sequence[torch.Tensor | None]) -> tuple[torc
         return None
     result = run(*inputs)
     outputs = result if isinstance(result, tuple) else (result,)
-    return outputs if all(isinstance(output, torch.Tensor) for output in outputs) else None  # a sequence is no tensor
+    tensors = tuple(output for output in outputs if isinstance(output, torch.Tensor))
+    return tensors if len(tensors) == len(outputs) else None  # a sequence is no tensor
 
 
 def evaluate(value: ir.Value, known: Mapping[ir.Value, torch.Tensor]) -> torch.Tensor:
