@@ -1,6 +1,6 @@
 """ingot casts a Hugging Face decoder into an ahead-of-time engine and serves it.
 
-The names below are loaded on first use, so that `import ingot` costs nothing and running an engine never imports the builder.
+The names below are loaded on first use: `import ingot` costs nothing, and running an engine never imports the builder.
 """
 
 from importlib import import_module

@@ -147,7 +147,8 @@ class Session:
 
     def _hand_out(self, deltas: Sequence[Delta]) -> None:
         """Deltas to their streams; a stop string ends its request in the scheduler, too."""
-        now, changed = time.monotonic(), {}
+        now = time.monotonic()
+        changed: dict[Any, Any] = {}
         for delta in deltas:
             stream, answer = self._open[delta.request_id]
             if delta.token_ids:
