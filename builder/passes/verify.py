@@ -43,11 +43,11 @@ def _proto(model: ir.Model) -> onnx.ModelProto:
     graph = model.graph
     values = [value for node in graph for value in node.outputs if value.shape is not None and value.type is not None]
     proto = onnx.helper.make_graph(
-        [ir.to_proto(node) for node in graph],
+        [ir.serde.serialize_node(node) for node in graph],
         graph.name or "graph",
-        [ir.to_proto(value) for value in (*graph.inputs, *graph.initializers.values()) if value.name],
-        [ir.to_proto(value) for value in graph.outputs],
-        value_info=[ir.to_proto(value) for value in values if not value.is_graph_output()],
+        [ir.serde.serialize_value(value) for value in (*graph.inputs, *graph.initializers.values()) if value.name],
+        [ir.serde.serialize_value(value) for value in graph.outputs],
+        value_info=[ir.serde.serialize_value(value) for value in values if not value.is_graph_output()],
     )
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
     return onnx.helper.make_model(proto, opset_imports=opsets, ir_version=model.ir_version)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ingot.engines.dtypes import ONNX_DTYPES
 from ingot.plugins import OPS, native
+from ingot.plugins.dtypes import TORCH_DTYPES
 from ingot.plugins.native_binders import MAX_ROWS
 
 # One rounding of a result near 1 to 8: half an ulp of bf16 at 4 is 2^-7; fp32 sums differ in order only.
@@ -146,7 +146,7 @@ def test_rotary_cos_sin(kernels, dtype):
     inv_freq = 1.0 / 10000 ** (torch.arange(0, 70, 2) / 70)
     for rows in ROWS:
         positions = torch.randint(0, 131072, (rows,), dtype=torch.int32)
-        attributes = dict(dtype=ONNX_DTYPES[dtype], attention_scaling=1.2)
+        attributes = dict(dtype=next(n for n, d in TORCH_DTYPES.items() if d is dtype), attention_scaling=1.2)
         compare(kernels, "RotaryCosSin", [positions, inv_freq], constant=(1,), **attributes)
 
 
@@ -245,8 +245,11 @@ def test_library_for_another_cpu_is_refused(folder, tmp_path):
     assert isinstance(refused, native.Unavailable) and "other sources" in refused.reason
     (tmp_path / native.RECORD).write_text(json.dumps(record))
     assert isinstance(native.load(tmp_path), native.Kernels)
-    (tmp_path / native.LIBRARY).write_bytes(b"not a library")
-    assert isinstance(native.load(tmp_path), native.Unavailable)
+    damaged = tmp_path / "damaged"  # a folder of its own: the library above is mapped
+    damaged.mkdir()
+    (damaged / native.RECORD).write_text(json.dumps(record))
+    (damaged / native.LIBRARY).write_bytes(b"not a library")
+    assert isinstance(native.load(damaged), native.Unavailable)
     assert isinstance(native.load(tmp_path / "absent"), native.Unavailable)
 
 
