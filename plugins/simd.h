@@ -36,10 +36,27 @@ inline Vec splat(float value) { return Vec{} + value; }
 
 inline Vec load(const float* p) { Vec v; memcpy(&v, p, sizeof v); return v; }
 
+// GCC 12 turns __builtin_convertvector between 16 and 32 bits into a dozen shuffles where AVX-512 has one instruction.
+inline BitVec widened(HalfVec half) {
+#if defined(__AVX512F__)
+    return (BitVec)_mm512_cvtepu16_epi32((__m256i)half);
+#else
+    return __builtin_convertvector(half, BitVec);
+#endif
+}
+
+inline HalfVec narrowed(BitVec bits) {
+#if defined(__AVX512F__)
+    return (HalfVec)_mm512_cvtepi32_epi16((__m512i)bits);
+#else
+    return __builtin_convertvector(bits, HalfVec);
+#endif
+}
+
 inline Vec load(const bf16* p) {
     HalfVec half;
     memcpy(&half, p, sizeof half);
-    return (Vec)(__builtin_convertvector(half, BitVec) << 16);
+    return (Vec)(widened(half) << 16);
 }
 
 inline Vec load(const fp16* p) {
@@ -60,7 +77,7 @@ inline void store(bf16* p, Vec v) {
     BitVec bits = (BitVec)v;
     bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     bits = v == v ? bits : BitVec{} + 0x7fc0;  // the addition would turn some NaNs into zero
-    HalfVec half = __builtin_convertvector(bits, HalfVec);
+    HalfVec half = narrowed(bits);
     memcpy(p, &half, sizeof half);
 }
 
@@ -130,6 +147,23 @@ inline void sum4(const Vec* v, float* out) {
 #else
     for (int i = 0; i < 4; i++) out[i] = sum(v[i]);
 #endif
+}
+
+// The greatest lane.
+inline float largest(Vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float m = v[0];
+    for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
+    return m;
+#endif
+}
+
+// 0, 1, 2, ...
+inline Vec counted() {
+    static const float lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return load(lanes);
 }
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }

@@ -1,7 +1,9 @@
 // Linear for few rows: y[M, N] = x[M, K] weight[N, K]^T + bias, the weight where the checkpoint has it, not packed.
 // Trick: MB x NB dot products share their loads (a register tile), so each weight is read from memory once for all
 // rows, and NB rows of the weight stream side by side. Products are summed in fp32, rounded once.
-// Threads split N; a thread's slice of the weight stays in its own cache across calls.
+// Threads split N; a thread's slice of the weight stays in its own cache across calls. While a tile is computed, the
+// weights of the tile after the next are fetched: without it the first rows of each tile wait for memory (measured: 1.3
+// to 1.6 times the speed up to 24 rows).
 #include "../simd.h"
 
 struct LinearArgs {
@@ -29,12 +31,15 @@ template <> struct Dot<bf16> {  // 32 products an instruction, no conversion
 };
 #endif
 
+// ahead: weights to be fetched meanwhile, as many as w's, or null.
 template <typename T, int MB, int NB>
-inline void tile(const T* x, const T* w, int64_t K, const T* bias, T* y, int64_t ldy) {
+inline void tile(const T* x, const T* w, int64_t K, const T* bias, T* y, int64_t ldy, const T* ahead) {
     using D = Dot<T>;
     Vec acc[MB][4] = {};
     int64_t k = 0;
     for (; k + D::STEP <= K; k += D::STEP) {
+        if (ahead)
+            UNROLL for (int n = 0; n < NB; n++) __builtin_prefetch(ahead + n * K + k, 0, 2);
         typename D::Reg b[NB];
         UNROLL for (int n = 0; n < NB; n++) b[n] = D::read(w + n * K + k);
         UNROLL for (int m = 0; m < MB; m++) {
@@ -55,16 +60,16 @@ inline void tile(const T* x, const T* w, int64_t K, const T* bias, T* y, int64_t
 }
 
 template <typename T, int NB>
-inline void columns(const T* x, const T* w, int64_t K, const T* bias, T* y, int64_t N, int64_t M) {
+inline void columns(const T* x, const T* w, int64_t K, const T* bias, T* y, int64_t N, int64_t M, const T* ahead) {
     int64_t m = 0;
-    for (; m + 6 <= M; m += 6) tile<T, 6, NB>(x + m * K, w, K, bias, y + m * N, N);
+    for (; m + 6 <= M; m += 6, ahead = nullptr) tile<T, 6, NB>(x + m * K, w, K, bias, y + m * N, N, ahead);
     x += m * K, y += m * N;
     switch (M - m) {
-        case 5: return tile<T, 5, NB>(x, w, K, bias, y, N);
-        case 4: return tile<T, 4, NB>(x, w, K, bias, y, N);
-        case 3: return tile<T, 3, NB>(x, w, K, bias, y, N);
-        case 2: return tile<T, 2, NB>(x, w, K, bias, y, N);
-        case 1: return tile<T, 1, NB>(x, w, K, bias, y, N);
+        case 5: return tile<T, 5, NB>(x, w, K, bias, y, N, ahead);
+        case 4: return tile<T, 4, NB>(x, w, K, bias, y, N, ahead);
+        case 3: return tile<T, 3, NB>(x, w, K, bias, y, N, ahead);
+        case 2: return tile<T, 2, NB>(x, w, K, bias, y, N, ahead);
+        case 1: return tile<T, 1, NB>(x, w, K, bias, y, N, ahead);
     }
 }
 
@@ -72,10 +77,12 @@ template <typename T> void linear(const LinearArgs& args, const T* x, T* y, int6
     const int64_t N = args.N, K = args.K, tiles = N / 4;
     const T *weight = (const T*)args.weight, *bias = (const T*)args.bias;
 #pragma omp parallel for schedule(static) if (N * K * M > 32768)  // below, waking a thread costs more than it saves
-    for (int64_t t = 0; t < tiles; t++)
-        columns<T, 4>(x, weight + 4 * t * K, K, bias ? bias + 4 * t : nullptr, y + 4 * t, N, M);
+    for (int64_t t = 0; t < tiles; t++) {
+        const T *w = weight + 4 * t * K, *ahead = t + 2 < tiles ? w + 8 * K : nullptr;
+        columns<T, 4>(x, w, K, bias ? bias + 4 * t : nullptr, y + 4 * t, N, M, ahead);
+    }
     for (int64_t n = 4 * tiles; n < N; n++)
-        columns<T, 1>(x, weight + n * K, K, bias ? bias + n : nullptr, y + n, N, M);
+        columns<T, 1>(x, weight + n * K, K, bias ? bias + n : nullptr, y + n, N, M, nullptr);
 }
 
 extern "C" void ingot_linear(const LinearArgs* args, const void* x, void* y, int64_t M) {

@@ -30,20 +30,49 @@ struct AttentionCall {
 constexpr int BLOCK = 64, ROWS = 4, MAX_ROWS = 64;  // keys of a block; rows of a register tile; rows of a task
 
 struct Task {
-    int64_t sequence, kv_head, token, num_tokens;  // token: first query token, counted in the sequence
-    int64_t low, high;                             // keys
+    int64_t sequence, token, num_tokens;  // token: first query token, counted in the sequence
+    int64_t kv_head, num_kv_heads, low, high;  // low, high: keys
 };
 
 inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-// Running softmax of the rows of a task: maximum, sum and weighted values so far.
+// Running softmax of the rows of a task, in the caller's memory: maximum, sum and weighted values so far.
 struct Rows {
-    std::vector<float> most, mass, value;  // [rows], [rows], [rows, padded(v_head_dim)]
-    Rows(int64_t rows, int64_t width) : most(rows, -FLT_MAX), mass(rows), value(rows * width) {}
+    float *most, *mass, *value;  // [rows], [rows], [rows, padded(v_head_dim)]
+    static int64_t size(int64_t rows, int64_t width) { return rows * (width + 2); }
+    Rows(float* memory, int64_t rows) : most(memory), mass(memory + rows), value(memory + 2 * rows) {}
+    void clear(int64_t rows, int64_t width) {
+        std::fill(most, most + rows, -FLT_MAX);
+        std::fill(mass, most + size(rows, width), 0.0f);
+    }
 };
 
-template <int R> inline void scores(const float* q, int64_t width, const float* const* k, int64_t num_keys, float* out) {
+// A buffer that each thread keeps from call to call; what it held is not kept.
+template <typename Tag> float* scratch(int64_t size) {
+    static thread_local std::vector<float> buffer;
+    if ((int64_t)buffer.size() < size) buffer.resize(size);
+    return buffer.data();
+}
+
+// out[r] = q[r] @ k for R rows.
+// The rows of the next block, to be fetched while this one is computed: pages lie anywhere, and the CPU's own prefetcher
+// ends with a page. One row at a time between the products: asked for at once, they would make the core wait for them.
+template <typename T> struct Ahead {
+    const T* rows[BLOCK];
+    int64_t count, width;
+    // always inlined: GCC takes a function that only prefetches for one without effect, and drops its calls
+    __attribute__((always_inline)) void fetch(int64_t row) const {
+        if (row < count)
+            for (int64_t d = 0; d < width; d += 64 / sizeof(T)) __builtin_prefetch(rows[row] + d, 0, 2);
+    }
+};
+
+// out[r] = q[r] @ k for R rows.
+template <int R, typename K, typename T>
+inline void scores(const float* q, int64_t width, const K* const* k, int64_t num_keys, float* out,
+                   const Ahead<T>& ahead) {
     for (int64_t i = 0; i < num_keys; i += 4) {  // the pointers are padded to a multiple of 4
+        for (int64_t j = i; j < i + 4; j++) ahead.fetch(j);
         Vec acc[R][4] = {};
         for (int64_t d = 0; d < width; d += LANES) {
             Vec key[4];
@@ -58,13 +87,14 @@ template <int R> inline void scores(const float* q, int64_t width, const float* 
 }
 
 // value[r] = value[r] * shrink[r] + weights[r] @ v, for C vectors of columns from `at` on.
-template <int R, int C>
-inline void weigh(const float* weights, const float* shrink, const float* const* v, int64_t num_keys, float* value,
-                  int64_t width, int64_t at) {
+template <int R, int C, typename V, typename T>
+inline void weigh(const float* weights, const float* shrink, const V* const* v, int64_t num_keys, float* value,
+                  int64_t width, int64_t at, const Ahead<T>& ahead) {
     Vec acc[R][C];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int c = 0; c < C; c++) acc[r][c] = load(value + r * width + at + c * LANES) * splat(shrink[r]);
     for (int64_t i = 0; i < num_keys; i++) {
+        ahead.fetch(i);
         Vec column[C];
         UNROLL for (int c = 0; c < C; c++) column[c] = load(v[i] + at + c * LANES);
         UNROLL for (int r = 0; r < R; r++)
@@ -74,122 +104,154 @@ inline void weigh(const float* weights, const float* shrink, const float* const*
         UNROLL for (int c = 0; c < C; c++) store(value + r * width + at + c * LANES, acc[r][c]);
 }
 
-// Pointers to the fp32 rows of keys [from, from + n) in the pool: into it where it is fp32, else into a converted copy.
+// Pointers to the rows of keys [from, from + n) in the pages of one KV head; padded to a multiple of 4 by repetition.
 template <typename T>
 void locate(const T* pool, int64_t width, int64_t kv_head, const AttentionArgs& args, const int32_t* table,
-            int64_t from, int64_t n, std::vector<float>& copy, const float** rows) {
-    const int64_t padded_width = padded(width);
-    for (int64_t i = 0; i < n; i++) {
-        const int64_t page = table[(from + i) / args.page_size], slot = page * args.page_size + (from + i) % args.page_size;
-        const T* row = pool + (slot * args.num_kv_heads + kv_head) * width;
-        if constexpr (sizeof(T) == 4) {
-            if (width == padded_width) { rows[i] = row; continue; }
-        }
-        float* target = copy.data() + i * padded_width;
-        for_vectors<T>(width, [&](int64_t d, auto read, auto) { store(target + d, read(row + d)); });
-        rows[i] = target;
+            int64_t from, int64_t n, const T** rows) {
+    const int64_t stride = args.num_kv_heads * width, last = from + n - 1;
+    for (int64_t key = from; key <= last;) {
+        const int64_t page = key / args.page_size, offset = key % args.page_size;
+        const int64_t end = std::min(last, key + args.page_size - 1 - offset);  // divided once a page, not once a key
+        const T* row = pool + (table[page] * args.page_size + offset) * stride + kv_head * width;
+        for (; key <= end; key++, row += stride) *rows++ = row;
     }
-    for (int64_t i = n; i % 4; i++) rows[i] = rows[n - 1];
+    for (int64_t i = n; n && i % 4; i++, rows++) *rows = rows[-1];
 }
 
-// Attends the rows of a task to its keys.
-template <typename T> void attend(const AttentionArgs& args, const AttentionCall& call, const Task& task, Rows& rows) {
+// The same rows as fp32, padded to whole vectors with zeros: worth it where many rows of queries read them.
+template <typename T> void convert(const T* const* rows, int64_t n, int64_t width, float* copy, const float** copies) {
+    for (int64_t i = 0; i < n; i++, copy += padded(width)) {
+        for_vectors<T>(width, [&](int64_t d, auto read, auto) { store(copy + d, read(rows[i] + d)); });
+        copies[i] = copy;
+    }
+    for (int64_t i = n; i % 4; i++) copies[i] = copies[n - 1];
+}
+
+// Calls body(R, r) for tiles of R <= ROWS rows from r on, R a constant.
+template <typename Body> inline void for_tiles(int64_t num_rows, Body body) {
+    int64_t r = 0;
+    for (; r + ROWS <= num_rows; r += ROWS) body(std::integral_constant<int, ROWS>{}, r);
+    switch (num_rows - r) {
+        case 3: return body(std::integral_constant<int, 3>{}, r);
+        case 2: return body(std::integral_constant<int, 2>{}, r);
+        case 1: return body(std::integral_constant<int, 1>{}, r);
+    }
+}
+
+// Scores of one row -> weights, in place, for keys [begin, end) of the block's n; returns what shrinks the value so far.
+inline float soften(float* row, int64_t n, int64_t begin, int64_t end, float softcap, float& most_so_far, float& mass_so_far) {
+    Vec most = splat(most_so_far);
+    const bool masked = begin > 0 || end < n || n % LANES;
+    for (int64_t i = 0; i < n; i += LANES) {
+        Vec s = load(row + i);
+        if (softcap) s = splat(softcap) * tanh(s / splat(softcap));
+        if (masked) {
+            const Vec at = counted() + splat((float)i);
+            s = at >= splat((float)begin) ? s : splat(-FLT_MAX);
+            s = at < splat((float)end) ? s : splat(-FLT_MAX);
+        }
+        store(row + i, s);
+        most = max(most, s);
+    }
+    const float peak = largest(most);
+    Vec mass = {};
+    for (int64_t i = 0; i < n; i += LANES) {
+        Vec s = load(row + i), p = exp(s - splat(peak));
+        if (masked) p = s > splat(-FLT_MAX) ? p : Vec{};
+        store(row + i, p);
+        mass += p;
+    }
+    const float shrink = expf(most_so_far - peak);
+    mass_so_far = mass_so_far * shrink + sum(mass);
+    most_so_far = peak;
+    return shrink;
+}
+
+// Attends the rows of a task to its keys: for each KV head its query tokens' heads, one after the other.
+template <typename T> void attend(const AttentionArgs& args, const AttentionCall& call, const Task& task, Rows all) {
     const int64_t group = args.num_heads / args.num_kv_heads, num_rows = task.num_tokens * group;
     const int64_t width = padded(args.head_dim), v_width = padded(args.v_head_dim), window = args.window;
     const int64_t first_token = call.query_start[task.sequence] + task.token;
     const int64_t num_queries = call.query_start[task.sequence + 1] - call.query_start[task.sequence];
     const int64_t position = call.kv_len[task.sequence] - num_queries + task.token;  // of the task's first token
     const int32_t* table = call.pages + task.sequence * call.table_width;
+    const T *k_pages = (const T*)call.k_pages, *v_pages = (const T*)call.v_pages;
 
-    std::vector<float> q(num_rows * width), k_copy(BLOCK * width), v_copy(BLOCK * v_width);
+    float* queries = scratch<struct Queries>(task.num_kv_heads * num_rows * width);
+    float* k_copy = scratch<struct Keys>(BLOCK * width);
+    float* v_copy = scratch<struct Values>(BLOCK * v_width);
     alignas(64) float weights[MAX_ROWS * BLOCK];
     float shrink[MAX_ROWS];
-    for (int64_t r = 0; r < num_rows; r++) {
-        const T* row = (const T*)call.query + (first_token + r / group) * call.query_stride +
-                       (task.kv_head * group + r % group) * args.head_dim;
+    for (int64_t r = 0; r < task.num_kv_heads * num_rows; r++) {
+        const int64_t head = (task.kv_head + r / num_rows) * group + r % group, token = first_token + r % num_rows / group;
+        const T* row = (const T*)call.query + token * call.query_stride + head * args.head_dim;
         for_vectors<T>(args.head_dim, [&](int64_t d, auto read, auto) {
-            store(q.data() + r * width + d, read(row + d) * splat(args.scale));
+            store(queries + r * width + d, read(row + d) * splat(args.scale));
         });
     }
+    const bool whole = width == args.head_dim && v_width == args.v_head_dim;
+    const bool in_place = whole && (sizeof(T) == 4 || num_rows <= ROWS);  // few rows: converted where it is read
     for (int64_t from = task.low; from < task.high; from += BLOCK) {
-        const int64_t n = std::min<int64_t>(BLOCK, task.high - from);
-        const float *k[BLOCK], *v[BLOCK];
-        locate((const T*)call.k_pages, args.head_dim, task.kv_head, args, table, from, n, k_copy, k);
-        locate((const T*)call.v_pages, args.v_head_dim, task.kv_head, args, table, from, n, v_copy, v);
-        for (int64_t r = 0; r < num_rows;) {
-            const float* part = q.data() + r * width;
-            switch (std::min<int64_t>(ROWS, num_rows - r)) {
-                case 4: scores<4>(part, width, k, n, weights + r * BLOCK); r += 4; break;
-                case 3: scores<3>(part, width, k, n, weights + r * BLOCK); r += 3; break;
-                case 2: scores<2>(part, width, k, n, weights + r * BLOCK); r += 2; break;
-                default: scores<1>(part, width, k, n, weights + r * BLOCK); r += 1;
-            }
-        }
-        for (int64_t r = 0; r < num_rows; r++) {
-            const int64_t asker = position + r / group;  // sees keys in (asker - window, asker]
-            const float begin = (float)(window ? std::max<int64_t>(asker - window + 1 - from, 0) : 0);
-            const float end = (float)std::min<int64_t>(asker + 1 - from, n);
-            float* row = weights + r * BLOCK;
-            Vec most = splat(rows.most[r]), index;
-            for (int i = 0; i < LANES; i++) index[i] = (float)i;
-            for (int64_t i = 0; i < n; i += LANES) {
-                Vec s = load(row + i), at = index + splat((float)i);
-                if (args.softcap) s = splat(args.softcap) * tanh(s / splat(args.softcap));
-                s = (at >= splat(begin)) & (at < splat(end)) ? s : splat(-FLT_MAX);
-                store(row + i, s);
-                most = max(most, s);
-            }
-            float peak = most[0];
-            for (int i = 1; i < LANES; i++) peak = std::max(peak, most[i]);
-            Vec mass = {};
-            for (int64_t i = 0; i < n; i += LANES) {
-                Vec s = load(row + i);
-                Vec p = s > splat(-FLT_MAX) ? exp(s - splat(peak)) : Vec{};
-                store(row + i, p);
-                mass += p;
-            }
-            shrink[r] = exp(splat(rows.most[r] - peak))[0];
-            rows.mass[r] = rows.mass[r] * shrink[r] + sum(mass);
-            rows.most[r] = peak;
-        }
-        for (int64_t r = 0; r < num_rows;) {
-            const int64_t height = std::min<int64_t>(ROWS, num_rows - r);
-            float* value = rows.value.data() + r * v_width;
-            auto pass = [&](auto height) {
-                constexpr int R = decltype(height)::value;
-                int64_t at = 0;
-                for (; at + 4 * LANES <= v_width; at += 4 * LANES)
-                    weigh<R, 4>(weights + r * BLOCK, shrink + r, v, n, value, v_width, at);
-                for (; at < v_width; at += LANES)
-                    weigh<R, 1>(weights + r * BLOCK, shrink + r, v, n, value, v_width, at);
+        const int64_t n = std::min<int64_t>(BLOCK, task.high - from), next = std::min<int64_t>(BLOCK, task.high - from - n);
+        for (int64_t h = 0; h < task.num_kv_heads; h++) {
+            const float* q = queries + h * num_rows * width;
+            const Rows rows(all.most + h * Rows::size(num_rows, v_width), num_rows);
+            const T *k[BLOCK], *v[BLOCK];
+            locate(k_pages, args.head_dim, task.kv_head + h, args, table, from, n, k);
+            locate(v_pages, args.v_head_dim, task.kv_head + h, args, table, from, n, v);
+            Ahead<T> next_k{{}, next, args.head_dim}, next_v{{}, next, args.v_head_dim};
+            locate(k_pages, args.head_dim, task.kv_head + h, args, table, from + n, next, next_k.rows);
+            locate(v_pages, args.v_head_dim, task.kv_head + h, args, table, from + n, next, next_v.rows);
+            auto block = [&](auto k, auto v) {
+                for_tiles(num_rows, [&](auto R, int64_t r) {
+                    scores<R()>(q + r * width, width, k, n, weights + r * BLOCK, next_k);
+                    next_k.count = 0;
+                });
+                for (int64_t r = 0; r < num_rows; r++) {
+                    const int64_t asker = position + r / group - from;  // sees keys in (asker - window, asker]
+                    const int64_t begin = window ? std::max<int64_t>(asker - window + 1, 0) : 0;
+                    const int64_t end = std::min<int64_t>(asker + 1, n);
+                    shrink[r] = soften(weights + r * BLOCK, n, begin, end, args.softcap, rows.most[r], rows.mass[r]);
+                }
+                for_tiles(num_rows, [&](auto R, int64_t r) {
+                    float* value = rows.value + r * v_width;
+                    int64_t at = 0;
+                    for (; at + 4 * LANES <= v_width; at += 4 * LANES, next_v.count = 0)
+                        weigh<R(), 4>(weights + r * BLOCK, shrink + r, v, n, value, v_width, at, next_v);
+                    for (; at < v_width; at += LANES, next_v.count = 0)
+                        weigh<R(), 1>(weights + r * BLOCK, shrink + r, v, n, value, v_width, at, next_v);
+                });
             };
-            switch (height) {
-                case 4: pass(std::integral_constant<int, 4>{}); break;
-                case 3: pass(std::integral_constant<int, 3>{}); break;
-                case 2: pass(std::integral_constant<int, 2>{}); break;
-                default: pass(std::integral_constant<int, 1>{});
+            if (in_place) {
+                block((const T* const*)k, (const T* const*)v);
+            } else {
+                const float *k_rows[BLOCK], *v_rows[BLOCK];
+                convert(k, n, args.head_dim, k_copy, k_rows);
+                convert(v, n, args.v_head_dim, v_copy, v_rows);
+                block((const float* const*)k_rows, (const float* const*)v_rows);
             }
-            r += height;
         }
     }
 }
 
-// Merges what the splits of a task found, adds the sinks, divides and writes.
+// Merges what the splits of a task found for one KV head, adds the sinks, divides and writes.
 template <typename T>
-void finish(const AttentionArgs& args, const AttentionCall& call, const Task& task, const Rows* parts, int64_t splits) {
+void finish(const AttentionArgs& args, const AttentionCall& call, const Task& task, int64_t h, float* parts,
+            int64_t size, int64_t splits) {
     const int64_t group = args.num_heads / args.num_kv_heads, v_width = padded(args.v_head_dim);
-    const int64_t first_token = call.query_start[task.sequence] + task.token;
-    for (int64_t r = 0; r < task.num_tokens * group; r++) {
-        const int64_t head = task.kv_head * group + r % group;
+    const int64_t first_token = call.query_start[task.sequence] + task.token, num_rows = task.num_tokens * group;
+    auto part = [&](int64_t s) { return Rows(parts + s * size + h * Rows::size(num_rows, v_width), num_rows); };
+    for (int64_t r = 0; r < num_rows; r++) {
+        const int64_t head = (task.kv_head + h) * group + r % group;
         const float sink = call.sinks ? to_float(((const T*)call.sinks)[head]) : -FLT_MAX;
         float most = sink, factor[MAX_ROWS];
-        for (int64_t s = 0; s < splits; s++) most = std::max(most, parts[s].most[r]);
+        for (int64_t s = 0; s < splits; s++) most = std::max(most, part(s).most[r]);
         float mass = call.sinks ? expf(sink - most) : 0.0f;
-        for (int64_t s = 0; s < splits; s++) mass += parts[s].mass[r] * (factor[s] = expf(parts[s].most[r] - most));
+        for (int64_t s = 0; s < splits; s++) mass += part(s).mass[r] * (factor[s] = expf(part(s).most[r] - most));
         T* y = (T*)call.y + ((first_token + r / group) * args.num_heads + head) * args.v_head_dim;
         for_vectors<T>(args.v_head_dim, [&](int64_t d, auto, auto write) {
             Vec value = {};
-            for (int64_t s = 0; s < splits; s++) value += load(parts[s].value.data() + r * v_width + d) * splat(factor[s]);
+            for (int64_t s = 0; s < splits; s++) value += load(part(s).value + r * v_width + d) * splat(factor[s]);
             write(y + d, value / splat(mass));
         });
     }
@@ -202,40 +264,49 @@ template <typename T> void paged_attention(const AttentionArgs& args, const Atte
         memcpy((T*)call.k_pages + call.slots[t] * k_row, (const T*)call.key + t * call.key_stride, k_row * sizeof(T));
         memcpy((T*)call.v_pages + call.slots[t] * v_row, (const T*)call.value + t * call.value_stride, v_row * sizeof(T));
     }
-    const int64_t tile = std::max<int64_t>(1, MAX_ROWS / group);  // query tokens of a task
-    int64_t work = 0;
+    int64_t threads = 1, splits = 1, work = 0;
+    for (int64_t s = 0; s < call.num_sequences; s++)
+        work += (call.query_start[s + 1] - call.query_start[s]) * call.kv_len[s] * args.num_heads * args.head_dim;
+#if defined(_OPENMP)
+    if (work > 32768) threads = omp_get_max_threads();  // below, waking a thread costs more than it saves
+#endif
     std::vector<Task> tasks;
+    int64_t most_rows = 0;  // of a task
     for (int64_t s = 0; s < call.num_sequences; s++) {
         const int64_t n = call.query_start[s + 1] - call.query_start[s];
+        // few rows: all KV heads in one task, which reads whole pages in their order; many: they are work enough
+        const bool together = n * args.num_heads <= MAX_ROWS && call.num_sequences >= 2 * threads;
+        const int64_t tile = std::max<int64_t>(1, MAX_ROWS / group), count = together ? heads : 1;
         for (int64_t token = 0; token < n; token += tile)
-            for (int64_t h = 0; h < heads; h++) {
-                const int64_t count = std::min(tile, n - token), position = call.kv_len[s] - n + token;
+            for (int64_t h = 0; h < heads; h += count) {
+                const int64_t num = std::min(tile, n - token), position = call.kv_len[s] - n + token;
                 const int64_t low = args.window ? std::max<int64_t>(0, position - args.window + 1) : 0;
-                tasks.push_back({s, h, token, count, low, position + count});
-                work += (position + count - low) * count * group * (args.head_dim + args.v_head_dim);
+                tasks.push_back({s, token, num, h, count, low, position + num});
+                most_rows = std::max(most_rows, num * group * count);
             }
     }
-    int64_t threads = 1, splits = 1;
-#if defined(_OPENMP)
-    if (work > 65536) threads = omp_get_max_threads();  // below, waking a thread costs more than it saves
-#endif
     const int64_t num_tasks = tasks.size();
     if (num_tasks && num_tasks < threads) splits = std::min<int64_t>((threads + num_tasks - 1) / num_tasks, MAX_ROWS);
-    std::vector<Rows> rows;
-    rows.reserve(num_tasks * splits);
-    for (const Task& task : tasks)
-        for (int64_t s = 0; s < splits; s++) rows.emplace_back(task.num_tokens * group, padded(args.v_head_dim));
+    const int64_t v_width = padded(args.v_head_dim), size = Rows::size(most_rows, v_width);
+    float* memory = splits == 1 ? nullptr : scratch<struct Parts>(num_tasks * splits * size);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t i = 0; i < num_tasks * splits; i++) {
         Task part = tasks[i / splits];
         const int64_t span = ((part.high - part.low + splits - 1) / splits + BLOCK - 1) / BLOCK * BLOCK;
         part.low += i % splits * span;
         part.high = std::min(part.high, part.low + span);
-        attend<T>(args, call, part, rows[i]);
-        if (splits == 1) finish<T>(args, call, part, &rows[i], 1);
+        float* found = splits == 1 ? scratch<struct Whole>(size) : memory + i * size;
+        const int64_t num_rows = part.num_tokens * group;
+        for (int64_t h = 0; h < part.num_kv_heads; h++)
+            Rows(found + h * Rows::size(num_rows, v_width), num_rows).clear(num_rows, v_width);
+        attend<T>(args, call, part, Rows(found, num_rows));
+        if (splits == 1)
+            for (int64_t h = 0; h < part.num_kv_heads; h++) finish<T>(args, call, part, h, found, size, 1);
     }
     if (splits > 1)
-        for (int64_t i = 0; i < num_tasks; i++) finish<T>(args, call, tasks[i], &rows[i * splits], splits);
+        for (int64_t i = 0; i < num_tasks; i++)
+            for (int64_t h = 0; h < tasks[i].num_kv_heads; h++)
+                finish<T>(args, call, tasks[i], h, memory + i * splits * size, size, splits);
 }
 
 extern "C" void ingot_paged_attention(const AttentionArgs* args, const AttentionCall* call) {
