@@ -4,18 +4,23 @@
 
 (a) One request at a time, against `model.generate` with its cache. (b) 32 requests of mixed prompt and output lengths,
 against one left-padded batch `generate` (which runs until its longest request ends; only useful tokens are counted).
-The two sides alternate, rounds are summarised by their median, and beside them stands the floor: tokens/s if a decode
-step cost only its matrix products, as torch's F.linear does them. Prompts are this project's own source files.
+Each side has a process of its own, as it would have in use; they alternate, rounds are summarised by their median, and
+beside them stands the floor: tokens/s if a decode step cost only its matrix products, as torch's F.linear does them.
+Prompts are this project's own source files.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from ingot import LLM, BuildConfig, SamplingParams, build_engine
@@ -75,23 +80,62 @@ def floor_ms(model, rows: int, repeats: int = 30) -> float:
     return 1000 * statistics.median(times[repeats // 5 :])
 
 
-def compare(model, llm: LLM, batches: list[list[Request]], rounds: int, rows: int) -> dict[str, float]:
+def serve_transformers(pipe: Connection, model_dir: str, dtype: str) -> None:
+    """The other side: answers requests with seconds, a number of rows with their floor."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype)).eval()
+    pipe.send(None)
+    while (order := pipe.recv()) is not None:
+        pipe.send(floor_ms(model, order) if isinstance(order, int) else run_transformers(model, order))
+
+
+def serve_ingot(pipe: Connection, engine: str) -> None:
+    """Our side: first the seconds to open the engine, then those of each list of requests."""
+    start = time.perf_counter()
+    # no prefix cache: the rounds repeat the same prompts, and transformers computes them anew each time
+    with LLM(engine, max_num_seqs=32, prefix_cache=False) as llm:
+        pipe.send(time.perf_counter() - start)
+        while (order := pipe.recv()) is not None:
+            pipe.send(run_ingot(llm, order))
+
+
+class Side:
+    """A process that runs `serve`; calling it sends an order and waits for the answer."""
+
+    def __init__(self, serve: Callable[..., None], *args: str):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, end = context.Pipe()
+        self._process = context.Process(target=serve, args=(end, *args), daemon=True)
+        self._process.start()
+        end.close()
+        self.first = self._pipe.recv()
+
+    def __call__(self, order: Any) -> float:
+        self._pipe.send(order)
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        self._pipe.send(None)
+        self._process.join()
+
+
+def compare(theirs: Side, ours: Side, batches: list[list[Request]], rounds: int, rows: int) -> dict[str, float]:
     """Useful tokens/s of both sides over `batches`, medians of alternating rounds, the first not counted."""
     useful = sum(n for batch in batches for _, n in batch)
-    theirs, ours = [], []
+    speeds: dict[Side, list[float]] = {theirs: [], ours: []}
     for round in range(rounds + 1):
-        a = sum(run_transformers(model, batch) for batch in batches)
-        b = sum(run_ingot(llm, batch) for batch in batches)
-        if round:
-            theirs.append(useful / a)
-            ours.append(useful / b)
-    floor = floor_ms(model, rows)
+        for side, speed in speeds.items():
+            seconds = sum(side(batch) for batch in batches)
+            if round:
+                speed.append(useful / seconds)
+    floor = theirs(rows)
     return {
-        "transformers_tokens_per_s": statistics.median(theirs),
-        "ingot_tokens_per_s": statistics.median(ours),
-        "ratio": statistics.median(ours) / statistics.median(theirs),
-        "ingot_lowest": min(ours),
-        "ingot_highest": max(ours),
+        "transformers_tokens_per_s": statistics.median(speeds[theirs]),
+        "ingot_tokens_per_s": statistics.median(speeds[ours]),
+        "ratio": statistics.median(speeds[ours]) / statistics.median(speeds[theirs]),
+        "ingot_lowest": min(speeds[ours]),
+        "ingot_highest": max(speeds[ours]),
         "floor_ms_per_step": floor,
         "floor_tokens_per_s": 1000 * rows / floor,
     }
@@ -100,19 +144,20 @@ def compare(model, llm: LLM, batches: list[list[Request]], rounds: int, rows: in
 def measure(model_dir: str, dtype: str, rounds: int, work: Path) -> dict[str, dict[str, float]]:
     """All figures of one dtype, its engine built into `work`."""
     build_engine(BuildConfig(model=model_dir, out=str(work / dtype), dtype=dtype))
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype)).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     single = [[(p, 96)] for p in prompts(tokenizer, 3, 48, 64, seed=0)]
     rng = random.Random(1)
     mixed = [[(p, rng.randint(16, 192)) for p in prompts(tokenizer, 32, 16, 384, seed=2)]]
-    start = time.perf_counter()
-    # no prefix cache: the rounds repeat the same prompts, and transformers computes them anew each time
-    with LLM(work / dtype, max_num_seqs=32, prefix_cache=False) as llm:
+    theirs, ours = Side(serve_transformers, model_dir, dtype), Side(serve_ingot, str(work / dtype))
+    try:
         return {
-            "open": {"seconds": time.perf_counter() - start},
-            "one at a time": compare(model, llm, single, rounds, rows=1),
-            "32 mixed": compare(model, llm, mixed, max(1, rounds // 2), rows=32),
+            "open": {"seconds": ours.first},
+            "one at a time": compare(theirs, ours, single, rounds, rows=1),
+            "32 mixed": compare(theirs, ours, mixed, max(1, rounds // 2), rows=32),
         }
+    finally:
+        theirs.close()
+        ours.close()
 
 
 def main() -> None:
@@ -122,7 +167,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as work:
         results = {d: measure(args.model, d, args.rounds, Path(work)) for d in args.dtypes.split(",")}
     if args.json:
