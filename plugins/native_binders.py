@@ -62,17 +62,26 @@ def _bind_linear(launch: Prototype, attributes: Attributes, constants: Constants
     bias_address = 0 if bias is None else bias.data_ptr()
     arguments = struct.pack("PPqqq", weight.data_ptr(), bias_address, width, depth, DTYPES[dtype])
     max_rows, bound = MAX_ROWS[dtype], bias
+    many_rows = _onednn_linear if dtype is torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise") else linear
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = x.shape[0]
-        if rows > max_rows or x.dtype is not dtype or bias is not bound or x.dim() != 2:
+        if x.dtype is not dtype or bias is not bound or x.dim() != 2:
             return linear(x, weight, bias)
+        if rows > max_rows:
+            return many_rows(x, weight, bias)
         x = x.contiguous()
         y = torch.empty((rows, width), dtype=dtype)
         launch(arguments, x.data_ptr(), y.data_ptr(), rows)
         return y
 
     return run
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear through oneDNN, as torch itself does for 16-bit types. In fp32 it takes MKL, whose products on AMD CPUs
+    reach three quarters of the speed."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def _bind_rms_norm(launch: Prototype, attributes: Attributes, constants: Constants) -> Run | None:
