@@ -28,7 +28,7 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 MAX_GROUP = 64  # query heads of a KV head that paged_attention/kernel.cpp holds in one task
 
 # Rows up to which the kernel beats F.linear.
-MAX_ROWS = {torch.float32: 128, torch.bfloat16: 48, torch.float16: 48}
+MAX_ROWS = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 48}
 
 P, Q, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 Prototype = Callable[..., None]

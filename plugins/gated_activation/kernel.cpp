@@ -27,7 +27,7 @@ template <int64_t activation> inline Vec activate(Vec x) {
 }
 
 template <typename T, int64_t activation> void gated(const T* x, T* y, int64_t rows, int64_t width) {
-#pragma omp parallel for schedule(static) if (rows * width > 16384)
+#pragma omp parallel for schedule(static) if (rows * width > 8192)
     for (int64_t r = 0; r < rows; r++) {
         const T *gate = x + 2 * r * width, *up = gate + width;
         T* out = y + r * width;

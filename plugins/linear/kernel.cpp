@@ -31,11 +31,11 @@ template <> struct Dot<bf16> {  // 32 products an instruction, no conversion
 };
 #endif
 
-// ahead: weights to be fetched meanwhile, as many as w's, or null.
+// y[m, 0..NB) of MB <= 4 rows. ahead: weights to be fetched meanwhile, as many as w's, or null.
 template <typename T, int MB, int NB>
 inline void tile(const T* x, const T* w, int64_t K, const T* bias, T* y, int64_t ldy, const T* ahead) {
     using D = Dot<T>;
-    Vec acc[MB][4] = {};
+    Vec acc[4][4] = {};
     int64_t k = 0;
     for (; k + D::STEP <= K; k += D::STEP) {
         if (ahead)
@@ -51,22 +51,17 @@ inline void tile(const T* x, const T* w, int64_t K, const T* bias, T* y, int64_t
         UNROLL for (int m = 0; m < MB; m++)
             UNROLL for (int n = 0; n < NB; n++)
                 acc[m][n] = D::add(acc[m][n], D::read_part(x + m * K + k, K - k), D::read_part(w + n * K + k, K - k));
-    const Vec offset = bias ? load_part(bias, NB) : Vec{};
-    UNROLL for (int m = 0; m < MB; m++) {
-        alignas(Vec) float sums[LANES] = {};
-        sum4(acc[m], sums);
-        store_part(y + m * ldy, load(sums) + offset, NB);
-    }
+    T sums[16];
+    sum16(acc, bias ? load_part(bias, NB) : Vec{}, sums);
+    UNROLL for (int m = 0; m < MB; m++) memcpy(y + m * ldy, sums + 4 * m, NB * sizeof(T));
 }
 
 template <typename T, int NB>
 inline void columns(const T* x, const T* w, int64_t K, const T* bias, T* y, int64_t N, int64_t M, const T* ahead) {
     int64_t m = 0;
-    for (; m + 6 <= M; m += 6, ahead = nullptr) tile<T, 6, NB>(x + m * K, w, K, bias, y + m * N, N, ahead);
+    for (; m + 4 <= M; m += 4, ahead = nullptr) tile<T, 4, NB>(x + m * K, w, K, bias, y + m * N, N, ahead);
     x += m * K, y += m * N;
     switch (M - m) {
-        case 5: return tile<T, 5, NB>(x, w, K, bias, y, N, ahead);
-        case 4: return tile<T, 4, NB>(x, w, K, bias, y, N, ahead);
         case 3: return tile<T, 3, NB>(x, w, K, bias, y, N, ahead);
         case 2: return tile<T, 2, NB>(x, w, K, bias, y, N, ahead);
         case 1: return tile<T, 1, NB>(x, w, K, bias, y, N, ahead);

@@ -35,7 +35,7 @@ extern "C" void ingot_rms_norm(const RMSNormArgs* args, const void* x, const voi
     for_dtype(args->dtype, [&](auto type) {
         using T = decltype(type);
         const int64_t count = rows * args->chunks, D = args->D;
-#pragma omp parallel for schedule(static) if (count * D > 65536)
+#pragma omp parallel for schedule(static) if (count * D > 4096)
         for (int64_t c = 0; c < count; c++)
             rms_norm_chunk<T>(*args, (const T*)x + c * D, residual ? (const T*)residual + c * D : nullptr,
                               (T*)y + c * D, (T*)total + c * D);

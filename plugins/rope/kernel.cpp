@@ -50,7 +50,7 @@ extern "C" void ingot_rope(const RopeArgs* args, const void* x, const void* tabl
             using T = decltype(type);
             using C = decltype(table_type);
             if constexpr (sizeof(C) >= sizeof(T)) {  // fp32 activations with 16-bit tables are declined by the binder
-#pragma omp parallel for schedule(static) if (rows * W > 65536)
+#pragma omp parallel for schedule(static) if (rows * W > 8192)
                 for (int64_t row = 0; row < rows; row++) {
                     const T* in = (const T*)x + row * W;
                     T* out = (T*)y + row * W;
