@@ -75,27 +75,28 @@ def build_engine(
     with phase("read the checkpoint"):
         checkpoint = Checkpoint.open(config.model)
         dtype = activation_dtype(config.dtype, checkpoint.config)
-    with phase("check the architecture"):
-        error = gate.self_check(checkpoint.config, optimise)
-    with phase("export"):
-        graph = export(checkpoint, dtype)
-        gate.check_structure(graph, checkpoint.config)
-        num_exported = graph.graph.num_nodes()
-    with phase("optimise"):
-        graph = optimise(graph, on_pass)
-    with engine_directory(config.out, config.force) as folder:
-        with phase("write the weights"):
-            save_graph(graph, folder, on_bytes)
-            copy_text_files(checkpoint.path, folder)
-        with phase(f"compile for {config.target}"):
-            target_info = target.compile(graph, folder)
-        record = BuildRecord(
-            time=datetime.now(UTC).isoformat(timespec="seconds"),
-            seconds=round(time.perf_counter() - start, 3),
-            phases=phase.seconds,
-            num_nodes={"exported": num_exported, "optimised": graph.graph.num_nodes()},
-            self_check_error=error,
-            versions=versions(),
-        )
-        model = model_info(config.model, checkpoint, graph, dtype)
-        return Manifest(model, kv_layers(graph), config.target, target_info, record).save(folder)
+    with target.begin() as compile:
+        with phase("check the architecture"):
+            error = gate.self_check(checkpoint.config, optimise)
+        with phase("export"):
+            graph = export(checkpoint, dtype)
+            gate.check_structure(graph, checkpoint.config)
+            num_exported = graph.graph.num_nodes()
+        with phase("optimise"):
+            graph = optimise(graph, on_pass)
+        with engine_directory(config.out, config.force) as folder:
+            with phase("write the weights"):
+                save_graph(graph, folder, on_bytes)
+                copy_text_files(checkpoint.path, folder)
+            with phase(f"compile for {config.target}"):
+                target_info = compile(graph, folder)
+            record = BuildRecord(
+                time=datetime.now(UTC).isoformat(timespec="seconds"),
+                seconds=round(time.perf_counter() - start, 3),
+                phases=phase.seconds,
+                num_nodes={"exported": num_exported, "optimised": graph.graph.num_nodes()},
+                self_check_error=error,
+                versions=versions(),
+            )
+            model = model_info(config.model, checkpoint, graph, dtype)
+            return Manifest(model, kv_layers(graph), config.target, target_info, record).save(folder)

@@ -26,10 +26,7 @@ from .packing import fuse_gated_activation, pack_qkv, take_columns_early
 from .rope import fuse_rope
 from .rows import drop_batch_axis, drop_index_casts
 from .sequences import lower_sequences
-from .summary import Summary, describe, summarise
 from .verify import verify
-
-__all__ = ["PASSES", "Summary", "describe", "optimise", "summarise"]
 
 Pass = Callable[[ir.Model], None]
 

@@ -1,18 +1,36 @@
-"""The targets an optimised graph can be compiled for: one module each, with `compile(graph, folder) -> target_info`.
+"""The targets an optimised graph can be compiled for: one module each, with a context manager `begin`.
+
+    with target_of("cpu").begin() as compile:   # refuses what cannot be compiled here; starts what needs no graph
+        ...
+        target_info = compile(graph, folder)
 
 `folder` already holds the graph and its weights; a target adds a folder of its own name, with what only it can run.
 """
 
-from types import ModuleType
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import onnx_ir as ir
 
 from ...engines.errors import BuildError
-from . import cpu
+
+Compile = Callable[[ir.Model, Path], dict[str, Any]]  # (graph, folder) -> target_info of the manifest
 
 
-def target_of(name: str) -> ModuleType:
+class Target(Protocol):
+    """A module of this folder."""
+
+    def begin(self) -> AbstractContextManager[Compile]: ...
+
+
+def target_of(name: str) -> Target:
     """The module of a target; BuildError for a name that is not one."""
     match name:
         case "cpu":
+            from . import cpu
+
             return cpu
         case _:
             raise BuildError(f"there is no target {name!r}, expected 'cpu'; pass `--target cpu`.")

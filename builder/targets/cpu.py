@@ -5,14 +5,32 @@ Without a compiler the engine is complete all the same: the plain-torch ops serv
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from ...plugins import native
+from . import Compile
 
 
-def compile(graph: ir.Model, folder: Path) -> dict[str, Any]:
-    """Compile the native kernels into `folder/cpu`; returns what the manifest says about them."""
-    return native.compile(folder / "cpu").describe()
+@contextmanager
+def begin() -> Iterator[Compile]:
+    """The kernels are the same for every graph, so the C++ compiler runs beside the export, on another core."""
+    with tempfile.TemporaryDirectory(prefix="ingot-") as scratch, ThreadPoolExecutor(1) as thread:
+        kernels = Path(scratch) / "cpu"
+        compiling = thread.submit(native.compile, kernels)
+
+        def compile(graph: ir.Model, folder: Path) -> dict[str, Any]:
+            """Put the native kernels into `folder/cpu`; returns what the manifest says about them."""
+            info = compiling.result().describe()
+            if (kernels / native.LIBRARY).exists():
+                shutil.copytree(kernels, folder / "cpu")
+            return info
+
+        yield compile
