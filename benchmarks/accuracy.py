@@ -29,8 +29,9 @@ def greedy_agreement(model_dir: str, docs: list[list[int]], num_prompts: int, ne
     """Number of prompts whose fp32 greedy continuation is identical, all prompts in one in-flight batch."""
     build_engine(BuildConfig(model=model_dir, out=str(work / "fp32"), dtype="float32"))
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    # prompts of 16 to 142 tokens, all lengths different
-    prompts = [d[: 16 + 2 * i] for i, d in enumerate([d for d in docs if len(d) > 256][:num_prompts])]
+    pieces = [d[i : i + 256] for d in docs for i in range(0, len(d) - 255, 256)]
+    # from all over the text, 16 to 142 tokens, all lengths different
+    prompts = [pieces[i * len(pieces) // num_prompts][: 16 + 2 * i] for i in range(num_prompts)]
     params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
     with LLM(work / "fp32") as llm:
         ours = [list(o.outputs[0].token_ids) for o in llm.generate(prompts, params, progress=False)]
