@@ -13,21 +13,19 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from .capacity import ServeConfig
 from .llm import chat_prompt
-from .metrics import Metrics
 from .prompt import Prompt
 from .request import RequestOutput, SamplingParams
-from .session import Session
+from .session import Opened
 from .stream import Stream
-from .text import Message, Text
+from .text import Message
 
 
-class AsyncLLM:
+class AsyncLLM(Opened):
     """An engine directory, open for streaming. Options and errors are those of `LLM`."""
 
     def __init__(self, engine: str | os.PathLike, **options: Any):
-        self._session = Session(engine, ServeConfig(**options))
+        super().__init__(engine, **options)
         self._finalizer = weakref.finalize(self, self._session.close)
         self._news: dict[Stream, asyncio.Event] = {}  # touched in the event loop's thread only
 
@@ -42,24 +40,6 @@ class AsyncLLM:
     async def close(self) -> None:
         """End the engine; requests still open end with "abort"."""
         await asyncio.to_thread(self._finalizer)
-
-    @property
-    def text(self) -> Text | None:
-        """Tokenizer, chat template and decoder; None where the engine has no tokenizer."""
-        return self._session.engine.text
-
-    @property
-    def healthy(self) -> bool:
-        """Open, and no step has failed."""
-        return self._session.healthy
-
-    def default_params(self) -> SamplingParams:
-        """Sampling as the model's generation_config.json suggests."""
-        return self._session.engine.default_params()
-
-    def metrics(self) -> Metrics:
-        """A snapshot of what the engine is doing."""
-        return self._session.metrics()
 
     def cancel(self, request_id: str) -> None:
         """End a request: its consumer gets what there is, with finish_reason "abort". An unknown id is ignored."""

@@ -14,16 +14,14 @@ from types import TracebackType
 from typing import Any
 
 from ..engines.errors import RequestError
-from .capacity import ServeConfig
-from .metrics import Metrics
 from .prompt import Prompt, split
 from .request import RequestOutput, SamplingParams
-from .session import Session
+from .session import Opened
 from .stream import Stream
 from .text import Message, Text
 
 
-class LLM:
+class LLM(Opened):
     """An engine directory, open for generation. `options` are those of `ServeConfig`: max_num_seqs,
     max_num_batched_tokens, max_model_len, page_size, num_kv_pages or kv_cache_memory, prefix_cache.
 
@@ -31,7 +29,7 @@ class LLM:
     """
 
     def __init__(self, engine: str | os.PathLike, **options: Any):
-        self._session = Session(engine, ServeConfig(**options))
+        super().__init__(engine, **options)
         self.close = weakref.finalize(self, self._session.close)  # also when forgotten, and at exit
 
     def __enter__(self) -> LLM:
@@ -41,24 +39,6 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    @property
-    def text(self) -> Text | None:
-        """Tokenizer, chat template and decoder; None where the engine has no tokenizer."""
-        return self._session.engine.text
-
-    @property
-    def healthy(self) -> bool:
-        """Open, and no step has failed."""
-        return self._session.healthy
-
-    def default_params(self) -> SamplingParams:
-        """Sampling as the model's generation_config.json suggests."""
-        return self._session.engine.default_params()
-
-    def metrics(self) -> Metrics:
-        """A snapshot of what the engine is doing."""
-        return self._session.metrics()
 
     def generate(
         self,

@@ -8,6 +8,7 @@ for an answer that cannot come.
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from .sampler import Sampler
 from .scheduler import Scheduler
 from .step import Delta
 from .stream import Answer, Listener, Stream
+from .text import Text
 
 
 class Session:
@@ -179,6 +181,31 @@ class Session:
         )
         error.__cause__ = self.failure
         return error
+
+
+class Opened:
+    """What `LLM` and `AsyncLLM` say of the engine they have open."""
+
+    def __init__(self, engine: str | os.PathLike, **options: Any):
+        self._session = Session(engine, ServeConfig(**options))
+
+    @property
+    def text(self) -> Text | None:
+        """Tokenizer, chat template and decoder; None where the engine has no tokenizer."""
+        return self._session.engine.text
+
+    @property
+    def healthy(self) -> bool:
+        """Open, and no step has failed."""
+        return self._session.healthy
+
+    def default_params(self) -> SamplingParams:
+        """Sampling as the model's generation_config.json suggests."""
+        return self._session.engine.default_params()
+
+    def metrics(self) -> Metrics:
+        """A snapshot of what the engine is doing."""
+        return self._session.metrics()
 
 
 def _tell(streams: Sequence[Stream]) -> None:

@@ -1,0 +1,208 @@
+"""`LLM` and `AsyncLLM` over a hand-made engine of the draft model: streams, cancellation, refusals, failures."""
+
+import asyncio
+import threading
+
+import pytest
+import torch
+from hand_made import DEMO, cast_llama, greedy, prompts_of
+from ingot import LLM, AsyncLLM, SamplingParams
+from ingot.engines.errors import EngineError, RequestError
+from transformers import AutoModelForCausalLM
+
+CHECKPOINT = DEMO / "pycoder-draft-2m"
+LONG = SamplingParams(temperature=0, max_tokens=2000, ignore_eos=True)
+
+
+def until(condition, llm, seconds=10.0):
+    """Waits for `condition(llm.metrics())`."""
+    waited = threading.Event()
+    for _ in range(int(seconds * 100)):
+        if condition(llm.metrics()):
+            return
+        waited.wait(0.01)
+    raise AssertionError(llm.metrics())
+
+
+def idle(metrics):
+    return metrics.running == 0 and metrics.waiting == 0 and metrics.kv_utilisation == 0
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    return cast_llama(CHECKPOINT, tmp_path_factory.mktemp("engines") / "draft")
+
+
+@pytest.fixture
+def llm(engine):
+    with LLM(engine) as llm:
+        yield llm
+
+
+def test_greedy_is_that_of_transformers(llm):
+    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    prompts = prompts_of(1, 60, 12)
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True), progress=False)
+    assert [output.prompt_token_ids for output in outputs] == prompts, "answers come in the order of the prompts"
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert output.outputs[0].token_ids == greedy(model, prompt, 20)
+
+
+def test_a_stream_adds_up_to_the_whole(llm):
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    whole = llm.generate("def main():\n", params, progress=False)[0].outputs[0]
+    parts = list(llm.stream("def main():\n", params, deltas=True))
+    assert "".join(part.outputs[0].text for part in parts) == whole.text
+    assert [t for part in parts for t in part.outputs[0].token_ids] == whole.token_ids
+    assert [part.finished for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert list(llm.stream("def main():\n", params))[-1].outputs[0].text == whole.text
+
+
+def test_leaving_a_stream_frees_its_pages(llm):
+    for output in llm.stream("class Stack:\n", LONG):
+        if len(output.outputs[0].token_ids) > 3:
+            break
+    del output
+    until(idle, llm)
+    assert llm.metrics().finished == {"abort": 1}
+
+
+def test_several_answers_with_seeds(llm):
+    params = SamplingParams(temperature=1.0, n=3, seed=7, max_tokens=12)
+    first, second = (llm.generate("import ", params, progress=False)[0] for _ in range(2))
+    assert [a.token_ids for a in first.outputs] == [a.token_ids for a in second.outputs]
+    assert len({tuple(a.token_ids) for a in first.outputs}) == 3
+
+
+def test_threads_share_the_engine(llm):
+    prompts = prompts_of(2, 30, 6)
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    alone = [llm.generate(prompt, params, progress=False)[0].outputs[0].token_ids for prompt in prompts]
+    found = {}
+    threads = [
+        threading.Thread(target=lambda i=i, p=p: found.update({i: llm.generate(p, params, progress=False)}))
+        for i, p in enumerate(prompts)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [found[i][0].outputs[0].token_ids for i in range(len(prompts))] == alone
+
+
+def test_a_bad_prompt_costs_the_others_nothing(llm):
+    with pytest.raises(RequestError, match="empty"):
+        llm.generate(["fine", ""], LONG, progress=False)
+    with pytest.raises(RequestError, match="4096"):
+        llm.generate([[5] * 5000], progress=False)
+    with pytest.raises(RequestError, match="4096"):
+        llm.generate([[5, 4096]], progress=False)
+    with pytest.raises(RequestError, match="2 of them for 1 prompts"):
+        llm.generate(["fine"], [LONG, LONG], progress=False)
+    assert llm.metrics().steps == 0, "nothing was run for any of them"
+    assert llm.generate("fine", SamplingParams(max_tokens=1), progress=False)[0].finished
+
+
+def test_a_pool_too_small_for_one_request(engine):
+    with LLM(engine, num_kv_pages=4, page_size=8) as llm, pytest.raises(RequestError, match="pool holds 24"):
+        llm.generate([[5] * 60], progress=False)
+
+
+def break_the_graph(llm):
+    def broken(self, inputs):
+        raise ValueError("the graph broke")
+
+    llm._session.engine.program.__class__ = type("Broken", (), {"__call__": broken})
+
+
+def test_a_step_that_fails_fails_every_request(llm):
+    failed = []
+
+    def ask():
+        try:
+            llm.generate([[5, 6, 7]] * 3, LONG, progress=False)
+        except EngineError as error:
+            failed.append(str(error))
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    until(lambda metrics: metrics.running == 6, llm)
+    break_the_graph(llm)
+    for thread in threads:
+        thread.join(20)
+    assert len(failed) == 2 and all("the graph broke" in message for message in failed)
+    assert not llm.healthy and not llm.metrics().healthy
+    with pytest.raises(EngineError, match="the graph broke"):
+        llm.generate("later", progress=False)
+
+
+def test_closing_ends_what_is_open(engine):
+    llm = LLM(engine)
+    stream = llm.stream("def ", LONG)
+    next(stream)
+    llm.close()
+    llm.close()
+    *_, last = stream
+    assert last.outputs[0].finish_reason == "abort" and not llm.healthy
+    with pytest.raises(EngineError, match="closed"):
+        llm.generate("def ", progress=False)
+
+
+def test_async_streams_share_steps(engine):
+    async def ask(llm, prompt, params):
+        async for output in llm.generate(prompt, params):
+            last = output
+        return last.outputs[0].token_ids
+
+    async def main():
+        async with AsyncLLM(engine) as llm:
+            params = SamplingParams(temperature=0, max_tokens=25, ignore_eos=True)
+            together = await asyncio.gather(*(ask(llm, prompt, params) for prompt in prompts))
+            steps = llm.metrics().steps
+            alone = [await ask(llm, prompt, params) for prompt in prompts]
+            return together, alone, steps
+
+    prompts = prompts_of(2, 40, 8)
+    together, alone, steps = asyncio.run(main())
+    assert together == alone
+    assert steps < 8 * 25 / 2
+
+
+def test_async_cancel_and_going_away(engine):
+    async def first_of(llm, request_id=None):
+        async for output in llm.generate("def ", LONG, request_id):
+            return output
+
+    async def main():
+        async with AsyncLLM(engine) as llm:
+            await first_of(llm)  # leaves the iteration: the generator is closed with it
+            task = asyncio.create_task(anext_forever(llm))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            outputs = []
+            async for output in llm.generate("def ", LONG, "mine"):
+                outputs.append(output)
+                if len(outputs) == 2:
+                    llm.cancel("mine")
+            assert outputs[-1].outputs[0].finish_reason == "abort"
+            llm.cancel("nobody")
+            for _ in range(500):
+                if idle(llm.metrics()):
+                    break
+                await asyncio.sleep(0.01)
+            assert idle(llm.metrics()) and llm.metrics().finished == {"abort": 3}
+            with pytest.raises(RequestError, match="empty"):
+                await first_of_prompt(llm, "")
+
+    async def anext_forever(llm):
+        async for _ in llm.generate("class ", LONG):
+            pass
+
+    async def first_of_prompt(llm, prompt):
+        async for output in llm.generate(prompt):
+            return output
+
+    asyncio.run(main())
