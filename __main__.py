@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -69,13 +69,19 @@ _SETTINGS: dict[str, Any] = {
     "pretty_exceptions_enable": False,
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
-app = typer.Typer(no_args_is_help=True, **_SETTINGS)
+app = typer.Typer(invoke_without_command=True, **_SETTINGS)
 build_app = typer.Typer(add_completion=False, **_SETTINGS)
 
 
 @app.callback()
-def root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print it.")) -> None:
+def root(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print it."),
+) -> None:
     """Cast a Hugging Face decoder into an [bold]engine[/bold], and run it with in-flight batching."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
 
 
 for each in (build, generate, bench, inspect):
@@ -83,14 +89,27 @@ for each in (build, generate, bench, inspect):
 build_app.command()(reported(build))
 
 
-def main() -> None:
+UsageError: Any = typer.BadParameter.__base__  # typer has a click of its own and does not export the class
+
+
+def run(app: typer.Typer, name: str, arguments: list[str] | None = None) -> NoReturn:
+    """Run a command line and exit; a mistake in it is a sentence like any other."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a build that is stopped cleans up
-    app(prog_name="ingot")
+    try:
+        code = app(arguments, prog_name=name, standalone_mode=False)
+    except UsageError as error:
+        message = " ".join(error.format_message().split()).rstrip(".")
+        print(f"error: {message}; see `{name} --help`.", file=sys.stderr)
+        code = 2
+    raise SystemExit(code or 0)
+
+
+def main() -> None:
+    run(app, "ingot")
 
 
 def build_engine() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    build_app(prog_name="build-engine")
+    run(build_app, "build-engine")
 
 
 if __name__ == "__main__":
