@@ -1,12 +1,17 @@
 """Shared fixtures: engines of the embedded demo checkpoints, built once a session; tests marked `gpu` need one."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "engines" / "demo"
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is imported
 
 # shared machines: a deadline per example would fail on load, not on mistakes
 settings.register_profile("ingot", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -16,8 +21,6 @@ settings.load_profile("ingot")
 def pytest_collection_modifyitems(items):
     marked = [item for item in items if item.get_closest_marker("gpu") or item.get_closest_marker("tensorrt")]
     if marked:
-        import torch
-
         if not torch.cuda.is_available():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

@@ -1,0 +1,98 @@
+"""How an op runs on a GPU: kernels, launches and tactics, as plain data.
+
+An op's `kernel.py` holds Triton functions and `tactics(site)`, which says how a node with these very shapes could run.
+The builder compiles the kernels of each tactic to cubins, times them and keeps the winner; the runtime launches it. All
+sizes of a launch are known when it is made (a plan has one list of launches per bucket of tokens), so it can be
+captured in a CUDA graph; what varies from step to step is read from the step tensors on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Shape and element type (`float32`, `bfloat16`, `float16`, `int32`, ..) of an operand; row-major, contiguous."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Device:
+    """What tactics may depend on. capability: 90 for 9.0."""
+
+    capability: int = 90
+    num_sms: int = 132
+
+
+@dataclass(frozen=True)
+class Site:
+    """A node in one bucket. `inputs` has an entry per input of the op's schema, None where an optional one is absent.
+
+    Step tensors have their bucket's sizes: T tokens, S sequences, P pages of the longest allowed context.
+    """
+
+    op: str
+    attributes: Mapping[str, Any]
+    inputs: tuple[Tensor | None, ...]
+    outputs: tuple[Tensor, ...]
+    device: Device = field(default_factory=Device)
+    max_query: int | None = None  # most query tokens of a sequence in this bucket; 1 in a bucket for decoding
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What one cubin is compiled from.
+
+    function: `module:name` of a Triton function, relative to `ingot.plugins` (`rms_norm.kernel:rms_norm_kernel`).
+    signature: runtime arguments in order, name -> Triton type (`*bf16`, `*i32`, `i32`, `fp32`).
+    constants: the function's `tl.constexpr` arguments.
+    divisible: names of pointers and integers that are multiples of 16.
+    """
+
+    function: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...] = ()
+    num_warps: int = 4
+    num_stages: int = 3
+    divisible: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A pointer argument. kind: `input`, `output` (index: of the op's schema) or `workspace` (index: byte offset)."""
+
+    kind: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its grid, and its arguments in the order of the signature."""
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    arguments: tuple[Operand | int | float, ...]
+
+
+@dataclass(frozen=True)
+class Tactic:
+    """One way to run a node: launches in order, on `workspace` bytes that hold nothing between nodes."""
+
+    name: str
+    launches: tuple[Launch, ...]
+    workspace: int = 0
+
+
+POINTERS = {
+    "float32": "*fp32",
+    "bfloat16": "*bf16",
+    "float16": "*fp16",
+    "int32": "*i32",
+    "int64": "*i64",
+    "uint8": "*u8",
+}
