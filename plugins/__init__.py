@@ -5,12 +5,15 @@ its CPU fallback and the oracle of every kernel. Nothing registers itself: call 
 checker or shape inference is to know the ops.
 """
 
+from collections.abc import Callable
+from importlib import import_module
 from typing import NamedTuple
 
 import onnx.defs
 
 from . import experts, gated_activation, linear, paged_attention, rms_norm, rope, rotary_cos_sin
 from .binder import Run
+from .tactic import Site, Tactic
 
 
 class Op(NamedTuple):
@@ -29,6 +32,22 @@ OPS: dict[str, Op] = {
     "Rope": Op(rope.SCHEMA, rope.rope),
     "RotaryCosSin": Op(rotary_cos_sin.SCHEMA, rotary_cos_sin.rotary_cos_sin),
 }
+
+
+# op type -> folder whose kernel.py has its `tactics`
+_KERNELS = {
+    "GatedActivation": "gated_activation",
+    "Linear": "linear",
+    "RMSNorm": "rms_norm",
+    "Rope": "rope",
+    "RotaryCosSin": "rotary_cos_sin",
+}
+
+
+def tactics_of(op_type: str) -> Callable[[Site], list[Tactic]] | None:
+    """`tactics` of an op's GPU kernels, or None where it has none. Imports triton."""
+    folder = _KERNELS.get(op_type)
+    return None if folder is None else import_module(f".{folder}.kernel", __package__).tactics
 
 
 def register_schemas() -> None:

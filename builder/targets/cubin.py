@@ -41,7 +41,9 @@ def compile_kernel(kernel: Kernel, capability: int) -> Cubin:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
     except ImportError as error:
-        raise BuildError(f"the cuda target compiles with Triton ({error}); install it with `pip install ingot[cuda]`")
+        raise BuildError(
+            f"the cuda target compiles with Triton ({error}); install it with `pip install ingot[cuda]`"
+        ) from None
     module, name = kernel.function.split(":")
     function: Any = getattr(importlib.import_module(f"...plugins.{module}", __package__), name)
     signature = dict(kernel.signature) | {name: "constexpr" for name, _ in kernel.constants}
