@@ -1,14 +1,13 @@
-"""Runs a tactic through Triton itself: on the GPU where there is one, in Triton's interpreter otherwise.
+"""Runs a tactic on poisoned outputs: on the GPU where there is one, in Triton's interpreter otherwise.
 
-conftest.py asks for the interpreter before any kernel is imported. The runtime launches cubins instead; that both do
-the same is a test of its own.
+conftest.py asks for the interpreter before any kernel is imported.
 """
 
-import importlib
 import math
 
 import torch
-from ingot.plugins.tactic import Operand, Tactic, Tensor
+from ingot.plugins import jit
+from ingot.plugins.tactic import Tactic, Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -30,24 +29,6 @@ def run_tactic(tactic: Tactic, inputs, outputs):
     outputs: `Tensor` each. Pools that an op updates in place are inputs.
     """
     results = [poisoned(out.shape, out.dtype) for out in outputs]
-    workspace = torch.full((max(tactic.workspace, 16),), 0x7F, dtype=torch.uint8, device=DEVICE)  # NaN in any float
-    for launch in tactic.launches:
-        module, name = launch.kernel.function.split(":")
-        function = getattr(importlib.import_module(f"ingot.plugins.{module}"), name)
-        arguments = []
-        for argument, (_, kind) in zip(launch.arguments, launch.kernel.signature, strict=True):
-            if isinstance(argument, Operand):
-                if argument.kind == "workspace":
-                    argument = _typed(workspace[argument.index :], kind)
-                else:
-                    argument = (inputs if argument.kind == "input" else results)[argument.index]
-                    assert argument is not None, f"{launch.kernel.function} is given an absent input"
-            arguments.append(argument)
-        options = dict(num_warps=launch.kernel.num_warps, num_stages=launch.kernel.num_stages)
-        function[launch.grid](*arguments, **dict(launch.kernel.constants), **options)
+    workspace = torch.full((max(tactic.workspace, 16),), 0xFF, dtype=torch.uint8, device=DEVICE)  # NaN in any float
+    jit.launch(tactic, inputs, results, workspace)
     return results
-
-
-def _typed(workspace, kind):
-    dtype = {"*fp32": torch.float32, "*i32": torch.int32, "*bf16": torch.bfloat16, "*fp16": torch.float16}[kind]
-    return workspace[: len(workspace) // dtype.itemsize * dtype.itemsize].view(dtype)

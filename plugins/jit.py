@@ -1,0 +1,44 @@
+"""Launches a tactic through Triton's own compiler: for tests, benchmarks and the timing of tactics.
+
+An engine holds cubins and needs no compiler; this needs one, and on a machine without a GPU Triton's interpreter
+(TRITON_INTERPRET=1 before a kernel is imported).
+"""
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .tactic import Operand, Tactic
+
+_ELEMENTS = {"*fp32": torch.float32, "*i32": torch.int32, "*bf16": torch.bfloat16, "*fp16": torch.float16}
+
+
+def launch(
+    tactic: Tactic,
+    inputs: Sequence[torch.Tensor | None],
+    outputs: Sequence[torch.Tensor],
+    workspace: torch.Tensor,
+) -> None:
+    """Runs the launches of `tactic` on the current stream; can be captured once the kernels are compiled.
+
+    inputs: in the order of the op's schema, None where absent. workspace: uint8, at least `tactic.workspace` bytes.
+    """
+    for each in tactic.launches:
+        module, name = each.kernel.function.split(":")
+        function: Any = getattr(importlib.import_module(f".{module}", __package__), name)
+        arguments: list[Any] = []
+        for argument, (_, kind) in zip(each.arguments, each.kernel.signature, strict=True):
+            if not isinstance(argument, Operand):
+                arguments.append(argument)
+            elif argument.kind == "workspace":
+                element = _ELEMENTS[kind]
+                rest = workspace[argument.index :]
+                arguments.append(rest[: rest.numel() // element.itemsize * element.itemsize].view(element))
+            else:
+                operand = (inputs if argument.kind == "input" else outputs)[argument.index]
+                assert operand is not None, f"{each.kernel.function} is given an absent input"
+                arguments.append(operand)
+        options = {"num_warps": each.kernel.num_warps, "num_stages": each.kernel.num_stages}
+        function[each.grid](*arguments, **dict(each.kernel.constants), **options)
