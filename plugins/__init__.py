@@ -38,6 +38,7 @@ OPS: dict[str, Op] = {
 _KERNELS = {
     "GatedActivation": "gated_activation",
     "Linear": "linear",
+    "PagedAttention": "paged_attention",
     "RMSNorm": "rms_norm",
     "Rope": "rope",
     "RotaryCosSin": "rotary_cos_sin",

@@ -1,0 +1,225 @@
+"""PagedAttention on the GPU: which launches run a node, and how wide they are.
+
+First every K and V of the step is written to its slot; launches of a stream are ordered, so all later reads see them.
+Then, in a bucket for decoding, the keys of each sequence are split over programs (`decode.py`); in any other bucket
+tiles of prompt tokens are attended (`chunk.py`), and rows of decoding either with them or, split, in a launch of their
+own. The number of splits is a guess at what fills the GPU and part of what the builder times.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+
+from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic
+from .attend import write_kernel  # noqa: F401  compiled by its name in this module
+
+QUERY, KEY, VALUE, SLOTS, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS = range(10)
+MOST_SPLITS = 128
+SHARED_KIB = {80: 163, 90: 227, 100: 227}  # of a program; 99 on all others (8.6, 8.9, 12.0)
+
+# (BN, warps, stages) of decode; BN keys are in flight per stage
+DECODE = ((64, 4, 3), (128, 4, 2), (32, 4, 4), (64, 2, 3), (128, 8, 3))
+# (rows, BN, warps, stages) of chunks
+CHUNK = ((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 4, 2), (64, 32, 4, 2), (16, 64, 4, 3))
+SMALL_DECODE = ((32, 4, 2), (16, 4, 2))  # fp32, which has no tensor cores at full precision: registers are the limit
+SMALL_CHUNK = ((32, 32, 4, 2), (16, 32, 4, 2))
+
+
+def tactics(site: Site) -> list[Tactic]:
+    """Decode buckets: splits of different widths. Others: tiles, with and without decode rows in a launch apart."""
+    shape = _Shape.of(site)
+    small = shape.itemsize == 4
+    decodes = [d for d in (SMALL_DECODE if small else DECODE) if shape.fits(shape.decode_rows, d[0], d[2])]
+    if site.max_query == 1:
+        return [
+            tactic
+            for bn, warps, stages in decodes
+            for splits in shape.split_counts(bn)
+            for tactic in shape.decode_tactics(bn, warps, stages, splits)
+        ]
+    chunks = [c for c in (SMALL_CHUNK if small else CHUNK) if shape.fits(max(c[0], shape.bg), c[1], c[3])]
+    found = [Tactic(_name("chunk", c), (shape.write(0, 0), shape.chunk(*c, skip_decode=False))) for c in chunks]
+    bn, warps, stages = decodes[0]
+    splits = shape.split_counts(bn)[0]
+    for c in chunks[:3]:
+        counters, rest, workspace = shape.decode_launches(bn, warps, stages, splits, last_merges=splits > 1)
+        launches = (shape.write(*counters), shape.chunk(*c, skip_decode=True), *rest)
+        found.append(Tactic(f"{_name('chunk', c)}, decode {bn} splits{splits}", launches, workspace))
+    return found
+
+
+def _name(kind: str, config: tuple[int, int, int, int]) -> str:
+    return "{} {}x{} warps{} stages{}".format(kind, *config)
+
+
+def _block(size: int) -> int:
+    """The next power of two, at least what a matrix instruction takes."""
+    return max(16, triton.next_power_of_2(size))
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """The sizes of a site, and launches made from them."""
+
+    site: Site
+    tokens: int
+    sequences: int
+    width: int  # of the page table
+    page: int
+    heads: int
+    kv_heads: int
+    d: int
+    dv: int
+    dtype: str
+    itemsize: int
+
+    @classmethod
+    def of(cls, site: Site) -> "_Shape":
+        query, pages, k_pages = site.inputs[QUERY], site.inputs[PAGES], site.inputs[K_PAGES]
+        assert query is not None and pages is not None and k_pages is not None
+        a = site.attributes
+        return cls(
+            site, query.shape[0], *pages.shape, k_pages.shape[1], a["num_heads"], a["num_kv_heads"], a["head_dim"],
+            a["v_head_dim"], query.dtype, 4 if query.dtype == "float32" else 2,
+        )  # fmt: skip
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
+    def bg(self) -> int:
+        return triton.next_power_of_2(self.group)
+
+    @property
+    def decode_rows(self) -> int:
+        return _block(self.group)
+
+    @property
+    def packed(self) -> bool:
+        return self.site.inputs[KEY] is None
+
+    @property
+    def reach(self) -> int:
+        """Most keys that a query can see."""
+        return min(self.width * self.page, self.site.attributes["window"] or math.inf)  # type: ignore[return-value]
+
+    def fits(self, rows: int, bn: int, stages: int) -> bool:
+        """Whether the operands of a program fit its shared memory, and its accumulator the registers."""
+        bd, bdv = _block(self.d), _block(self.dv)
+        kib = (rows * max(bd, bn) + stages * bn * (bd + bdv)) * self.itemsize / 1024
+        return kib <= SHARED_KIB.get(self.site.device.capability, 99) and rows * bdv <= 128 * 128
+
+    def split_counts(self, bn: int) -> list[int]:
+        """Likeliest first: as many as give each multiprocessor two programs, or one, or four; no more than blocks."""
+        units = self.sequences * self.kv_heads
+        most = min(MOST_SPLITS, triton.cdiv(self.reach, bn))
+        wanted = (max(1, min(most, round(n * self.site.device.num_sms / units))) for n in (2, 1, 4))
+        return list(dict.fromkeys(wanted))
+
+    def constants(self) -> dict[str, Any]:
+        a = self.site.attributes
+        row = self.heads * self.d
+        packed_row = row + self.kv_heads * (self.d + self.dv)
+        return {
+            "STRIDE": packed_row if self.packed else row, "WIDTH": self.width, "NUM_HEADS": self.heads,
+            "NUM_KV_HEADS": self.kv_heads, "D": self.d, "DV": self.dv, "BD": _block(self.d), "BDV": _block(self.dv),
+            "PAGE": self.page, "SCALE": a["scale"], "SOFTCAP": a["softcap"], "WINDOW": a["window"],
+            "SINKS": self.site.inputs[SINKS] is not None,
+        }  # fmt: skip
+
+    def signature(self, *names: str) -> tuple[tuple[str, str], ...]:
+        types = {"slots": "*i32", "query_start": "*i32", "kv_len": "*i32", "pages": "*i32", "arrived": "*i32"}
+        types |= {"parts": "*fp32", "tops": "*fp32", "totals": "*fp32"}
+        return tuple((name, types.get(name, POINTERS[self.dtype])) for name in names)
+
+    def kernel(self, function: str, names: tuple[str, ...], constants: dict[str, Any], warps: int, stages: int) -> Kernel:
+        """Activations, pools and workspace start at multiples of 16 bytes; step tensors may start anywhere."""
+        aligned = {"query", "key", "value", "k_pages", "v_pages", "y", "parts", "tops", "totals"}
+        divisible = tuple(name for name in names if name in aligned)
+        return Kernel(
+            f"paged_attention.{function}", self.signature(*names), tuple(constants.items()), warps, stages, divisible
+        )
+
+    def inputs(self, *indices: int) -> tuple[Operand, ...]:
+        # an absent sinks is never read: any pointer will do
+        absent = {SINKS} if self.site.inputs[SINKS] is None else set()
+        return tuple(Operand("input", QUERY if i in absent else i) for i in indices)
+
+    def write(self, counters: int, offset: int) -> Launch:
+        """K and V to their slots; `counters` int32 zeros at byte `offset` of the workspace."""
+        row, k_width, v_width = self.heads * self.d, self.kv_heads * self.d, self.kv_heads * self.dv
+        total = row + k_width + v_width
+        constants = {
+            "KEY_AT": row if self.packed else 0, "KEY_STRIDE": total if self.packed else k_width, "K_WIDTH": k_width,
+            "VALUE_AT": row + k_width if self.packed else 0, "VALUE_STRIDE": total if self.packed else v_width,
+            "V_WIDTH": v_width, "BLOCK": triton.next_power_of_2(max(k_width, v_width)), "COUNTERS": counters,
+            "SHARE": triton.next_power_of_2(max(1, triton.cdiv(counters, self.tokens))),
+        }  # fmt: skip
+        names = ("key", "value", "slots", "k_pages", "v_pages", "arrived")
+        kernel = self.kernel("kernel:write_kernel", names, constants, 4, 1)
+        source = (QUERY, QUERY) if self.packed else (KEY, VALUE)
+        arguments = (*self.inputs(*source, SLOTS, K_PAGES, V_PAGES), Operand("workspace", offset) if counters
+                     else Operand("input", SLOTS))  # fmt: skip
+        return Launch(kernel, (self.tokens, 1, 1), arguments)
+
+    def chunk(self, rows: int, bn: int, warps: int, stages: int, *, skip_decode: bool) -> Launch:
+        tokens = max(1, rows // self.bg)
+        if tokens * self.bg < 16:
+            tokens = 16 // self.bg
+        constants = {
+            "S": self.sequences, "BS": triton.next_power_of_2(self.sequences), **self.constants(), "BG": self.bg,
+            "TOKENS": tokens, "BN": bn, "SKIP_DECODE": skip_decode,
+        }  # fmt: skip
+        names = ("query", "query_start", "kv_len", "pages", "k_pages", "v_pages", "sinks", "y")
+        arguments = (*self.inputs(QUERY, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS), Operand("output", 0))
+        kernel = self.kernel("chunk:chunk_kernel", names, constants, warps, stages)
+        return Launch(kernel, (self.kv_heads, self.tokens // tokens + self.sequences, 1), arguments)
+
+    def decode_tactics(self, bn: int, warps: int, stages: int, splits: int) -> list[Tactic]:
+        found = []
+        for last_merges in (True, False) if splits > 1 else (False,):
+            counters, launches, workspace = self.decode_launches(bn, warps, stages, splits, last_merges=last_merges)
+            name = f"decode {bn} warps{warps} stages{stages} splits{splits}{' last merges' if last_merges else ''}"
+            found.append(Tactic(name, (self.write(*counters), *launches), workspace))
+        return found
+
+    def decode_launches(
+        self, bn: int, warps: int, stages: int, splits: int, *, last_merges: bool
+    ) -> tuple[tuple[int, int], tuple[Launch, ...], int]:
+        """((counters, their offset), launches, workspace bytes)."""
+        units = self.sequences * self.kv_heads
+        rows = units * splits * self.group if splits > 1 else 0
+        at_tops = _aligned(4 * rows * self.dv)
+        at_totals = at_tops + _aligned(4 * rows)
+        at_arrived = at_totals + _aligned(4 * rows)
+        counters = units if last_merges else 0
+        merging = {"BG": self.bg, "CHUNK": max(1, min(triton.next_power_of_2(splits),
+                                                      8192 // (self.bg * _block(self.dv))))}  # fmt: skip
+        constants = self.constants() | {"BM": self.decode_rows, "BN": bn, "SPLITS": splits, "LAST_MERGES": last_merges}
+        names = ("query", "query_start", "kv_len", "pages", "k_pages", "v_pages", "sinks", "y", "parts", "tops", "totals",
+                 "arrived")  # fmt: skip
+        # with one split nothing is kept: the output stands in for the workspace
+        parts = tuple(Operand("workspace", at) if splits > 1 else Operand("output", 0) for at in (0, at_tops, at_totals))
+        arrived = Operand("workspace", at_arrived) if counters else Operand("input", KV_LEN)
+        kernel = self.kernel("decode:decode_kernel", names, constants | merging, warps, stages)
+        if splits == 1:  # types follow the operands that stand in
+            types = dict(kernel.signature) | dict.fromkeys(("parts", "tops", "totals"), POINTERS[self.dtype])
+            kernel = Kernel(kernel.function, tuple(types.items()), kernel.constants, warps, stages, kernel.divisible)
+        arguments = (*self.inputs(QUERY, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS), Operand("output", 0),
+                     *parts, arrived)  # fmt: skip
+        launches = [Launch(kernel, (self.kv_heads, self.sequences, splits), arguments)]
+        if splits > 1 and not last_merges:
+            names = ("query_start", "kv_len", "sinks", "y", "parts", "tops", "totals")
+            wanted = ("NUM_HEADS", "NUM_KV_HEADS", "DV", "BDV", "WINDOW", "SINKS")
+            constants = {name: constants[name] for name in wanted} | {"BN": bn, "SPLITS": splits} | merging
+            merge = self.kernel("decode:merge_kernel", names, constants, 4, 1)
+            launches.append(Launch(merge, (self.kv_heads, self.sequences, 1),
+                                   (*self.inputs(QUERY_START, KV_LEN, SINKS), Operand("output", 0), *parts)))  # fmt: skip
+        return (counters, at_arrived), tuple(launches), at_arrived + _aligned(4 * counters)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // 256) * 256
