@@ -3,17 +3,16 @@
     python benchmarks/gpu_linear.py [--rows 1,4,16,64] [--layers 32] [--json FILE]
 
 All weights of the model exist (15 GB in bf16), so none is in a cache when it is read. Each tactic of each shape is
-timed over the weights of all layers, the fastest are put together. *Read*: the same bytes summed by torch, the fastest
-that this GPU was seen to read in the same run. Milliseconds, medians of graph replays.
+timed over the weights of all layers, the fastest are put together. *Read*: the time in which torch sums as many bytes.
+Milliseconds, medians of graph replays.
 """
 
 import argparse
 import json
-import statistics
-from collections.abc import Callable
 from functools import partial
 
 import torch
+from gpu_timing import device, read_speed, replay_ms
 from ingot.plugins import jit, tactics_of
 from ingot.plugins.tactic import Device, Site, Tactic, Tensor
 
@@ -21,34 +20,9 @@ HIDDEN, INNER, QKV, VOCAB = 4096, 14336, 6144, 128256
 LAYER = {"qkv": (QKV, HIDDEN), "o": (HIDDEN, HIDDEN), "gate_up": (2 * INNER, HIDDEN), "down": (HIDDEN, INNER)}
 
 
-def replay_ms(run: Callable[[], None], repeats: int = 20) -> float:
-    """Milliseconds of `run` captured in a graph; it was called once before, so that nothing compiles."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    times = []
-    for _ in range(repeats + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[3:])
-
-
 def site_of(rows: int, shape: tuple[int, int], device: Device) -> Site:
     inputs = (Tensor((rows, shape[1]), "bfloat16"), Tensor(shape, "bfloat16"), None)
     return Site("Linear", {}, inputs, (Tensor((rows, shape[0]), "bfloat16"),), device)
-
-
-def read_speed(weights: list[torch.Tensor]) -> float:
-    """Bytes a second, the best of summing the large weights as fp32 words."""
-    big = [w.view(torch.float32) for w in weights if w.numel() > 50e6]
-    ms = replay_ms(lambda: [w.sum() for w in big] and None)
-    return sum(w.nbytes for w in big) / ms * 1000
 
 
 def main() -> None:
@@ -57,15 +31,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--json")
     args = parser.parse_args()
-    properties = torch.cuda.get_device_properties(0)
-    device = Device(10 * properties.major + properties.minor, properties.multi_processor_count)
+    gpu = device()
     weights = {name: [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(args.layers)]
                for name, shape in LAYER.items()}  # fmt: skip
     weights["head"] = [torch.randn(VOCAB, HIDDEN, device="cuda", dtype=torch.bfloat16)]
     everything = [w for group in weights.values() for w in group]
-    speed, num_bytes = read_speed(everything), sum(w.nbytes for w in everything)
+    speed, num_bytes = read_speed(), sum(w.nbytes for w in everything)
     floor = num_bytes / speed * 1000
-    print(f"{properties.name}: reads at {speed / 1e12:.2f} TB/s, {num_bytes / 1e9:.2f} GB of weights: {floor:.2f} ms")
+    print(
+        f"{torch.cuda.get_device_name()}: torch reads at {speed / 1e12:.2f} TB/s, {num_bytes / 1e9:.2f} GB: {floor:.2f} ms"
+    )
     workspace = torch.empty(64 << 20, device="cuda", dtype=torch.uint8)
     found: dict[str, dict] = {}
     for rows in map(int, args.rows.split(",")):
@@ -80,13 +55,13 @@ def main() -> None:
 
         for name, group in weights.items():
             timed = [(replay_ms(partial(call, t, group, x, y), 7) / len(group), t)
-                     for t in tactics_of("Linear")(site_of(rows, tuple(group[0].shape), device))]  # fmt: skip
+                     for t in tactics_of("Linear")(site_of(rows, tuple(group[0].shape), gpu))]  # fmt: skip
             timed.sort(key=lambda pair: pair[0])
             best[name] = timed[0][1]
             table[name] = [(round(1000 * ms, 1), t.name) for ms, t in timed]
             gigabytes = group[0].nbytes / 1e9
             print(f"M={rows:3} {name:8} {timed[0][1].name:38}{1000 * timed[0][0]:8.1f} us "
-                  f"{gigabytes / timed[0][0]:6.2f} TB/s   then {timed[1][1].name} {1000 * timed[1][0]:.1f}")  # fmt: skip
+                  f"{gigabytes / timed[0][0]:6.2f} TB/s  next {timed[1][1].name} {1000 * timed[1][0]:.1f}")  # fmt: skip
 
         def step(x: dict, y: dict, best: dict[str, Tactic]) -> None:
             for layer in range(args.layers):
@@ -101,7 +76,7 @@ def main() -> None:
         ours_ms, cublas_ms = replay_ms(partial(step, x, y, best)), replay_ms(partial(theirs, x))
         found[str(rows)] = {"ours": ours_ms, "cublas": cublas_ms, "read": floor, "tactics": table}
         print(f"M={rows:3} step: ours {ours_ms:.3f} ms, cuBLAS {cublas_ms:.3f}, read {floor:.3f}: "
-              f"{100 * floor / ours_ms:.0f}% of the read ceiling", flush=True)  # fmt: skip
+              f"{num_bytes / ours_ms / 1e9:.2f} TB/s", flush=True)  # fmt: skip
     if args.json:
         with open(args.json, "w") as file:
             json.dump(found, file, indent=1)
