@@ -38,9 +38,8 @@ def main() -> None:
     everything = [w for group in weights.values() for w in group]
     speed, num_bytes = read_speed(), sum(w.nbytes for w in everything)
     floor = num_bytes / speed * 1000
-    print(
-        f"{torch.cuda.get_device_name()}: torch reads at {speed / 1e12:.2f} TB/s, {num_bytes / 1e9:.2f} GB: {floor:.2f} ms"
-    )
+    name = torch.cuda.get_device_name()
+    print(f"{name}: torch reads at {speed / 1e12:.2f} TB/s, {num_bytes / 1e9:.2f} GB in {floor:.2f} ms")
     workspace = torch.empty(64 << 20, device="cuda", dtype=torch.uint8)
     found: dict[str, dict] = {}
     for rows in map(int, args.rows.split(",")):
