@@ -13,11 +13,9 @@ from typing import Any
 import triton
 
 from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic
-from .attend import write_kernel  # noqa: F401  compiled by its name in this module
 
 QUERY, KEY, VALUE, SLOTS, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS = range(10)
 MOST_SPLITS = 128
-SHARED_KIB = {80: 163, 90: 227, 100: 227}  # of a program; 99 on all others (8.6, 8.9, 12.0)
 
 # (BN, warps, stages) of decode; BN keys are in flight per stage
 DECODE = ((64, 4, 3), (128, 4, 2), (32, 4, 4), (64, 2, 3), (128, 8, 3))
@@ -48,6 +46,11 @@ def tactics(site: Site) -> list[Tactic]:
         launches = (shape.write(*counters), shape.chunk(*c, skip_decode=True), *rest)
         found.append(Tactic(f"{_name('chunk', c)}, decode {bn} splits{splits}", launches, workspace))
     return found
+
+
+def shared_memory(capability: int) -> int:
+    """Bytes of shared memory that a program may have: CUDA C++ Programming Guide, compute capabilities."""
+    return {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(capability, 99) << 10
 
 
 def _name(kind: str, config: tuple[int, int, int, int]) -> str:
@@ -109,8 +112,8 @@ class _Shape:
     def fits(self, rows: int, bn: int, stages: int) -> bool:
         """Whether the operands of a program fit its shared memory, and its accumulator the registers."""
         bd, bdv = _block(self.d), _block(self.dv)
-        kib = (rows * max(bd, bn) + stages * bn * (bd + bdv)) * self.itemsize / 1024
-        return kib <= SHARED_KIB.get(self.site.device.capability, 99) and rows * bdv <= 128 * 128
+        needed = (rows * max(bd, bn) + stages * bn * (bd + bdv)) * self.itemsize
+        return needed <= shared_memory(self.site.device.capability) and rows * bdv <= 128 * 128
 
     def split_counts(self, bn: int) -> list[int]:
         """Likeliest first: as many as give each multiprocessor two programs, or one, or four; no more than blocks."""
@@ -159,7 +162,7 @@ class _Shape:
             "SHARE": triton.next_power_of_2(max(1, triton.cdiv(counters, self.tokens))),
         }  # fmt: skip
         names = ("key", "value", "slots", "k_pages", "v_pages", "arrived")
-        kernel = self.kernel("kernel:write_kernel", names, constants, 4, 1)
+        kernel = self.kernel("write:write_kernel", names, constants, 4, 1)
         source = (QUERY, QUERY) if self.packed else (KEY, VALUE)
         arguments = (*self.inputs(*source, SLOTS, K_PAGES, V_PAGES), Operand("workspace", offset) if counters
                      else Operand("input", SLOTS))  # fmt: skip

@@ -1,0 +1,70 @@
+"""Attention of a block of query rows over the keys of one sequence, page by page: the loop that all GPU kernels share.
+
+The rows of a block are all query heads that share a key head (of one token or of several), so K and V are read once for
+the group. Softmax runs online in fp32, base 2: scores, maxima and sinks are in units of log2(e). Only keys in
+`[first, last)` are loaded, whatever else the pool holds; the others count as zeros with weight zero.
+"""
+
+import triton
+import triton.language as tl
+
+LOWEST = tl.constexpr(-1.0e30)  # the maximum of no scores: finite, so that no difference of maxima is NaN
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def attend(
+    q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, first, last, end,
+    NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    PAGE: tl.constexpr, BN: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds keys first, first + 1, .. to the running acc [BM, BDV], top (maximum) [BM] and total [BM] of q [BM, BD].
+
+    position: of each row in its sequence. Without MASKED every row must see all keys of all blocks of BN up to `last`;
+    with it keys from `end` on do not exist, and rows see what causality and the window leave.
+    """
+    d = tl.arange(0, BD)
+    dv = tl.arange(0, BDV)
+    for start in tl.range(first, last, BN):
+        key = start + tl.arange(0, BN)
+        if MASKED:
+            exists = key < end
+            page = tl.load(page_row + key // PAGE, mask=exists, other=0)
+            k_mask = (d < D)[:, None] & exists[None, :]
+            v_mask = exists[:, None] & (dv < DV)[None, :]
+        else:
+            page = tl.load(page_row + key // PAGE)
+            k_mask = (d < D)[:, None]
+            v_mask = (dv < DV)[None, :]
+        row = (page.to(tl.int64) * PAGE + key % PAGE) * NUM_KV_HEADS + kv_head
+        k = tl.load(k_pages + row[None, :] * D + d[:, None], mask=k_mask, other=0.0)  # [BD, BN]
+        v = tl.load(v_pages + row[:, None] * DV + dv[None, :], mask=v_mask, other=0.0)  # [BN, BDV]
+        scores = tl.dot(q, k, input_precision="ieee")
+        if SOFTCAP > 0:  # tanh by one exponential; its error is below 1e-7
+            scores = SOFTCAP * LOG2E * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * LOG2E * SCALE / SOFTCAP))))
+        else:
+            scores *= SCALE * LOG2E
+        if MASKED:
+            visible = exists[None, :] & (key[None, :] <= position[:, None])
+            if WINDOW > 0:
+                visible &= key[None, :] > position[:, None] - WINDOW
+            scores = tl.where(visible, scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - higher[:, None])
+        fade = tl.exp2(top - higher)
+        total = total * fade + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+        top = higher
+    return acc, top, total
+
+
+@triton.jit
+def finish(acc, top, total, sinks, head, inside, SINKS: tl.constexpr):
+    """The attention [BM, BDV] of accumulated rows; a sink is a score without a value. Rows without a key become 0."""
+    if SINKS:
+        sink = tl.load(sinks + head, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        higher = tl.maximum(top, sink)
+        fade = tl.exp2(top - higher)
+        return acc * (fade / (total * fade + tl.exp2(sink - higher)))[:, None]
+    return acc / tl.where(total > 0, total, 1.0)[:, None]

@@ -1,0 +1,71 @@
+"""Attention of prompt chunks on the GPU, decode rows among them: tiles of query tokens x the heads of a group.
+
+The grid is static, so a tile finds its sequence itself: if sequence s takes the tiles from `query_start[s] // TOKENS + s`
+on, every sequence has room for its own (at most one more than it fills), and counting the sequences that begin at or
+before a tile is one vector load. Tiles past their sequence's tokens exit at once.
+"""
+
+import triton
+import triton.language as tl
+
+from .attend import LOWEST, attend, finish
+
+
+@triton.jit
+def chunk_kernel(
+    query, query_start, kv_len, pages, k_pages, v_pages, sinks, y,
+    S: tl.constexpr, BS: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
+    BDV: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
+    SINKS: tl.constexpr, BG: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, SKIP_DECODE: tl.constexpr,
+):  # fmt: skip
+    """Grid (key heads, T // TOKENS + S). SKIP_DECODE: sequences with one query token are left to `decode_kernel`."""
+    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+    kv_head = tl.program_id(0)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the last tiles of a prompt see most keys: they go first
+    each = tl.arange(0, BS)
+    begins = tl.load(query_start + each, mask=each < S, other=0) // TOKENS + each
+    s = tl.sum(((begins <= tile) & (each < S)).to(tl.int32), 0) - 1
+    row = tl.load(query_start + s)
+    num_queries = tl.load(query_start + s + 1) - row
+    offset = (tile - row // TOKENS - s) * TOKENS  # of the tile's first token in its sequence's share of the step
+    if offset >= num_queries or (SKIP_DECODE and num_queries == 1):
+        return
+    length = tl.load(kv_len + s)
+
+    r = tl.arange(0, TOKENS * BG)
+    token = offset + r // BG
+    head = kv_head * GROUP + r % BG
+    inside = (token < num_queries) & (r % BG < GROUP)
+    position = length - num_queries + token
+    d = tl.arange(0, BD)
+    dv = tl.arange(0, BDV)
+    at = row.to(tl.int64) + token
+    q = tl.load(
+        query + at[:, None] * STRIDE + head[:, None] * D + d[None, :],
+        mask=inside[:, None] & (d < D)[None, :],
+        other=0.0,
+    )
+    acc = tl.zeros([TOKENS * BG, BDV], tl.float32)
+    top = tl.full([TOKENS * BG], LOWEST, tl.float32)
+    total = tl.zeros([TOKENS * BG], tl.float32)
+    page_row = pages + s.to(tl.int64) * WIDTH
+    before = length - num_queries + offset  # position of the tile's first token: every row sees all keys below it
+    end = tl.minimum(before + TOKENS, length)
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(before - WINDOW + 1, 0)
+    else:
+        full = tl.maximum(before + 1, 0) // BN * BN
+        acc, top, total = attend(
+            q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, 0, full, full,
+            NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, 0, False,
+        )  # fmt: skip
+        first = full
+    acc, top, total = attend(
+        q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, first, end, end,
+        NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, WINDOW, True,
+    )  # fmt: skip
+    out = finish(acc, top, total, sinks, head, inside, SINKS)
+    at = (at * NUM_HEADS + head)[:, None] * DV + dv[None, :]
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=inside[:, None] & (dv < DV)[None, :])
