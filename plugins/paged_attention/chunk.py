@@ -1,8 +1,8 @@
 """Attention of prompt chunks on the GPU, decode rows among them: tiles of query tokens x the heads of a group.
 
-The grid is static, so a tile finds its sequence itself: if sequence s takes the tiles from `query_start[s] // TOKENS + s`
-on, every sequence has room for its own (at most one more than it fills), and counting the sequences that begin at or
-before a tile is one vector load. Tiles past their sequence's tokens exit at once.
+The grid is static, so a tile finds its sequence itself: if sequence s takes the tiles from
+`query_start[s] // TOKENS + s` on, every sequence has room for its own (at most one more than it fills), and counting
+the sequences that begin at or before a tile is one vector load. Tiles past their sequence's tokens exit at once.
 """
 
 import triton

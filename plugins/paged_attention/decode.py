@@ -52,8 +52,8 @@ def merge(
         top = higher
     head = kv_head * GROUP + g
     out = finish(acc, top, total, sinks, head, g < GROUP, SINKS)
-    at = (row * NUM_HEADS + head)[:, None] * DV + dv[None, :]
-    tl.store(y + at, out.to(y.dtype.element_ty), mask=(g < GROUP)[:, None] & (dv < DV)[None, :])
+    place = (row * NUM_HEADS + head)[:, None] * DV + dv[None, :]
+    tl.store(y + place, out.to(y.dtype.element_ty), mask=(g < GROUP)[:, None] & (dv < DV)[None, :])
 
 
 @triton.jit
@@ -100,8 +100,8 @@ def decode_kernel(
     mask = (g < GROUP)[:, None] & (dv < DV)[None, :]
     if num_shares == 1:
         out = finish(acc, top, total, sinks, head, g < GROUP, SINKS)
-        at = (row * NUM_HEADS + head)[:, None] * DV + dv[None, :]
-        tl.store(y + at, out.to(y.dtype.element_ty), mask=mask)
+        place = (row * NUM_HEADS + head)[:, None] * DV + dv[None, :]
+        tl.store(y + place, out.to(y.dtype.element_ty), mask=mask)
     elif SPLITS > 1:
         unit = s.to(tl.int64) * NUM_KV_HEADS + kv_head
         at = (unit * SPLITS + mine) * GROUP + g

@@ -82,9 +82,9 @@ class _Shape:
     def of(cls, site: Site) -> "_Shape":
         query, pages, k_pages = site.inputs[QUERY], site.inputs[PAGES], site.inputs[K_PAGES]
         assert query is not None and pages is not None and k_pages is not None
-        a = site.attributes
+        a, (sequences, width) = site.attributes, pages.shape
         return cls(
-            site, query.shape[0], *pages.shape, k_pages.shape[1], a["num_heads"], a["num_kv_heads"], a["head_dim"],
+            site, query.shape[0], sequences, width, k_pages.shape[1], a["num_heads"], a["num_kv_heads"], a["head_dim"],
             a["v_head_dim"], query.dtype, 4 if query.dtype == "float32" else 2,
         )  # fmt: skip
 
@@ -138,7 +138,9 @@ class _Shape:
         types |= {"parts": "*fp32", "tops": "*fp32", "totals": "*fp32"}
         return tuple((name, types.get(name, POINTERS[self.dtype])) for name in names)
 
-    def kernel(self, function: str, names: tuple[str, ...], constants: dict[str, Any], warps: int, stages: int) -> Kernel:
+    def kernel(
+        self, function: str, names: tuple[str, ...], constants: dict[str, Any], warps: int, stages: int
+    ) -> Kernel:
         """Activations, pools and workspace start at multiples of 16 bytes; step tensors may start anywhere."""
         aligned = {"query", "key", "value", "k_pages", "v_pages", "y", "parts", "tops", "totals"}
         divisible = tuple(name for name in names if name in aligned)
@@ -202,10 +204,14 @@ class _Shape:
         merging = {"BG": self.bg, "CHUNK": max(1, min(triton.next_power_of_2(splits),
                                                       8192 // (self.bg * _block(self.dv))))}  # fmt: skip
         constants = self.constants() | {"BM": self.decode_rows, "BN": bn, "SPLITS": splits, "LAST_MERGES": last_merges}
-        names = ("query", "query_start", "kv_len", "pages", "k_pages", "v_pages", "sinks", "y", "parts", "tops", "totals",
-                 "arrived")  # fmt: skip
+        names: tuple[str, ...] = (
+            "query", "query_start", "kv_len", "pages", "k_pages", "v_pages", "sinks", "y", "parts", "tops", "totals",
+            "arrived",
+        )  # fmt: skip
         # with one split nothing is kept: the output stands in for the workspace
-        parts = tuple(Operand("workspace", at) if splits > 1 else Operand("output", 0) for at in (0, at_tops, at_totals))
+        parts = tuple(
+            Operand("workspace", at) if splits > 1 else Operand("output", 0) for at in (0, at_tops, at_totals)
+        )
         arrived = Operand("workspace", at_arrived) if counters else Operand("input", KV_LEN)
         kernel = self.kernel("decode:decode_kernel", names, constants | merging, warps, stages)
         if splits == 1:  # types follow the operands that stand in
@@ -219,8 +225,8 @@ class _Shape:
             wanted = ("NUM_HEADS", "NUM_KV_HEADS", "DV", "BDV", "WINDOW", "SINKS")
             constants = {name: constants[name] for name in wanted} | {"BN": bn, "SPLITS": splits} | merging
             merge = self.kernel("decode:merge_kernel", names, constants, 4, 1)
-            launches.append(Launch(merge, (self.kv_heads, self.sequences, 1),
-                                   (*self.inputs(QUERY_START, KV_LEN, SINKS), Operand("output", 0), *parts)))  # fmt: skip
+            arguments = (*self.inputs(QUERY_START, KV_LEN, SINKS), Operand("output", 0), *parts)
+            launches.append(Launch(merge, (self.kv_heads, self.sequences, 1), arguments))
         return (counters, at_arrived), tuple(launches), at_arrived + _aligned(4 * counters)
 
 

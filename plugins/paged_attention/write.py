@@ -1,4 +1,4 @@
-"""K and V of a step into the pool, on the GPU: a launch of its own, so that whatever reads the pool next sees all of it.
+"""K and V of a step into the pool, on the GPU: a launch of its own, so that whatever reads the pool next sees it all.
 
 Padded tokens write to slot 0, which nobody reads, all at once; any of them may win.
 """
@@ -14,7 +14,7 @@ def write_kernel(
     VALUE_STRIDE: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK: tl.constexpr, COUNTERS: tl.constexpr,
     SHARE: tl.constexpr,
 ):  # fmt: skip
-    """Copies K and V of a token to its slot, one program a token; zeroes `SHARE` of the counters a decode launch uses."""
+    """Copies K and V of a token to its slot, one program a token; zeroes `SHARE` of a decode launch's counters."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
     i = tl.arange(0, BLOCK)

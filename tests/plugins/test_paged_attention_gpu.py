@@ -13,12 +13,13 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton's interpreter
 
 from ingot.plugins import OPS
 from ingot.plugins.paged_attention.kernel import tactics
 from ingot.plugins.tactic import Device, Site, Tensor
 from triton_run import DEVICE, described, run_tactic
+
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton's interpreter
 
 GPU = DEVICE == "cuda"
 # the interpreter multiplies bf16 matrices wrongly, so it is left to the GPU
@@ -69,7 +70,8 @@ class Case:
         sinks = random_(heads) if options.pop("sinks", False) else None
         i32 = torch.int32
         self.inputs = [
-            q, k, v, torch.tensor(slots + [0] * spare, dtype=i32), torch.tensor(starts + [self.real] * spare, dtype=i32),
+            q, k, v, torch.tensor(slots + [0] * spare, dtype=i32),
+            torch.tensor(starts + [self.real] * spare, dtype=i32),
             torch.tensor(lengths + [0] * spare, dtype=i32), pages, pool(dim), pool(v_dim), sinks,
         ]  # fmt: skip
         self.attributes = {
