@@ -28,6 +28,12 @@ class BuildConfig:
     target: str = "cpu"
     dtype: str = "auto"
     force: bool = False  # replace an engine that is already at `out`
+    # of the cuda target, whose plan has fixed sizes
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 4096
+    page_size: int = 16
+    tune: bool = True  # time tactics where there is a GPU
+    gpu_arch: int | None = None  # compute capability times ten; None: that of the GPU at hand, else 90
 
 
 @dataclass
@@ -75,7 +81,7 @@ def build_engine(
     with phase("read the checkpoint"):
         checkpoint = Checkpoint.open(config.model)
         dtype = activation_dtype(config.dtype, checkpoint.config)
-    with target.begin() as compile:
+    with target.begin(config) as compile:
         with phase("check the architecture"):
             error = gate.self_check(checkpoint.config, optimise)
         with phase("export"):
@@ -88,8 +94,9 @@ def build_engine(
             with phase("write the weights"):
                 save_graph(graph, folder, on_bytes)
                 copy_text_files(checkpoint.path, folder)
+            model = model_info(config.model, checkpoint, graph, dtype)
             with phase(f"compile for {config.target}"):
-                target_info = compile(graph, folder)
+                target_info = compile(graph, model, folder)
             record = BuildRecord(
                 time=datetime.now(UTC).isoformat(timespec="seconds"),
                 seconds=round(time.perf_counter() - start, 3),
@@ -98,5 +105,4 @@ def build_engine(
                 self_check_error=error,
                 versions=versions(),
             )
-            model = model_info(config.model, checkpoint, graph, dtype)
             return Manifest(model, kv_layers(graph), config.target, target_info, record).save(folder)

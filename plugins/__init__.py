@@ -36,12 +36,31 @@ OPS: dict[str, Op] = {
 
 # op type -> folder whose kernel.py has its `tactics`
 _KERNELS = {
+    "Add": "elementwise",
+    "Cast": "elementwise",
+    "Div": "elementwise",
+    "Experts": "experts",
     "GatedActivation": "gated_activation",
+    "Gather": "gather",
+    "Gelu": "elementwise",
+    "Identity": "elementwise",
+    "LayerNormalization": "reduce",
     "Linear": "linear",
+    "Mul": "elementwise",
+    "Neg": "elementwise",
     "PagedAttention": "paged_attention",
     "RMSNorm": "rms_norm",
+    "ReduceSum": "reduce",
+    "Relu": "elementwise",
     "Rope": "rope",
     "RotaryCosSin": "rotary_cos_sin",
+    "Sample": "sample",
+    "Sigmoid": "elementwise",
+    "Softmax": "reduce",
+    "Sqrt": "elementwise",
+    "Sub": "elementwise",
+    "Tanh": "elementwise",
+    "TopK": "reduce",
 }
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import torch
 
@@ -19,6 +18,7 @@ from . import OPS
 from .binder import Binder, Run, from_reference
 from .dtypes import to_torch
 from .onnx_ops import ONNX_OPS
+from .opschema import complete_attributes, where
 
 Values = list[Any]
 Launch = Callable[[Values], None]
@@ -80,7 +80,7 @@ class Program:
         """Binds every node; evaluates the constant ones now and returns the others, as (node, run, input slots)."""
         pending = []
         for node in graph:
-            sources = [NOTHING if value is None else self._slot(value, _where(node)) for value in node.inputs]
+            sources = [NOTHING if value is None else self._slot(value, where(node)) for value in node.inputs]
             constants = [self._template[slot] for slot in sources]
             run, num_inputs = self._run_of(node, constants)
             sources += [NOTHING] * (num_inputs - len(sources))
@@ -101,13 +101,13 @@ class Program:
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         if node.domain == "ingot" and node.op_type in OPS:
             schema, reference = OPS[node.op_type]
-            attributes = _complete(node, schema, attributes)
+            attributes = complete_attributes(node, schema, attributes)
             binder, num_inputs = from_reference(reference), schema.max_input
         elif node.domain in ("", "ai.onnx") and node.op_type in ONNX_OPS:
             binder, num_inputs = ONNX_OPS[node.op_type], len(constants)
         else:
             known = "the ops of plugins.OPS (domain ingot) and of plugins/onnx_ops.py (domain ai.onnx) are known"
-            raise EngineError(f"{_where(node)} is an op this program cannot run; {known}")
+            raise EngineError(f"{where(node)} is an op this program cannot run; {known}")
         padded = (*constants, *[None] * (num_inputs - len(constants)))
         return (kernel and kernel(attributes, padded)) or _reference(binder, attributes, padded, node), num_inputs
 
@@ -158,28 +158,10 @@ def _launch(run: Run, sources: list[int], targets: list[int], last: list[int]) -
     return launch
 
 
-def _complete(node: ir.Node, schema: onnx.defs.OpSchema, given: dict[str, Any]) -> dict[str, Any]:
-    """The attributes of an ingot node with the schema's defaults filled in; an unknown or missing one is refused."""
-    for name in given.keys() - schema.attributes.keys():
-        raise EngineError(f"{_where(node)} has the attribute '{name}'; known are {', '.join(schema.attributes)}")
-    if len(node.inputs) > schema.max_input:
-        raise EngineError(f"{_where(node)} has {len(node.inputs)} inputs; at most {schema.max_input} were expected")
-    complete = {}
-    for name, attribute in schema.attributes.items():
-        if name in given:
-            complete[name] = given[name]
-        elif attribute.required:
-            raise EngineError(f"{_where(node)} lacks the attribute '{name}', which its schema requires")
-        elif attribute.default_value.type:
-            value = onnx.helper.get_attribute_value(attribute.default_value)
-            complete[name] = value.decode() if isinstance(value, bytes) else value
-    return complete
-
-
 def _reference(binder: Binder, attributes: dict[str, Any], constants: tuple, node: ir.Node) -> Run:
     run = binder(attributes, constants)
     if run is None:
-        raise EngineError(f"{_where(node)} has attributes or inputs that the op table does not serve: {attributes}")
+        raise EngineError(f"{where(node)} has attributes or inputs that the op table does not serve: {attributes}")
     return run
 
 
@@ -195,7 +177,3 @@ def _name(value: ir.Value) -> str:
     if not value.name:
         raise EngineError("a graph input or output has no name; every one of them must have one")
     return value.name
-
-
-def _where(node: ir.Node) -> str:
-    return f"node '{node.name or '?'}' ({node.domain or 'ai.onnx'}::{node.op_type})"

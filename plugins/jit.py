@@ -10,9 +10,16 @@ from typing import Any
 
 import torch
 
-from .tactic import Operand, Tactic
+from .tactic import Kernel, Operand, Tactic
 
-_ELEMENTS = {"*fp32": torch.float32, "*i32": torch.int32, "*bf16": torch.bfloat16, "*fp16": torch.float16}
+ELEMENTS = {
+    "*fp32": torch.float32,
+    "*bf16": torch.bfloat16,
+    "*fp16": torch.float16,
+    "*i32": torch.int32,
+    "*i64": torch.int64,
+    "*u8": torch.uint8,
+}
 
 
 def launch(
@@ -26,19 +33,24 @@ def launch(
     inputs: in the order of the op's schema, None where absent. workspace: uint8, at least `tactic.workspace` bytes.
     """
     for each in tactic.launches:
-        module, name = each.kernel.function.split(":")
-        function: Any = getattr(importlib.import_module(f".{module}", __package__), name)
         arguments: list[Any] = []
         for argument, (_, kind) in zip(each.arguments, each.kernel.signature, strict=True):
             if not isinstance(argument, Operand):
                 arguments.append(argument)
             elif argument.kind == "workspace":
-                element = _ELEMENTS[kind]
+                element = ELEMENTS[kind]
                 rest = workspace[argument.index :]
                 arguments.append(rest[: rest.numel() // element.itemsize * element.itemsize].view(element))
             else:
                 operand = (inputs if argument.kind == "input" else outputs)[argument.index]
                 assert operand is not None, f"{each.kernel.function} is given an absent input"
                 arguments.append(operand)
-        options = {"num_warps": each.kernel.num_warps, "num_stages": each.kernel.num_stages}
-        function[each.grid](*arguments, **dict(each.kernel.constants), **options)
+        launch_kernel(each.kernel, each.grid, arguments)
+
+
+def launch_kernel(kernel: Kernel, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
+    """One kernel on `grid`; tensors and numbers in the order of its signature."""
+    module, name = kernel.function.split(":")
+    function: Any = getattr(importlib.import_module(f".{module}", __package__), name)
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    function[grid](*arguments, **dict(kernel.constants), **options)

@@ -6,10 +6,14 @@ directly.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import onnx_ir as ir
 from onnx import AttributeProto, TypeProto, helper
 from onnx.defs import OpSchema
 from onnx.shape_inference import InferenceContext
+
+from ..engines.errors import EngineError
 
 DOMAIN = "ingot"
 VERSION = 1
@@ -91,3 +95,26 @@ def int_attribute(context: InferenceContext, name: str, default: int = 0) -> int
     """Value of an int attribute of the node."""
     attribute: AttributeProto | None = context.get_attribute(name)
     return default if attribute is None else attribute.i
+
+
+def complete_attributes(node: ir.Node, schema: OpSchema, given: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of an ingot node with the schema's defaults filled in. EngineError: an unknown or missing one."""
+    for name in given.keys() - schema.attributes.keys():
+        raise EngineError(f"{where(node)} has the attribute '{name}'; known are {', '.join(schema.attributes)}")
+    if len(node.inputs) > schema.max_input:
+        raise EngineError(f"{where(node)} has {len(node.inputs)} inputs; at most {schema.max_input} were expected")
+    complete = {}
+    for name, attribute in schema.attributes.items():
+        if name in given:
+            complete[name] = given[name]
+        elif attribute.required:
+            raise EngineError(f"{where(node)} lacks the attribute '{name}', which its schema requires")
+        elif attribute.default_value.type:
+            value = helper.get_attribute_value(attribute.default_value)
+            complete[name] = value.decode() if isinstance(value, bytes) else value
+    return complete
+
+
+def where(node: ir.Node) -> str:
+    """How messages call a node."""
+    return f"node '{node.name or '?'}' ({node.domain or 'ai.onnx'}::{node.op_type})"

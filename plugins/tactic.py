@@ -15,10 +15,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Tensor:
-    """Shape and element type (`float32`, `bfloat16`, `float16`, `int32`, ..) of an operand; row-major, contiguous."""
+    """Shape and element type (`float32`, `bfloat16`, `float16`, `int32`, ..) of an operand; row-major, contiguous.
+
+    cold: it comes from memory and never from a cache (a weight, a KV pool), which is how a tactic is timed.
+    """
 
     shape: tuple[int, ...]
     dtype: str
+    cold: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A step as arrays: the tensors of `engines/step.py` and the sampling columns, cut from one int32 arena.
 
+The arrays lie in the arena as `plugins/unpack/kernel.py` reads them, so a GPU gets a step by one copy of `packed`.
 Everything that grows with the number of tokens is array arithmetic; Python touches each request once. Page tables stay
 in place from step to step and only grow. Two arenas take turns, so that a step is filled while the one before it runs.
 Invariant: a batch is valid until the second `fill` after it; by then its step must be done.
@@ -7,6 +8,7 @@ Invariant: a batch is valid until the second `fill` after it; by then its step m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -28,9 +30,8 @@ class Scored(NamedTuple):
 class Batch(NamedTuple):
     """What an executor needs to run a step. S sequences, T tokens, R logits rows, N samples; all arrays are int32."""
 
-    inputs: dict[str, np.ndarray]  # the graph's, by their names
-    in_flight: np.ndarray  # [F] tokens to be taken from last_token
-    in_flight_rows: np.ndarray  # [F]
+    inputs: dict[str, np.ndarray]  # the graph's, by their names; a token in flight is -1 - row
+    packed: np.ndarray  # all of it as it lies in the arena, a header before it
     sample_index: np.ndarray  # [N] logits rows to sample from
     sample_rows: np.ndarray  # [N] the rows (of the scheduler) they belong to
     sample_positions: np.ndarray  # [N] positions of the new tokens
@@ -40,13 +41,28 @@ class Batch(NamedTuple):
     scored: list[Scored]
 
 
+HEADER = 8  # numbers in front of the packed arrays: T, S, width, R and four to spare
+
+
+def packed_size(max_num_seqs: int, max_num_batched_tokens: int, width: int) -> int:
+    """Numbers that the packed arrays of a step have at most; every token may want logits."""
+    return HEADER + 6 * max_num_batched_tokens + (width + 5) * max_num_seqs + 8
+
+
 class Arena:
     """Buffers for steps of at most the given sizes; `fill(step)` makes the next batch."""
 
-    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, page_size: int):
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        page_size: int,
+        allocate: Callable[[int], np.ndarray] = lambda num_bytes: np.zeros(num_bytes, np.uint8),
+    ):
         width = -(-max_model_len // page_size)
-        size = 4 * max_num_batched_tokens + (width + 8) * max_num_seqs + 2
-        self._buffers = [np.zeros(size, np.int32), np.zeros(size, np.int32)]
+        size = packed_size(max_num_seqs, max_num_batched_tokens, width)
+        self._buffers = [allocate(4 * size).view(np.int32) for _ in range(2)]
         self._page_size = page_size
         self._table = np.zeros((max_num_seqs, width), np.int32)  # page table by row
         self._num_pages = [0] * max_num_seqs  # entries of it that are up to date
@@ -56,6 +72,7 @@ class Arena:
         """Read the step (before anything more is committed) into the arena whose turn it is."""
         self._buffers.reverse()
         cut = _Cut(self._buffers[0])
+        header = cut(HEADER)
         num_works = len(step)
         self._place_pages(step)
         columns = np.array([work[1:5] for work in step], np.int32)  # [S, 4]
@@ -72,6 +89,7 @@ class Arena:
         else:
             token_rows = np.repeat(rows, counts)
             np.add(self._range[:num_tokens], np.repeat(starts - query_start[:-1], counts), out=positions)
+        tokens[:] = np.where(tokens == FROM_DEVICE, -1 - token_rows, tokens)
         page, offset = np.divmod(positions, self._page_size)
         np.multiply(self._table[token_rows, page], self._page_size, out=slots)
         slots += offset
@@ -89,18 +107,21 @@ class Arena:
         if num_rows:
             np.add(self._range[:num_rows], np.repeat(ends - logit_ends, num_logits), out=logit_rows)
 
-        in_flight = np.flatnonzero(tokens == FROM_DEVICE)
         samples = np.flatnonzero([work[6] for work in step])
+        sample_index, sample_positions = logit_ends[samples] - 1, kv_len[samples]
+        columns = cut(2 * len(logit_rows)).reshape(2, -1)
+        columns[0], columns[1] = -1, 0
+        columns[:, sample_index] = rows[samples], sample_positions
+        header[:] = num_tokens, num_works, width, len(logit_rows), 0, 0, 0, 0
         return Batch(
             inputs={
                 names.TOKENS: tokens, names.POSITIONS: positions, names.SLOTS: slots, names.QUERY_START: query_start,
                 names.KV_LEN: kv_len, names.PAGES: pages, names.LOGIT_ROWS: logit_rows,
             },
-            in_flight=in_flight,
-            in_flight_rows=token_rows[in_flight],
-            sample_index=logit_ends[samples] - 1,
+            packed=cut.all(),
+            sample_index=sample_index,
             sample_rows=rows[samples],
-            sample_positions=kv_len[samples],
+            sample_positions=sample_positions,
             sample_works=samples,
             num_works=num_works,
             placements=_placements(step),
@@ -143,6 +164,10 @@ class _Cut:
     def __call__(self, size: int) -> np.ndarray:
         begin, self._used = self._used, self._used + size
         return self._buffer[begin : self._used]
+
+    def all(self) -> np.ndarray:
+        """Everything handed out so far."""
+        return self._buffer[: self._used]
 
 
 def _placements(step: Step) -> list[Placement]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..engines.errors import EngineError
@@ -23,17 +23,20 @@ class ServeConfig:
 
     max_num_seqs: requests that run at a time. max_num_batched_tokens: tokens per step; longer prompts go in chunks.
     max_model_len: prompt and output of a request, by default the model's. page_size: tokens per KV page.
-    num_kv_pages: pages, one of them set aside; or kv_cache_memory: bytes for them; by default 20% of the memory
-    available, at most 4 GiB and what `max_num_seqs` requests of full length need.
+    num_kv_pages: pages, one of them set aside; or kv_cache_memory: bytes for them; by default, on a CPU, 20% of the
+    memory available, at most 4 GiB and what `max_num_seqs` requests of full length need; on a GPU what is left of
+    `gpu_memory_utilization` of its memory. What is None is settled by the engine's target.
     """
 
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
-    page_size: int = 16
+    page_size: int | None = None
     num_kv_pages: int | None = None
     kv_cache_memory: int | None = None
     prefix_cache: bool = True
+    gpu_memory_utilization: float = 0.9
+    load_format: str = "auto"  # or dummy: random weights, for benchmarks
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size", "num_kv_pages",
@@ -41,8 +44,23 @@ class ServeConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise EngineError(f"{name} is {value!r}; it must be an integer of at least 1.")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise EngineError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; it must be above 0, at most 1."
+            )
+        if self.load_format not in ("auto", "dummy"):
+            raise EngineError(f"load_format is {self.load_format!r}; it must be auto or dummy.")
         if self.num_kv_pages is not None and self.kv_cache_memory is not None:
             raise EngineError("num_kv_pages and kv_cache_memory both size the KV pool; give one of them.")
+
+    def with_defaults(self, max_num_seqs: int, max_num_batched_tokens: int, page_size: int) -> ServeConfig:
+        """The same with these values where nothing was asked for."""
+        return replace(
+            self,
+            max_num_seqs=self.max_num_seqs or max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens or max_num_batched_tokens,
+            page_size=self.page_size or page_size,
+        )
 
 
 def model_len(manifest: Manifest, config: ServeConfig) -> int:
@@ -55,6 +73,7 @@ def model_len(manifest: Manifest, config: ServeConfig) -> int:
 
 def num_kv_pages(manifest: Manifest, config: ServeConfig) -> int:
     """Pages of the pool, the one set aside included. Raises EngineError if they do not fit or are too few."""
+    assert config.page_size is not None and config.max_num_seqs is not None
     page_bytes = manifest.kv_bytes_per_token * config.page_size
     available = available_memory()
     length = model_len(manifest, config)

@@ -18,14 +18,13 @@ from typing import Any
 from ..engines.errors import EngineError, RequestError
 from . import loop
 from .batch import Arena
-from .capacity import ServeConfig, model_len, num_kv_pages
+from .capacity import ServeConfig, model_len
 from .engine import Engine
-from .executor import CpuExecutor
+from .executor import Executor, open_executor
 from .kv import PagePool
 from .metrics import Metrics, Recorder
 from .prompt import Limits, Prompt, tokens_of
 from .request import SamplingParams
-from .sampler import Sampler
 from .scheduler import Scheduler
 from .step import Delta
 from .stream import Answer, Listener, Stream
@@ -38,17 +37,16 @@ class Session:
     def __init__(self, folder: Any, config: ServeConfig):
         self.engine = Engine.open(folder)
         model = self.engine.manifest.model
-        max_len, num_pages = model_len(self.engine.manifest, config), num_kv_pages(self.engine.manifest, config)
-        pool = PagePool(num_pages, config.page_size, config.prefix_cache)
+        max_len = model_len(self.engine.manifest, config)
+        executor = open_executor(self.engine, config)
+        config = executor.config
+        assert config.max_num_seqs and config.max_num_batched_tokens and config.page_size
+        pool = PagePool(executor.num_pages, config.page_size, config.prefix_cache)
         self.limits = Limits(model.vocab_size, max_len, pool.capacity)
         self.scheduler = Scheduler(
             pool, config.max_num_seqs, config.max_num_batched_tokens, max_len, model.eos_token_ids
         )
-        arena = Arena(config.max_num_seqs, config.max_num_batched_tokens, max_len, config.page_size)
-        executor = CpuExecutor(
-            self.engine.program, self.engine.pools(num_pages, config.page_size),
-            Sampler(config.max_num_seqs, model.vocab_size), config.max_num_seqs,
-        )  # fmt: skip
+        arena = Arena(config.max_num_seqs, config.max_num_batched_tokens, max_len, config.page_size, executor.allocate)
         self.failure: BaseException | None = None
         self._recorder = Recorder()
         self._open: dict[str, tuple[Stream, Answer]] = {}  # by the id of the scheduler's request
@@ -109,7 +107,7 @@ class Session:
 
     # -- the loop's thread ---------------------------------------------------------------------------------------------
 
-    def _serve(self, arena: Arena, executor: CpuExecutor) -> None:
+    def _serve(self, arena: Arena, executor: Executor) -> None:
         try:
             loop.run(self.scheduler, arena, executor, self._inbox, self._deliver)
             self._hand_out([delta for key in list(self._open) if (delta := self.scheduler.cancel(key))])

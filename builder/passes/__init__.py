@@ -7,7 +7,11 @@ it recognises with certainty and leaves the rest; a graph with nothing recognise
 from collections.abc import Callable
 
 import onnx_ir as ir
-from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    LiftConstantsToInitializersPass,
+    RemoveUnusedNodesPass,
+)
 
 from .activation import fuse_gelu
 from .folding import (
@@ -41,6 +45,11 @@ def drop_dead(model: ir.Model) -> None:
     RemoveUnusedNodesPass()(model)
 
 
+def lift_constants(model: ir.Model) -> None:
+    """Constants become initialisers, so that a graph has one kind of them and all are in the weights file."""
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+
+
 PASSES: tuple[Pass, ...] = (
     # what the exporter wrote, in few forms
     lower_sequences,
@@ -67,6 +76,7 @@ PASSES: tuple[Pass, ...] = (
     share_common,
     fuse_residual,
     name_nodes,
+    lift_constants,
 )
 
 

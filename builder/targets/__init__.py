@@ -1,28 +1,34 @@
 """The targets an optimised graph can be compiled for: one module each, with a context manager `begin`.
 
-    with target_of("cpu").begin() as compile:   # refuses what cannot be compiled here; starts what needs no graph
+    with target_of("cpu").begin(config) as compile:  # refuses what cannot be compiled here; starts what needs no graph
         ...
-        target_info = compile(graph, folder)
+        target_info = compile(graph, model, folder)
 
 `folder` already holds the graph and its weights; a target adds a folder of its own name, with what only it can run.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import onnx_ir as ir
 
 from ...engines.errors import BuildError
+from ...engines.manifest import ModelInfo
 
-Compile = Callable[[ir.Model, Path], dict[str, Any]]  # (graph, folder) -> target_info of the manifest
+if TYPE_CHECKING:
+    from .. import BuildConfig
+
+Compile = Callable[[ir.Model, ModelInfo, Path], dict[str, Any]]  # -> target_info of the manifest
 
 
 class Target(Protocol):
     """A module of this folder."""
 
-    def begin(self) -> AbstractContextManager[Compile]: ...
+    def begin(self, config: BuildConfig) -> AbstractContextManager[Compile]: ...
 
 
 def target_of(name: str) -> Target:
@@ -32,5 +38,9 @@ def target_of(name: str) -> Target:
             from . import cpu
 
             return cpu
+        case "cuda":
+            from . import cuda
+
+            return cuda
         case _:
-            raise BuildError(f"there is no target {name!r}, expected 'cpu'; pass `--target cpu`.")
+            raise BuildError(f"there is no target {name!r}, expected 'cpu' or 'cuda'; pass one as `--target`.")

@@ -1,12 +1,18 @@
 """Triton kernels to cubins, ahead of time: no GPU, no driver, no torch is needed, so one machine builds for all.
 
-A kernel is data (`plugins/tactic.py`), so equal kernels are compiled once. Triton keeps what it compiled in its own
-cache on disk, keyed by source, options and version; a build that compiles a kernel again takes milliseconds.
+A kernel is data (`plugins/tactic.py`), so equal kernels are compiled once. Compiling is mostly Python, so many kernels
+are shared out over processes, each of which runs this module. Triton keeps what it compiled in its own cache on disk,
+keyed by source, options and version; a build that compiles a kernel again takes milliseconds.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +21,7 @@ from ...engines.errors import BuildError
 from ...plugins.tactic import Kernel
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
+BATCH = 8  # kernels that a process gets at a time: it takes a second to start
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,45 @@ def compile_kernel(kernel: Kernel, capability: int) -> Cubin:
     return Cubin(compiled.asm["cubin"], meta.name, meta.shared, meta.num_warps)
 
 
-def compile_all(kernels: set[Kernel], capability: int, threads: int = 4) -> dict[Kernel, Cubin]:
-    """Each kernel once; ptxas runs in processes of its own, so threads compile side by side. Raises BuildError."""
-    with ThreadPoolExecutor(threads) as pool:
-        return dict(zip(kernels, pool.map(lambda kernel: compile_kernel(kernel, capability), kernels), strict=True))
+def compile_all(
+    kernels: Collection[Kernel], capability: int, on_done: Callable[[int, int], None] = lambda done, total: None
+) -> dict[Kernel, Cubin | BuildError]:
+    """Each kernel, compiled, or what was wrong with it. `on_done(done, total)` counts kernels."""
+    todo = list(dict.fromkeys(kernels))
+    batches = [todo[i : i + BATCH] for i in range(0, len(todo), BATCH)]
+    found: dict[Kernel, Cubin | BuildError] = {}
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        cubins_of = pool.map(lambda batch: _in_a_process(batch, capability), batches)
+        for batch, cubins in zip(batches, cubins_of, strict=True):
+            found |= dict(zip(batch, cubins, strict=True))
+            on_done(len(found), len(todo))
+    return found
+
+
+def _in_a_process(kernels: list[Kernel], capability: int) -> list[Cubin | BuildError]:
+    """Not a multiprocessing pool: that would run the caller's main module again."""
+    # a process that interprets kernels compiles none
+    env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-m", __name__]
+    done = subprocess.run(command, input=pickle.dumps((kernels, capability)), capture_output=True, env=env)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
+        return [BuildError(f"the process that compiles kernels for sm_{capability} failed: {lines[-1]}")] * len(kernels)
+    return pickle.loads(done.stdout)
+
+
+def _compile_here(kernels: list[Kernel], capability: int) -> list[Cubin | BuildError]:
+    found: list[Cubin | BuildError] = []
+    for kernel in kernels:
+        try:
+            found.append(compile_kernel(kernel, capability))
+        except BuildError as error:
+            found.append(BuildError(str(error)))  # without the traceback's objects, which may not pickle
+    return found
+
+
+if __name__ == "__main__":
+    out, sys.stdout = sys.stdout.buffer, sys.stderr  # what a kernel's compiler prints is not our answer
+    # classes of this module under its own name, not __main__
+    here = importlib.import_module("ingot.builder.targets.cubin")
+    out.write(pickle.dumps(here._compile_here(*pickle.load(sys.stdin.buffer))))

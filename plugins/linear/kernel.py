@@ -34,18 +34,19 @@ def linear_row_kernel(
 
 @triton.jit
 def linear_kernel(
-    x, weight, bias, y,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    DEPTH: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr,
+    x, weight, bias, y, M,
+    N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    DEPTH: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
+    # EVEN: blocks divide N and K, so that only rows need masks
     # programs of GROUP neighbouring column blocks take all row blocks in turn: their weights stay in the L2 cache
-    BLOCKS_M: tl.constexpr = (M + BM - 1) // BM
+    blocks_m = tl.cdiv(M, BM)
     BLOCKS_N: tl.constexpr = (N + BN - 1) // BN
     program = tl.program_id(0)
-    first = program // (GROUP * BLOCKS_M) * GROUP
+    first = program // (GROUP * blocks_m) * GROUP
     size = tl.minimum(BLOCKS_N - first, GROUP)
-    n = (first + program % (GROUP * BLOCKS_M) % size) * BN + tl.arange(0, BN)
-    m = program % (GROUP * BLOCKS_M) // size * BM + tl.arange(0, BM)
+    n = (first + program % (GROUP * blocks_m) % size) * BN + tl.arange(0, BN)
+    m = program % (GROUP * blocks_m) // size * BM + tl.arange(0, BM)
     part = tl.program_id(1)
     k = part * DEPTH + tl.arange(0, BK)
     end = tl.minimum(part * DEPTH + DEPTH, K)
@@ -53,25 +54,28 @@ def linear_kernel(
     x_at = x + m[None, :].to(tl.int64) * K + k[:, None]
     acc = tl.zeros([BN, BM], tl.float32)
     for start in range(0, DEPTH, BK):
-        left = end - part * DEPTH - start
-        inside = tl.arange(0, BK) < left
-        w = tl.load(w_at + start, mask=(n[:, None] < N) & inside[None, :], other=0.0)
-        t = tl.load(x_at + start, mask=(m[None, :] < M) & inside[:, None], other=0.0)
+        if EVEN:
+            w = tl.load(w_at + start)
+            t = tl.load(x_at + start, mask=m[None, :] < M, other=0.0)
+        else:
+            inside = tl.arange(0, BK) < end - part * DEPTH - start
+            w = tl.load(w_at + start, mask=(n[:, None] < N) & inside[None, :], other=0.0)
+            t = tl.load(x_at + start, mask=(m[None, :] < M) & inside[:, None], other=0.0)
         acc = tl.dot(w, t, acc, input_precision="ieee")
     if BIAS:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    y_at = y + part * M * N + m[:, None].to(tl.int64) * N + n[None, :]
+    y_at = y + part.to(tl.int64) * M * N + m[:, None].to(tl.int64) * N + n[None, :]
     tl.store(y_at, tl.trans(acc).to(y.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
 
 
 @triton.jit
-def add_parts_kernel(parts, bias, y, SIZE: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+def add_parts_kernel(parts, bias, y, size, N: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
                      BIAS: tl.constexpr):  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < SIZE
+    inside = i < size
     total = tl.zeros([BLOCK], tl.float32)
     for part in tl.static_range(PARTS):
-        total += tl.load(parts + part * SIZE + i, mask=inside, other=0.0)
+        total += tl.load(parts + part * size + i, mask=inside, other=0.0)
     if BIAS:
         total += tl.load(bias + i % N, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + i, total.to(y.dtype.element_ty), mask=inside)
@@ -122,24 +126,25 @@ def _tiles(site: Site, bm: int, bn: int, bk: int, warps: int, stages: int, parts
     share = triton.cdiv(triton.cdiv(depth, parts), bk) * bk
     parts = triton.cdiv(depth, share)
     target = "float32" if parts > 1 else x.dtype
-    constants = (("M", rows), ("N", width), ("K", depth), ("BM", bm), ("BN", bn), ("BK", bk), ("DEPTH", share),
-                 ("GROUP", 8), ("BIAS", bias is not None and parts == 1))  # fmt: skip
-    kernel = Kernel("linear.kernel:linear_kernel", _signature(x.dtype, target), constants, warps, stages,
-                    divisible=_aligned(x, weight))  # fmt: skip
+    even = width % bn == 0 and parts * share == depth
+    constants = (("N", width), ("K", depth), ("BM", bm), ("BN", bn), ("BK", bk), ("DEPTH", share), ("GROUP", 8),
+                 ("BIAS", bias is not None and parts == 1), ("EVEN", even))  # fmt: skip
+    signature = (*_signature(x.dtype, target), ("M", "i32"))
+    kernel = Kernel("linear.kernel:linear_kernel", signature, constants, warps, stages, divisible=_aligned(x, weight))
     grid = (triton.cdiv(rows, bm) * triton.cdiv(width, bn), parts, 1)
     operands = (Operand("input", 0), Operand("input", 1), Operand("input", 2 if bias else 1))
     name = f"{bm}x{bn}x{bk} warps{warps} stages{stages} parts{parts}"
     if parts == 1:
-        return Tactic(name, (Launch(kernel, grid, (*operands, Operand("output", 0))),))
+        return Tactic(name, (Launch(kernel, grid, (*operands, Operand("output", 0), rows)),))
     add = Kernel(
         "linear.kernel:add_parts_kernel",
-        (("parts", "*fp32"), ("bias", POINTERS[x.dtype]), ("y", POINTERS[x.dtype])),
-        (("SIZE", rows * width), ("N", width), ("PARTS", parts), ("BLOCK", 512), ("BIAS", bias is not None)),
+        (("parts", "*fp32"), ("bias", POINTERS[x.dtype]), ("y", POINTERS[x.dtype]), ("size", "i32")),
+        (("N", width), ("PARTS", parts), ("BLOCK", 512), ("BIAS", bias is not None)),
         divisible=("parts", "y"),
     )
     second = Launch(add, (triton.cdiv(rows * width, 512), 1, 1),
-                    (Operand("workspace", 0), operands[2], Operand("output", 0)))  # fmt: skip
-    first = Launch(kernel, grid, (*operands, Operand("workspace", 0)))
+                    (Operand("workspace", 0), operands[2], Operand("output", 0), rows * width))  # fmt: skip
+    first = Launch(kernel, grid, (*operands, Operand("workspace", 0), rows))
     return Tactic(name, (first, second), workspace=4 * parts * rows * width)
 
 

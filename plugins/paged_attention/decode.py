@@ -13,20 +13,20 @@ from .attend import LOWEST, attend, finish
 
 
 @triton.jit
-def share_out(length, SPLITS: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr):
+def share_out(length, splits, BN: tl.constexpr, WINDOW: tl.constexpr):
     """First key in reach of the query of a sequence of `length` keys, keys of a share, number of shares."""
     first = 0
     if WINDOW > 0:
         first = tl.maximum(length - WINDOW, 0)
-    share = tl.maximum(tl.cdiv(tl.cdiv(length - first, BN), SPLITS), 1) * BN
+    share = tl.maximum(tl.cdiv(tl.cdiv(length - first, BN), splits), 1) * BN
     return first, share, tl.cdiv(length - first, share)
 
 
 @triton.jit
 def merge(
-    parts, tops, totals, sinks, y, unit, row, kv_head, num_shares,
+    parts, tops, totals, sinks, y, unit, row, kv_head, num_shares, splits,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    SPLITS: tl.constexpr, SINKS: tl.constexpr, CHUNK: tl.constexpr,
+    SINKS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Writes the GROUP heads of a unit (a sequence and key head) from its shares, CHUNK of them at a time."""
     g = tl.arange(0, BG)
@@ -36,7 +36,7 @@ def merge(
     total = tl.zeros([BG], tl.float32)
     for start in range(0, num_shares, CHUNK):
         share = start + tl.arange(0, CHUNK)
-        at = (unit * SPLITS + share)[:, None] * GROUP + g[None, :]  # [CHUNK, BG]
+        at = (unit * splits + share)[:, None] * GROUP + g[None, :]  # [CHUNK, BG]
         inside = (share < num_shares)[:, None] & (g < GROUP)[None, :]
         part = tl.load(
             parts + at[:, :, None] * DV + dv[None, None, :], mask=inside[:, :, None] & (dv < DV)[None, None, :],
@@ -58,14 +58,17 @@ def merge(
 
 @triton.jit
 def decode_kernel(
-    query, query_start, kv_len, pages, k_pages, v_pages, sinks, y, parts, tops, totals, arrived,
+    query, query_start, kv_len, pages, k_pages, v_pages, sinks, y, parts, tops, totals, arrived, splits,
     STRIDE: tl.constexpr, WIDTH: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, PAGE: tl.constexpr,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, LAST_MERGES: tl.constexpr, BG: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, LAST_MERGES: tl.constexpr, BG: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (key heads, sequences, SPLITS). STRIDE: elements of a query row; WIDTH: of a row of the page table."""
+    """Grid (key heads, sequences, splits); SPLIT: there may be several.
+
+    STRIDE: elements of a query row; WIDTH: of a row of the page table.
+    """
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     kv_head = tl.program_id(0)
     s = tl.program_id(1)
@@ -73,7 +76,7 @@ def decode_kernel(
     length = tl.load(kv_len + s)
     if tl.load(query_start + s + 1) - row != 1:
         return
-    first, share, num_shares = share_out(length, SPLITS, BN, WINDOW)
+    first, share, num_shares = share_out(length, splits, BN, WINDOW)
     mine = tl.program_id(2)
     if mine >= num_shares:
         return
@@ -102,9 +105,9 @@ def decode_kernel(
         out = finish(acc, top, total, sinks, head, g < GROUP, SINKS)
         place = (row * NUM_HEADS + head)[:, None] * DV + dv[None, :]
         tl.store(y + place, out.to(y.dtype.element_ty), mask=mask)
-    elif SPLITS > 1:
+    elif SPLIT:
         unit = s.to(tl.int64) * NUM_KV_HEADS + kv_head
-        at = (unit * SPLITS + mine) * GROUP + g
+        at = (unit * splits + mine) * GROUP + g
         tl.store(parts + at[:, None] * DV + dv[None, :], acc, mask=mask)
         tl.store(tops + at, top, mask=g < GROUP)
         tl.store(totals + at, total, mask=g < GROUP)
@@ -113,27 +116,27 @@ def decode_kernel(
             before = tl.atomic_add(arrived + unit, 1, sem="acq_rel")
             if before == num_shares - 1:
                 merge(
-                    parts, tops, totals, sinks, y, unit, row, kv_head, num_shares,
-                    NUM_HEADS, GROUP, BG, DV, BDV, SPLITS, SINKS, CHUNK,
+                    parts, tops, totals, sinks, y, unit, row, kv_head, num_shares, splits,
+                    NUM_HEADS, GROUP, BG, DV, BDV, SINKS, CHUNK,
                 )  # fmt: skip
 
 
 @triton.jit
 def merge_kernel(
-    query_start, kv_len, sinks, y, parts, tops, totals,
+    query_start, kv_len, sinks, y, parts, tops, totals, splits,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, WINDOW: tl.constexpr,
-    SINKS: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, BG: tl.constexpr, CHUNK: tl.constexpr,
+    SINKS: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (key heads, sequences), after a decode_kernel with the same BN and SPLITS."""
+    """Grid (key heads, sequences), after a decode_kernel with the same BN and splits."""
     kv_head = tl.program_id(0)
     s = tl.program_id(1)
     row = tl.load(query_start + s).to(tl.int64)
     length = tl.load(kv_len + s)
     if tl.load(query_start + s + 1) - row != 1:
         return
-    _, _, num_shares = share_out(length, SPLITS, BN, WINDOW)
+    _, _, num_shares = share_out(length, splits, BN, WINDOW)
     if num_shares > 1:
         merge(
-            parts, tops, totals, sinks, y, s.to(tl.int64) * NUM_KV_HEADS + kv_head, row, kv_head, num_shares,
-            NUM_HEADS, NUM_HEADS // NUM_KV_HEADS, BG, DV, BDV, SPLITS, SINKS, CHUNK,
+            parts, tops, totals, sinks, y, s.to(tl.int64) * NUM_KV_HEADS + kv_head, row, kv_head, num_shares, splits,
+            NUM_HEADS, NUM_HEADS // NUM_KV_HEADS, BG, DV, BDV, SINKS, CHUNK,
         )  # fmt: skip

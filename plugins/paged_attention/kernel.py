@@ -135,7 +135,7 @@ class _Shape:
 
     def signature(self, *names: str) -> tuple[tuple[str, str], ...]:
         types = {"slots": "*i32", "query_start": "*i32", "kv_len": "*i32", "pages": "*i32", "arrived": "*i32"}
-        types |= {"parts": "*fp32", "tops": "*fp32", "totals": "*fp32"}
+        types |= {"parts": "*fp32", "tops": "*fp32", "totals": "*fp32", "splits": "i32"}
         return tuple((name, types.get(name, POINTERS[self.dtype])) for name in names)
 
     def kernel(
@@ -203,10 +203,15 @@ class _Shape:
         counters = units if last_merges else 0
         merging = {"BG": self.bg, "CHUNK": max(1, min(triton.next_power_of_2(splits),
                                                       8192 // (self.bg * _block(self.dv))))}  # fmt: skip
-        constants = self.constants() | {"BM": self.decode_rows, "BN": bn, "SPLITS": splits, "LAST_MERGES": last_merges}
+        constants = self.constants() | {
+            "BM": self.decode_rows,
+            "BN": bn,
+            "SPLIT": splits > 1,
+            "LAST_MERGES": last_merges,
+        }
         names: tuple[str, ...] = (
             "query", "query_start", "kv_len", "pages", "k_pages", "v_pages", "sinks", "y", "parts", "tops", "totals",
-            "arrived",
+            "arrived", "splits",
         )  # fmt: skip
         # with one split nothing is kept: the output stands in for the workspace
         parts = tuple(
@@ -217,15 +222,17 @@ class _Shape:
         if splits == 1:  # types follow the operands that stand in
             types = dict(kernel.signature) | dict.fromkeys(("parts", "tops", "totals"), POINTERS[self.dtype])
             kernel = Kernel(kernel.function, tuple(types.items()), kernel.constants, warps, stages, kernel.divisible)
-        arguments = (*self.inputs(QUERY, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS), Operand("output", 0),
-                     *parts, arrived)  # fmt: skip
+        arguments: tuple[Operand | int, ...] = (
+            *self.inputs(QUERY, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS), Operand("output", 0),
+            *parts, arrived, splits,
+        )  # fmt: skip
         launches = [Launch(kernel, (self.kv_heads, self.sequences, splits), arguments)]
         if splits > 1 and not last_merges:
-            names = ("query_start", "kv_len", "sinks", "y", "parts", "tops", "totals")
+            names = ("query_start", "kv_len", "sinks", "y", "parts", "tops", "totals", "splits")
             wanted = ("NUM_HEADS", "NUM_KV_HEADS", "DV", "BDV", "WINDOW", "SINKS")
-            constants = {name: constants[name] for name in wanted} | {"BN": bn, "SPLITS": splits} | merging
+            constants = {name: constants[name] for name in wanted} | {"BN": bn} | merging
             merge = self.kernel("decode:merge_kernel", names, constants, 4, 1)
-            arguments = (*self.inputs(QUERY_START, KV_LEN, SINKS), Operand("output", 0), *parts)
+            arguments = (*self.inputs(QUERY_START, KV_LEN, SINKS), Operand("output", 0), *parts, splits)
             launches.append(Launch(merge, (self.kv_heads, self.sequences, 1), arguments))
         return (counters, at_arrived), tuple(launches), at_arrived + _aligned(4 * counters)
 

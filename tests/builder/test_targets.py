@@ -2,9 +2,12 @@
 
 import onnx_ir as ir
 import pytest
+from ingot.builder import BuildConfig
 from ingot.builder.targets import target_of
 from ingot.engines.errors import BuildError
 from ingot.plugins import native
+
+CONFIG = BuildConfig("model", "out")
 
 
 @pytest.fixture
@@ -13,8 +16,8 @@ def graph():
 
 
 def test_cpu_puts_the_kernels_into_its_folder(graph, tmp_path):
-    with target_of("cpu").begin() as compile:
-        info = compile(graph, tmp_path)
+    with target_of("cpu").begin(CONFIG) as compile:
+        info = compile(graph, None, tmp_path)
     if info["kernels"] == "torch":
         pytest.skip(info["reason"])
     assert info["kernels"] == "native"
@@ -24,8 +27,8 @@ def test_cpu_puts_the_kernels_into_its_folder(graph, tmp_path):
 def test_without_a_compiler_torch_serves(graph, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    with target_of("cpu").begin() as compile:
-        info = compile(graph, tmp_path)
+    with target_of("cpu").begin(CONFIG) as compile:
+        info = compile(graph, None, tmp_path)
     assert info["kernels"] == "torch" and "no C++ compiler" in info["reason"]
     assert not list(tmp_path.iterdir())
 

@@ -18,7 +18,7 @@ def by_the_book(step):
     tokens, positions, slots, query_start, kv_len, pages, logit_rows = [], [], [], [0], [], [], []
     for work in step:
         for i in range(work.start, work.start + work.num_tokens):
-            tokens.append(work.request.tokens[i] if i < len(work.request.tokens) else -1)
+            tokens.append(work.request.tokens[i] if i < len(work.request.tokens) else -1 - work.row)
             positions.append(i)
             slots.append(work.pages[i // PAGE] * PAGE + i % PAGE)
         logit_rows += range(len(tokens) - work.num_logits, len(tokens))
@@ -32,6 +32,17 @@ def by_the_book(step):
     }  # fmt: skip
 
 
+def packed(batch):
+    """The arrays in the order that `plugins/unpack/kernel.py` documents."""
+    inputs = batch.inputs
+    rows, positions = [-1] * len(inputs["logit_rows"]), [0] * len(inputs["logit_rows"])
+    for i, row, position in zip(batch.sample_index, batch.sample_rows, batch.sample_positions, strict=True):
+        rows[i], positions[i] = row, position
+    names = ("query_start", "tokens", "positions", "slots", "kv_len", "pages", "logit_rows")
+    header = [len(inputs["tokens"]), *inputs["pages"].shape, len(inputs["logit_rows"]), 0, 0, 0, 0]
+    return [*header, *(x for name in names for x in inputs[name].reshape(-1).tolist()), *rows, *positions]
+
+
 def check(batch, step):
     for name, wanted in by_the_book(step).items():
         found = batch.inputs[name]
@@ -43,10 +54,7 @@ def check(batch, step):
             assert found.shape[1] == len(wanted[0])
         else:
             assert found.tolist() == wanted, name
-    flat = [(work, i) for work in step for i in range(work.num_tokens)]
-    in_flight = [k for k, t in enumerate(batch.inputs["tokens"]) if t < 0]
-    assert batch.in_flight.tolist() == in_flight
-    assert batch.in_flight_rows.tolist() == [flat[k][0].row for k in in_flight]
+    assert batch.packed.tolist() == packed(batch)
     sampling = [i for i, work in enumerate(step) if work.num_samples]
     assert batch.sample_works.tolist() == sampling
     assert batch.sample_rows.tolist() == [step[i].row for i in sampling]
@@ -81,7 +89,7 @@ def test_fill_equals_the_plain_reading(seed):
         if step := scheduler.schedule():
             batch = arena.fill(step)
             check(batch, step)
-            in_flight += len(batch.in_flight)
+            in_flight += int((batch.inputs["tokens"] < 0).sum())
             steps += 1
         if previous:
             scheduler.commit(previous, [[rng.randrange(9)] * work.num_samples for work in previous])

@@ -1,0 +1,94 @@
+"""The cuda target: a plan of launches per bucket, its kernels compiled to cubins for one compute capability.
+
+With a GPU of that capability at hand the tactics of each site are timed on it; without one the likeliest is taken, and
+the manifest says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from ...engines.errors import BuildError, EngineError
+from ...engines.manifest import ModelInfo
+from ...engines.plan import FOLDER, Cubin, Plan
+from ...plugins.gpu import Gpu
+from ...plugins.tactic import Device
+from . import Compile, cubin
+from .planner import Planner, bucket_sizes
+from .tactics import Choice, candidates, key_of, likeliest, timed
+
+if TYPE_CHECKING:
+    from .. import BuildConfig
+
+SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}  # multiprocessors of the best-known GPU of each kind
+
+
+@contextmanager
+def begin(config: BuildConfig) -> Iterator[Compile]:
+    """Looks for a GPU first, so that a build that cannot be made ends before the export."""
+    gpu, device, how = _device(config)
+
+    def compile(graph: ir.Model, model: ModelInfo, folder: Path) -> dict[str, Any]:
+        """Write plan and cubins into `folder/cuda`; returns what the manifest says about them."""
+        plan = make_plan(graph.graph, model.max_model_len, folder / FOLDER, device, config, gpu)
+        return {
+            "capability": device.capability, "gpu": gpu.name if gpu else None, "tactics": how,
+            "max_num_seqs": plan.max_num_seqs, "max_num_batched_tokens": plan.max_num_batched_tokens,
+            "page_size": plan.page_size, "buckets": len(plan.buckets), "cubins": len(plan.cubins),
+        }  # fmt: skip
+
+    yield compile
+
+
+def make_plan(
+    graph: ir.Graph, max_model_len: int, folder: Path, device: Device, config: BuildConfig, gpu: Gpu | None
+) -> Plan:
+    """Compile `graph` into `folder` and return the plan saved there. Raises BuildError for what nothing can run."""
+    choices: dict[Any, Choice] = {}
+    planner = Planner(
+        graph, device, config.page_size, -(-max_model_len // config.page_size),
+        lambda site: choices[key_of(site)].tactic,
+    )  # fmt: skip
+    sizes = bucket_sizes(config.max_num_seqs, min(config.max_num_batched_tokens, max_model_len * config.max_num_seqs))
+    found = candidates(planner, sizes)
+    choices |= timed(found, gpu) if gpu else likeliest(found, device)
+    buckets = tuple(planner.plan(each) for each in sizes)
+
+    compiled = {kernel: cubin for choice in choices.values() for kernel, cubin in choice.cubins.items()}
+    (folder / "cubins").mkdir(parents=True)
+    cubins = []
+    for kernel in planner.kernels:  # in the order of their numbers
+        data = compiled[kernel].data
+        file = f"cubins/{hashlib.sha256(data).hexdigest()[:24]}.cubin"
+        (folder / file).write_bytes(data)
+        cubins.append(Cubin(file, compiled[kernel].name, compiled[kernel].shared, compiled[kernel].num_warps))
+    plan = Plan(
+        device.capability, config.page_size, planner.max_pages, planner.logits_dtype, planner.nodes, tuple(cubins),
+        buckets, tuple(choice.describe() for choice in choices.values()),
+    )  # fmt: skip
+    plan.save(folder)
+    return plan
+
+
+def _device(config: BuildConfig) -> tuple[Gpu | None, Device, str]:
+    """The GPU to time on (None: no timing), what to compile for, and how tactics are chosen, in words."""
+    asked = config.gpu_arch
+    if asked is not None and asked not in cubin.CAPABILITIES:
+        known = ", ".join(map(str, cubin.CAPABILITIES))
+        raise BuildError(f"the GPU architecture is {asked}, expected one of {known}; pass one as --gpu-arch.")
+    try:
+        gpu = Gpu()
+    except EngineError as error:
+        capability = asked or 90
+        return None, Device(capability, SMS[capability]), f"not timed: {error}"
+    if asked is not None and asked != gpu.device.capability:
+        return None, Device(asked, SMS[asked]), f"not timed: the GPU here is a {gpu.name}"
+    if not config.tune:
+        return None, gpu.device, "not timed: --no-tune"
+    return gpu, gpu.device, f"timed on {gpu.name}"

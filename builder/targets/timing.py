@@ -1,0 +1,196 @@
+"""Times tactics on the GPU as they will run: in a CUDA graph, weights and KV pages out of the caches.
+
+Operands hold random numbers (zeros would run faster than any model does), step tensors a plausible step.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from ...engines.dtypes import DTYPES
+from ...plugins.gpu import Address, Gpu
+from ...plugins.tactic import Kernel, Operand, Site, Tactic, Tensor
+from .cubin import Cubin
+
+CONTEXT = 512  # keys of a sequence in a bucket for decoding
+REPLAYS = 5
+GRAPH_MS = 2.0  # a graph runs at least this long, within the bounds below
+FEWEST, MOST = 3, 24  # launches of the tactic in a graph
+
+
+class Timer:
+    """A stream, two events and one region of random numbers, from which all operands are cut."""
+
+    def __init__(self, gpu: Gpu):
+        self.gpu = gpu
+        self._stream = gpu.stream()
+        self._start, self._end = gpu.event(timed=True), gpu.event(timed=True)
+        self._functions: dict[Kernel, Any] = {}
+        self._pinned = gpu.pinned(64 << 20)
+        self._size = 0
+        self._region = 0
+        self._generator = np.random.default_rng(0)
+
+    def __enter__(self) -> Timer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._region:
+            self.gpu.free(self._region)
+
+    def microseconds(self, site: Site, tactic: Tactic, cubins: Mapping[Kernel, Cubin]) -> float:
+        """The time of one run of the tactic, launch gaps included: median over replays of a graph."""
+        operands = _Operands(site, tactic, self._pools(site))
+        spare = 4 * self.gpu.l2_bytes
+        copies = max(1, min(MOST, -(-spare // max(1, operands.cold_bytes)))) if operands.cold_bytes else 1
+        self._reserve(operands.fixed_bytes + copies * operands.cold_bytes)
+        for offset, array in operands.arrays(self._generator):
+            self._write(self._region + offset, array)
+        self.gpu.synchronise(self._stream)
+
+        def run(times: int) -> None:
+            for i in range(times):
+                for launch in tactic.launches:
+                    cubin = cubins[launch.kernel]
+                    arguments = [
+                        Address(self._region + operands.offset(a, i % copies)) if isinstance(a, Operand) else a
+                        for a in launch.arguments
+                    ]
+                    function = self._functions.get(launch.kernel)
+                    if function is None:
+                        function = self.gpu.load(cubin.data, cubin.name, cubin.shared)
+                        self._functions[launch.kernel] = function
+                    self.gpu.launch(function, launch.grid, cubin.num_warps, cubin.shared, self._stream, arguments)
+
+        once = self._replay(lambda: run(1), 2)
+        times = int(min(MOST, max(FEWEST, GRAPH_MS / max(once, 1e-3))))
+        return 1000 * self._replay(lambda: run(times), REPLAYS) / times
+
+    def _replay(self, run: Any, replays: int) -> float:
+        """Milliseconds of a graph of `run`, the median after one that is not counted."""
+        run()  # what is loaded lazily is loaded now
+        graph = self.gpu.capture(run, self._stream)
+        found = []
+        for _ in range(replays + 1):
+            self.gpu.record(self._start, self._stream)
+            self.gpu.replay(graph, self._stream)
+            self.gpu.record(self._end, self._stream)
+            self.gpu.wait(self._end)
+            found.append(self.gpu.milliseconds(self._start, self._end))
+        self.gpu.discard(graph)
+        return statistics.median(found[1:])
+
+    def _reserve(self, num_bytes: int) -> None:
+        """At least so many bytes of random bf16 numbers of the size that activations and weights have."""
+        if num_bytes <= self._size:
+            return
+        if self._region:
+            self.gpu.free(self._region)
+        self._size = -(-num_bytes // len(self._pinned)) * len(self._pinned)
+        self._region = self.gpu.allocate(self._size, "operands to time kernels with")
+        import ml_dtypes
+
+        some = self._generator.standard_normal(len(self._pinned) // 2, np.float32) * 0.05
+        self._pinned[:] = some.astype(ml_dtypes.bfloat16).view(np.uint8)
+        for offset in range(0, self._size, len(self._pinned)):
+            self.gpu.upload(self._region + offset, self._pinned, self._stream)
+        self.gpu.synchronise(self._stream)
+
+    def _write(self, address: int, array: np.ndarray) -> None:
+        data = array.reshape(-1).view(np.uint8)
+        self._pinned[: len(data)] = data
+        self.gpu.upload(address, self._pinned[: len(data)], self._stream)
+        self.gpu.synchronise(self._stream)
+
+    @staticmethod
+    def _pools(site: Site) -> int:
+        """Pages of the KV pools that the site's step uses."""
+        if site.op != "PagedAttention":
+            return 1
+        step = _Step(site)
+        return 1 + step.num_pages
+
+
+class _Step:
+    """The step that times PagedAttention: decode rows of CONTEXT keys, or one prompt that fills the bucket."""
+
+    def __init__(self, site: Site):
+        query, table, pool = site.inputs[0], site.inputs[6], site.inputs[7]
+        assert query is not None and table is not None and pool is not None
+        self.tokens, (self.sequences, self.width), self.page = query.shape[0], table.shape, pool.shape[1]
+        longest = self.width * self.page
+        if site.max_query == 1:
+            self.starts = list(range(self.sequences + 1))
+            self.lengths = [min(CONTEXT, longest)] * self.sequences
+        else:
+            each = min(self.tokens, longest)
+            counts = [min(each, max(0, self.tokens - i * each)) for i in range(self.sequences)]
+            self.starts, self.lengths = [0, *np.cumsum(counts).tolist()], counts
+        self.num_pages = sum(-(-n // self.page) for n in self.lengths)
+
+    def arrays(self) -> dict[int, np.ndarray]:
+        """slots, query_start, kv_len and pages by their place among the op's inputs."""
+        pages = np.zeros((self.sequences, self.width), np.int32)
+        slots, first = np.zeros(self.tokens, np.int32), 1
+        for s, length in enumerate(self.lengths):
+            count = -(-length // self.page)
+            pages[s, :count] = np.arange(first, first + count)
+            begin, end = self.starts[s], self.starts[s + 1]
+            slots[begin:end] = first * self.page + np.arange(length - (end - begin), length)
+            first += count
+        return {3: slots, 4: np.array(self.starts, np.int32), 5: np.array(self.lengths, np.int32), 6: pages}
+
+
+class _Operands:
+    """Where the operands of a site lie in the region: fixed ones first, then copies of the cold ones."""
+
+    def __init__(self, site: Site, tactic: Tactic, num_pages: int):
+        self._site = site
+        self._at: dict[tuple[str, int], tuple[bool, int]] = {}
+        self.fixed_bytes = self.cold_bytes = 0
+        for kind, tensors in (("input", site.inputs), ("output", site.outputs)):
+            for i, tensor in enumerate(tensors):
+                if tensor is None:
+                    continue
+                size = _aligned(_num_bytes(tensor) * (num_pages if len(tensor.shape) == 4 else 1))
+                if tensor.cold:
+                    self._at[kind, i] = True, self.cold_bytes
+                    self.cold_bytes += size
+                else:
+                    self._at[kind, i] = False, self.fixed_bytes
+                    self.fixed_bytes += size
+        self._workspace = self.fixed_bytes
+        self.fixed_bytes += _aligned(tactic.workspace)
+
+    def offset(self, operand: Operand, copy: int) -> int:
+        if operand.kind == "workspace":
+            return self._workspace + operand.index
+        cold, offset = self._at[operand.kind, operand.index]
+        return self.fixed_bytes + copy * self.cold_bytes + offset if cold else offset
+
+    def arrays(self, generator: np.random.Generator) -> list[tuple[int, np.ndarray]]:
+        """Integers that the kernels index with, (offset, values)."""
+        values: dict[int, np.ndarray] = {}
+        if self._site.op == "PagedAttention":
+            values = _Step(self._site).arrays()
+        else:
+            most = {"Gather": 0, "Experts": 3}.get(self._site.op)  # the operand whose first axis is indexed
+            for i, tensor in enumerate(self._site.inputs):
+                if tensor is not None and tensor.dtype in ("int32", "int64"):
+                    indexed = None if most is None else self._site.inputs[most]
+                    bound = 1024 if indexed is None else indexed.shape[0]
+                    values[i] = generator.integers(0, bound, tensor.shape, dtype=tensor.dtype)
+        return [(self.offset(Operand("input", i), 0), array) for i, array in values.items()]
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-max(1, num_bytes) // 256) * 256

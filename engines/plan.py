@@ -1,0 +1,135 @@
+"""The plan of a CUDA engine: what the builder compiled and the runtime replays, as data.
+
+A plan has one list of launches per bucket (a step is padded to the smallest bucket that holds it). Every pointer is a
+weight, a graph input or a place in the arena, every size is fixed, so a bucket is one CUDA graph. The logits are
+computed by the `head`, the launches that follow the pick of `logit_rows`: a step that wants more rows of logits than a
+bucket has runs the head again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = "cuda"
+PLAN_FILE = "plan.json"
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A pointer. kind: `weight` or `input` (name: of the initialiser or graph input), `arena` (offset in bytes)."""
+
+    kind: str
+    name: str = ""
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """A compiled kernel: `file` in the plan's folder, its symbol, bytes of dynamic shared memory, warps of a block.
+
+    Launched with its arguments and two null pointers behind them (Triton's scratch memory, which is not used).
+    """
+
+    file: str
+    symbol: str
+    shared: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Cubin number `cubin` on `grid` blocks, for node number `node`."""
+
+    cubin: int
+    node: int
+    grid: tuple[int, int, int]
+    arguments: tuple[Argument | int | float, ...]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Launches for at most `tokens` tokens of `sequences` sequences and `rows` rows of logits.
+
+    max_query: most query tokens of a sequence, 1 in a bucket for decoding, else 0 (any number).
+    arena: bytes needed; logits: offset of [rows, vocab] in it.
+    """
+
+    tokens: int
+    sequences: int
+    rows: int
+    max_query: int
+    arena: int
+    logits: int
+    body: tuple[Launch, ...]
+    head: tuple[Launch, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A compiled graph. capability: 90 for 9.0; max_pages: columns of the page table; logits: their element type.
+
+    nodes: names of the graph's nodes. tactics: what was chosen, a dictionary for each site (op, shapes, tactic, us).
+    """
+
+    capability: int
+    page_size: int
+    max_pages: int
+    logits: str
+    nodes: tuple[str, ...]
+    cubins: tuple[Cubin, ...]
+    buckets: tuple[Bucket, ...]
+    tactics: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences that a step may have."""
+        return max(bucket.sequences for bucket in self.buckets)
+
+    @property
+    def max_num_batched_tokens(self) -> int:
+        """Tokens that a step may have."""
+        return max(bucket.tokens for bucket in self.buckets)
+
+    def save(self, folder: Path) -> None:
+        """Write `plan.json` into the plan's folder."""
+        fields = asdict(self) | {"buckets": [_pack_bucket(bucket) for bucket in self.buckets]}
+        (folder / PLAN_FILE).write_text(json.dumps(fields, separators=(",", ":")) + "\n", encoding="utf-8")
+
+    @classmethod
+    def open(cls, folder: Path) -> Plan:
+        """The plan in `folder`, whose files the manifest has verified."""
+        fields = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
+        fields["nodes"], fields["tactics"] = tuple(fields["nodes"]), tuple(fields["tactics"])
+        fields["cubins"] = tuple(Cubin(**cubin) for cubin in fields["cubins"])
+        fields["buckets"] = tuple(_unpack_bucket(bucket) for bucket in fields["buckets"])
+        return cls(**fields)
+
+
+# thousands of launches: lists and short strings, not objects
+
+
+def _pack_bucket(bucket: Bucket) -> dict[str, Any]:
+    lists = {part: [_pack(launch) for launch in getattr(bucket, part)] for part in ("body", "head")}
+    return {name: getattr(bucket, name) for name in Bucket.__dataclass_fields__} | lists
+
+
+def _unpack_bucket(fields: dict[str, Any]) -> Bucket:
+    return Bucket(**fields | {part: tuple(_unpack(launch) for launch in fields[part]) for part in ("body", "head")})
+
+
+def _pack(launch: Launch) -> list[Any]:
+    arguments = [f"{a.kind[0]}{a.name or a.offset}" if isinstance(a, Argument) else a for a in launch.arguments]
+    return [launch.cubin, launch.node, *launch.grid, *arguments]
+
+
+def _unpack(fields: list[Any]) -> Launch:
+    cubin, node, x, y, z, *arguments = fields
+    return Launch(cubin, node, (x, y, z), tuple(_argument(a) if isinstance(a, str) else a for a in arguments))
+
+
+def _argument(text: str) -> Argument:
+    kind = {"w": "weight", "i": "input", "a": "arena"}[text[0]]
+    return Argument(kind, offset=int(text[1:])) if kind == "arena" else Argument(kind, text[1:])

@@ -1,0 +1,1 @@
+"""The element-wise ONNX ops a decoder graph may still contain."""

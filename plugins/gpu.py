@@ -1,0 +1,195 @@
+"""An NVIDIA GPU through the driver (cuda-python): memory, cubins, launches, graphs. No torch, no compiler.
+
+Builder and runtime share it: one times tactics, the other replays plans. Every failure is one sentence.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ..engines.errors import EngineError
+from .tactic import Device
+
+Address = ctypes.c_void_p  # a pointer among the arguments of a launch
+_SCALARS: dict[type, Any] = {int: ctypes.c_int32, float: ctypes.c_float}
+OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+
+
+class GpuFault(RuntimeError):
+    """The driver reported an error; after a fault in a kernel nothing runs in this process any more."""
+
+
+def _driver() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise EngineError(
+            f"the cuda target runs through cuda-python ({error}); install it with `pip install 'ingot[cuda]'`."
+        ) from None
+    return driver
+
+
+class Gpu:
+    """Device number `index`, its primary context current in the calling thread.
+
+    Raises EngineError: no cuda-python, no driver, no such GPU, one older than compute capability 8.0.
+    """
+
+    def __init__(self, index: int = 0):
+        self._cuda = _driver()
+        try:
+            status = int(self._cuda.cuInit(0)[0])
+        except Exception as error:  # the driver library itself cannot be loaded
+            raise EngineError(f"no NVIDIA driver was found ({error}); the cuda target needs one.") from None
+        if status:
+            raise EngineError(f"the NVIDIA driver does not start ({self._text(status)}); the cuda target needs it.")
+        count = self._check(self._cuda.cuDeviceGetCount())
+        if index >= count:
+            raise EngineError(f"GPU number {index} was asked for, but there are {count}; see CUDA_VISIBLE_DEVICES.")
+        self._device = self._check(self._cuda.cuDeviceGet(index))
+        self._context = self._check(self._cuda.cuDevicePrimaryCtxRetain(self._device))
+        self.use()
+        major, minor = self._attribute("COMPUTE_CAPABILITY_MAJOR"), self._attribute("COMPUTE_CAPABILITY_MINOR")
+        self.name = self._check(self._cuda.cuDeviceGetName(128, self._device)).split(b"\0")[0].decode()
+        self.device = Device(10 * major + minor, self._attribute("MULTIPROCESSOR_COUNT"))
+        if major < 8:
+            raise EngineError(
+                f"{self.name} has compute capability {major}.{minor}; the cuda target needs 8.0 or newer."
+            )
+
+    def use(self) -> None:
+        """Makes the context current: once in every thread that calls anything here."""
+        self._check(self._cuda.cuCtxSetCurrent(self._context))
+
+    @cached_property
+    def l2_bytes(self) -> int:
+        return self._attribute("L2_CACHE_SIZE")
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes."""
+        return self._check(self._cuda.cuMemGetInfo())
+
+    def allocate(self, num_bytes: int, what: str) -> int:
+        """Address of device memory. EngineError with the numbers if there is not enough; `what` it is for."""
+        status, address = self._cuda.cuMemAlloc(max(1, num_bytes))
+        if int(status) == OUT_OF_MEMORY:
+            free, total = self.memory()
+            raise EngineError(
+                f"{what} need {num_bytes / 2**30:.2f} GiB, but {self.name} has {free / 2**30:.2f} GiB free of "
+                f"{total / 2**30:.2f}; free some of its memory or ask for less."
+            )
+        self._check((status,))
+        return int(address)
+
+    def free(self, address: int) -> None:
+        self._check(self._cuda.cuMemFree(address))
+
+    def pinned(self, num_bytes: int) -> np.ndarray:
+        """[num_bytes] uint8 of host memory that the GPU copies from and to directly; kept until the process ends."""
+        address = int(self._check(self._cuda.cuMemHostAlloc(max(1, num_bytes), 0)))
+        return np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))
+
+    def stream(self) -> int:
+        return int(self._check(self._cuda.cuStreamCreate(1)))  # non-blocking: apart from the default stream
+
+    def synchronise(self, stream: int) -> None:
+        self._check(self._cuda.cuStreamSynchronize(stream))
+
+    def upload(self, address: int, source: np.ndarray, stream: int) -> None:
+        """Enqueues a copy to the device; `source` is pinned, contiguous and stays as it is until the copy is done."""
+        self._check(self._cuda.cuMemcpyHtoDAsync(address, source.ctypes.data, source.nbytes, stream))
+
+    def download(self, target: np.ndarray, address: int, stream: int) -> None:
+        """Enqueues a copy into pinned, contiguous memory."""
+        self._check(self._cuda.cuMemcpyDtoHAsync(target.ctypes.data, address, target.nbytes, stream))
+
+    def fill(self, address: int, num_bytes: int, byte: int, stream: int) -> None:
+        self._check(self._cuda.cuMemsetD8Async(address, byte, num_bytes, stream))
+
+    def event(self, timed: bool = False) -> int:
+        return int(self._check(self._cuda.cuEventCreate(0 if timed else 2)))
+
+    def record(self, event: int, stream: int) -> None:
+        self._check(self._cuda.cuEventRecord(event, stream))
+
+    def wait(self, event: int) -> None:
+        """Blocks until the event has passed."""
+        self._check(self._cuda.cuEventSynchronize(event))
+
+    def milliseconds(self, start: int, end: int) -> float:
+        return self._check(self._cuda.cuEventElapsedTime(start, end))
+
+    def load(self, cubin: bytes, symbol: str, shared: int) -> Any:
+        """A kernel that can be launched with up to `shared` bytes of dynamic shared memory."""
+        library = self._check(self._cuda.cuLibraryLoadData(cubin, None, None, 0, None, None, 0))
+        kernel = self._check(self._cuda.cuLibraryGetKernel(library, symbol.encode()))
+        function = self._check(self._cuda.cuKernelGetFunction(kernel))
+        if shared > 48 << 10:
+            name = self._cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._check(self._cuda.cuFuncSetAttribute(function, name, shared))
+        return function
+
+    def launch(
+        self,
+        function: Any,
+        grid: tuple[int, int, int],
+        num_warps: int,
+        shared: int,
+        stream: int,
+        arguments: Sequence[int | float | Address],
+    ) -> None:
+        """Enqueues a Triton kernel: integers are passed in 32 bits, and two null pointers behind everything."""
+        both = (*arguments, Address(), Address())
+        values: list[Any] = [a if isinstance(a, Address) else _SCALARS[type(a)](a) for a in both]
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        self._check(
+            self._cuda.cuLaunchKernel(
+                function, *grid, 32 * num_warps, 1, 1, shared, stream, ctypes.addressof(pointers), 0
+            )
+        )
+
+    def capture(self, run: Callable[[], None], stream: int) -> Any:
+        """What `run` enqueues on `stream`, as a graph that `replay` can launch."""
+        self._check(self._cuda.cuStreamBeginCapture(stream, self._cuda.CUstreamCaptureMode(1)))  # this thread's calls
+        try:
+            run()
+        finally:
+            graph = self._check(self._cuda.cuStreamEndCapture(stream))
+        instance = self._check(self._cuda.cuGraphInstantiate(graph, 0))
+        self._check(self._cuda.cuGraphDestroy(graph))
+        return instance
+
+    def replay(self, graph: Any, stream: int) -> None:
+        self._check(self._cuda.cuGraphLaunch(graph, stream))
+
+    def discard(self, graph: Any) -> None:
+        self._check(self._cuda.cuGraphExecDestroy(graph))
+
+    @contextmanager
+    def scratch(self, num_bytes: int, what: str) -> Any:
+        """Device memory for the time of a `with` block."""
+        address = self.allocate(num_bytes, what)
+        try:
+            yield address
+        finally:
+            self.free(address)
+
+    def _attribute(self, name: str) -> int:
+        attribute = getattr(self._cuda.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return self._check(self._cuda.cuDeviceGetAttribute(attribute, self._device))
+
+    def _text(self, status: int) -> str:
+        found = self._cuda.cuGetErrorString(self._cuda.CUresult(status))[1]
+        return found.decode() if isinstance(found, bytes) else f"error {status}"
+
+    def _check(self, result: tuple) -> Any:
+        status, *values = result
+        if status != 0:
+            raise GpuFault(f"the GPU reported: {self._text(int(status))} (CUDA error {int(status)})")
+        return values[0] if len(values) == 1 else tuple(values)

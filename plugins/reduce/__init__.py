@@ -1,0 +1,1 @@
+"""ONNX ops over the last axis: Softmax, ReduceSum, TopK, LayerNormalization."""

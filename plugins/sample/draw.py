@@ -1,0 +1,81 @@
+"""The draw: the largest of logit + temperature * Gumbel noise among the tokens kept (plain argmax for a greedy row).
+
+Spans of the vocabulary are raced by programs of their own, then a program per row takes the best of its spans.
+"""
+
+import triton
+import triton.language as tl
+
+from .select import ordered, row_peak, threshold
+from .values import NOTHING, adjusted_logits, gumbel, image, pack, unpack, uses_penalties
+
+
+@triton.jit
+def race_kernel(
+    logits, sample_rows, sample_positions, temperatures, top_k, top_p, min_p, seeds,
+    penalties, counts, bias_ids, bias_values, stop_ids, min_length, peaks, tables, states, best_images, best_tokens,
+    V: tl.constexpr, SPAN: tl.constexpr, N: tl.constexpr, B: tl.constexpr, BIASES: tl.constexpr, S: tl.constexpr,
+    EXTRAS: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, LEVELS: tl.constexpr,
+    RANDOM: tl.constexpr, TRUNCATE: tl.constexpr,
+):  # fmt: skip
+    """The winner of each span: best_images, best_tokens [R, blocks]."""
+    block, r = tl.program_id(0), tl.program_id(1)
+    row = tl.load(sample_rows + r)
+    if row < 0:
+        return
+    position = tl.load(sample_positions + r)
+    if RANDOM:
+        temperature = tl.load(temperatures + row)
+        seed = tl.load(seeds + row)
+    least = tl.zeros([], tl.uint32)
+    least_p = tl.full([], float("-inf"), tl.float32)
+    peak = tl.zeros([], tl.float32)
+    if TRUNCATE:
+        if temperature > 0:
+            least = threshold(tables, states, r, tl.load(top_k + row), tl.load(top_p + row), V, LEVELS)
+            least_p = tl.log(tl.load(min_p + row))
+            peak = row_peak(peaks, r, BLOCKS, PADDED)
+    best = tl.full([N], NOTHING, tl.int64)
+    for start in range(block * SPAN, tl.minimum(block * SPAN + SPAN, V), N):
+        t = start + tl.arange(0, N)
+        z = adjusted_logits(logits, r, row, position, start, penalties, counts, bias_ids, bias_values, stop_ids,
+                            min_length, V, N, B, BIASES, S, EXTRAS)  # fmt: skip
+        keep = t < V
+        if RANDOM:
+            if temperature > 0:
+                if TRUNCATE:
+                    keep = keep & ((ordered(z) >> (32 - 8 * LEVELS)) >= least)
+                    keep = keep & ((z - peak) / temperature >= least_p)
+                if tl.max(keep.to(tl.int32), 0) > 0:
+                    z = tl.fma(tl.zeros([N], tl.float32) + temperature, gumbel(seed, position, start, N), z)
+        best = tl.maximum(best, tl.where(keep, pack(image(z), t), NOTHING))
+    bits, token = unpack(tl.max(best, 0))
+    # a span of which nothing is kept has lost to any other: its token is no token
+    tl.store(best_images + r * BLOCKS + block, bits)
+    tl.store(best_tokens + r * BLOCKS + block, token)
+
+
+@triton.jit
+def take_kernel(
+    sample_rows, penalties, counts, best_images, best_tokens, last_token, tokens,
+    V: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, EXTRAS: tl.constexpr,
+):  # fmt: skip
+    """The best of a row's spans: written to tokens [R] and last_token, and counted where penalties need it."""
+    r = tl.program_id(0)
+    row = tl.load(sample_rows + r)
+    if row < 0:
+        tl.store(tokens + r, -1)
+        return
+    i = tl.arange(0, PADDED)
+    bits = tl.load(best_images + r * BLOCKS + i, mask=i < BLOCKS, other=-(2**31))
+    token = tl.load(best_tokens + r * BLOCKS + i, mask=i < BLOCKS, other=0)
+    packed = tl.where(i < BLOCKS, pack(bits, token), NOTHING)
+    bits, token = unpack(tl.max(packed, 0))
+    token = tl.minimum(token, V - 1)
+    tl.store(tokens + r, token)
+    tl.store(last_token + row, token)
+    if EXTRAS:
+        place = row.to(tl.int64)
+        if uses_penalties(penalties, place):
+            at = counts + place * V + token
+            tl.store(at, tl.load(at) + 1)

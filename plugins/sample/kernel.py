@@ -1,0 +1,147 @@
+"""Sampling on the GPU: which launches turn the logits of a bucket into tokens.
+
+A row is spread over programs, each with a span of the vocabulary, so that a single row occupies the GPU as well. Greedy
+or untruncated: a race per span, then the best of the spans. Truncated: the maximum first, then two to four levels of
+top_k and as many of top_p (`select.py`). Programs of rows that need no truncation leave at once. Nothing is taken from
+or left in the logits. A row's token is the same in any tactic.
+
+Site: op `Sample`; attributes `num_rows` (of the scheduler), `num_bias` B, `num_stop` S (slots per row), `num_logprobs`
+L (0: none), `random` (False: all rows greedy), `truncate` (some row has top_k, top_p or min_p), `extras` (some row has
+bias, min_tokens or penalties). Inputs that these rule out are None. The tables have a row per row of the scheduler:
+
+     0 logits [R, V]    1 sample_rows [R] int32, negative: padding    2 sample_positions [R] int32
+     3 temperature fp32, 0: greedy    4 top_k int32, 0: off    5 top_p fp32, 1: off    6 min_p fp32, 0: off
+     7 seed int64    8 penalties [.., 3] fp32: repetition, presence, frequency
+     9 counts [.., V] int32: bit 30, the token is in the prompt; the bits below, how often it was put out (updated)
+    10 bias_ids [.., B] int32, -1: empty    11 bias_values [.., B] fp32    12 stop_ids [.., S] int32, -1: empty
+    13 min_length int32: stop ids are masked at positions below    14 last_token int32 (written)
+
+Outputs: 0 tokens [R] int32, -1 for padding; with L > 0 also 1 chosen_logprob [R] fp32, 2 chosen_rank [R] int32 (tokens
+strictly more likely, plus one), 3 top_ids [R, L] int32, 4 top_logprobs [R, L] fp32, all of the raw logits; those of
+padding are not written.
+"""
+
+from typing import Any
+
+import triton
+
+from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic
+from .draw import race_kernel, take_kernel
+from .logprobs import logprobs_kernel, score_kernel
+from .select import STATE, TABLE, peak_kernel, select_kernel
+
+INPUTS = (
+    "logits", "sample_rows", "sample_positions", "temperatures", "top_k", "top_p", "min_p", "seeds", "penalties",
+    "counts", "bias_ids", "bias_values", "stop_ids", "min_length", "last_token",
+)  # fmt: skip
+OUTPUTS = ("tokens", "chosen_logprob", "chosen_rank", "top_ids", "top_logprobs")
+TILE = 512  # tokens of a step of a program; its one-hot matrices are 16 times as large
+MOST_CANDIDATES = 4096  # of one row's best, merged by one program
+# programs per multiprocessor that spans are cut for
+PROGRAMS = (4, 8, 2)
+
+
+def tactics(site: Site) -> list[Tactic]:
+    """One per length of the spans."""
+    rows, vocab = _sizes(site)
+    spans = []
+    for programs in PROGRAMS:
+        blocks = max(1, triton.cdiv(programs * site.device.num_sms, rows))
+        spans.append(min(max(triton.next_power_of_2(triton.cdiv(vocab, blocks)), 2 * TILE), 32 * TILE))
+    return [_Sampling(site, span).tactic() for span in dict.fromkeys(spans)]
+
+
+def _sizes(site: Site) -> tuple[int, int]:
+    assert site.inputs[0] is not None
+    rows, vocab = site.inputs[0].shape
+    return rows, vocab
+
+
+class _Sampling:
+    """The launches of a site at one length of spans."""
+
+    def __init__(self, site: Site, span: int):
+        self.site = site
+        self.rows, self.vocab = _sizes(site)
+        options = site.attributes
+        self.random, self.truncate, self.extras = (bool(options[name]) for name in ("random", "truncate", "extras"))
+        self.best = min(options["num_logprobs"], self.vocab)
+        assert self.best == options["num_logprobs"], "more logprobs than tokens"
+        assert self.random or not self.truncate, "only what is drawn can be truncated"
+        assert site.inputs[0] is not None
+        self.workspace = 0
+        self.operands: dict[str, tuple[Operand, str]] = {}
+        for kind, names, tensors in (("input", INPUTS, site.inputs), ("output", OUTPUTS, site.outputs)):
+            for index, (name, tensor) in enumerate(zip(names, tensors, strict=False)):
+                # no kernel reads what is absent: any pointer will do
+                self.operands[name] = (
+                    (Operand("input", 1), "*i32") if tensor is None else (Operand(kind, index), POINTERS[tensor.dtype])
+                )
+        # levels of eight bits until a logit is told from any other: extras may make any float of it
+        self.levels = 4 if self.extras else {"bfloat16": 2, "float16": 3}.get(site.inputs[0].dtype, 4)
+        self.blocks = triton.cdiv(self.vocab, span)
+        slots = options["num_bias"] if self.extras else 0
+        self.constants: dict[str, Any] = {
+            "V": self.vocab, "SPAN": span, "N": TILE, "B": slots, "BIASES": triton.next_power_of_2(max(slots, 1)),
+            "S": options["num_stop"] if self.extras else 0, "EXTRAS": self.extras, "BLOCKS": self.blocks,
+            "PADDED": triton.next_power_of_2(self.blocks), "LEVELS": self.levels, "RANDOM": self.random,
+            "TRUNCATE": self.truncate,
+        }  # fmt: skip
+
+    def tactic(self) -> Tactic:
+        spans = (self.blocks, self.rows, 1)
+        self._reserve("best_images", self.rows * self.blocks)
+        self._reserve("best_tokens", self.rows * self.blocks)
+        for name, dtype, size in (
+            ("peaks", "*fp32", self.rows * self.blocks),
+            ("tables", "*i32", self.rows * self.levels * TABLE.value),
+            ("states", "*i32", self.rows * 2 * self.levels * STATE.value),
+        ):
+            self._reserve(name, size if self.truncate else 0, dtype)
+        launches = []
+        if self.truncate:
+            size = self.levels * TABLE.value
+            clear = triton.next_power_of_2(triton.cdiv(size, self.blocks))
+            launches.append(self._launch("select", peak_kernel, spans, CLEAR=clear, SIZE=size))
+            for mass in (False, True):
+                for level in range(self.levels):
+                    launches.append(self._launch("select", select_kernel, spans, level=level, MASS=mass))
+        launches.append(self._launch("draw", race_kernel, spans))
+        launches.append(self._launch("draw", take_kernel, (self.rows, 1, 1)))
+        if self.best:
+            launches += self._logprobs()
+        return Tactic(f"span{self.constants['SPAN']}", tuple(launches), self.workspace)
+
+    def _logprobs(self) -> list[Launch]:
+        """Spans of their own, of a length that depends on the vocabulary alone: sums of floats depend on it."""
+        most = max(1, MOST_CANDIDATES // self.best)
+        span = max(triton.next_power_of_2(triton.cdiv(self.vocab, most)), 2048)
+        blocks = triton.cdiv(self.vocab, span)
+        for name, dtype, size in (
+            ("tops", "*fp32", blocks), ("totals", "*fp32", blocks), ("above", "*i32", blocks),
+            ("images", "*i32", blocks * self.best), ("ids", "*i32", blocks * self.best),
+        ):  # fmt: skip
+            self._reserve(name, self.rows * size, dtype)
+        sizes = dict(SPAN=span, N=span, BLOCKS=blocks, PADDED=triton.next_power_of_2(blocks), L=self.best,
+                     CANDIDATES=triton.next_power_of_2(blocks * self.best))  # fmt: skip
+        return [
+            self._launch("logprobs", score_kernel, (blocks, self.rows, 1), 8, **sizes),
+            self._launch("logprobs", logprobs_kernel, (self.rows, 1, 1), 8, **sizes),
+        ]
+
+    def _reserve(self, name: str, size: int, dtype: str = "*i32") -> None:
+        """`size` words of the workspace, from a multiple of 16 bytes on."""
+        self.operands[name] = (Operand("workspace", self.workspace), dtype)
+        self.workspace += triton.cdiv(4 * size, 16) * 16
+
+    def _launch(self, module: str, function: Any, grid: tuple[int, int, int], num_warps: int = 4, **values: Any):
+        """A kernel given, by the names of its arguments, the operands, `values`, and the constants of the site."""
+        names = function.arg_names
+        constants = tuple((n, (self.constants | values)[n]) for n in names if n.isupper())
+        plain = [n for n in names if not n.isupper()]
+        signature = tuple((n, self.operands[n][1] if n in self.operands else "i32") for n in plain)
+        arguments = tuple(self.operands[n][0] if n in self.operands else values[n] for n in plain)
+        aligned = ("logits", "counts") if self.vocab % 16 == 0 else ()
+        divisible = tuple(n for n in aligned if n in plain and self.operands[n][0].index != 1)
+        kernel = Kernel(f"sample.{module}:{function.__name__}", signature, constants, num_warps, divisible=divisible)
+        return Launch(kernel, grid, arguments)

@@ -1,0 +1,127 @@
+"""Plans: what they launch computes what the graph computes, places never overlap, and the file brings it all back."""
+
+import pytest
+import torch
+from families import FAMILIES
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from ingot.builder import gate
+from ingot.builder.export import export
+from ingot.builder.passes import optimise
+from ingot.builder.targets.arena import ALIGNMENT, Interval, place
+from ingot.builder.targets.planner import Planner, Sizes, bucket_sizes
+from ingot.builder.weights import attach
+from ingot.engines import step
+from ingot.engines.plan import Plan
+from ingot.plugins import tactics_of
+from ingot.plugins.interpreter import Program
+from ingot.plugins.tactic import Device
+from plan_run import PlanRun, padded
+
+PAGE_SIZE, WIDTH = 4, 16
+PROMPTS = (19, 34, 1, 27)
+SIZES = [Sizes(96, 6, 6, 0), Sizes(6, 6, 6, 1)]
+# those whose ops all have kernels so far
+PLANNED = ["llama", "llama3_rope", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "granite",
+           "smollm3", "cohere2", "glm4", "starcoder2", "gpt_neox", "gpt2", "opt"]  # fmt: skip
+
+
+def first_tactic(site):
+    return tactics_of(site.op)(site)[0]
+
+
+def planned(family):
+    config = FAMILIES[family]()
+    graph = export(config, torch.float32)
+    attach(graph, gate._random_model(config).state_dict())
+    optimise(graph)
+    planner = Planner(graph.graph, Device(90, 8), PAGE_SIZE, WIDTH, first_tactic)
+    buckets = tuple(planner.plan(sizes) for sizes in SIZES)
+    plan = Plan(90, PAGE_SIZE, WIDTH, planner.logits_dtype, planner.nodes, (), buckets)
+    return graph, planner, plan
+
+
+@pytest.mark.parametrize("family", PLANNED)
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton's interpreter
+def test_a_plan_computes_what_its_graph_does(family, tmp_path):
+    graph, planner, plan = planned(family)
+    plan.save(tmp_path)
+    plan = Plan.open(tmp_path)
+    program = Program(graph, {})
+    weights = {name: value.const_value for name, value in graph.graph.initializers.items()}
+    weights = {name: torch.from_numpy(tensor.numpy().copy()) for name, tensor in weights.items()}
+    counts = [-(-(n + 1) // PAGE_SIZE) for n in PROMPTS]
+    order = torch.randperm(sum(counts)) + 1
+    pages = torch.zeros(len(PROMPTS), max(counts), dtype=torch.int32)
+    for row, owned in zip(pages, order.split(counts), strict=True):
+        row[: len(owned)] = owned
+
+    def pools():
+        return {
+            value.name: torch.full((sum(counts) + 1, PAGE_SIZE, *gate._numbers(value)), torch.nan)
+            for value in graph.graph.inputs
+            if value.name not in step.STEP_INPUTS
+        }
+
+    ours, theirs = pools(), pools()
+    prompts = [torch.randint(3, 300, (n + 1,)) for n in PROMPTS]
+    prefill = [(s, 0, n) for s, n in enumerate(PROMPTS)]
+    decode = [(s, n, n + 1) for s, n in enumerate(PROMPTS)]
+    for bucket, spans in zip(plan.buckets, (prefill, decode), strict=True):
+        inputs = {name: tensor.to(torch.int32) for name, tensor in step_inputs(spans, prompts, pages).items()}
+        expected = program({**inputs, **theirs})[step.LOGITS]
+        run = PlanRun(plan, planner.kernels, bucket, {**weights, **padded(inputs, bucket, WIDTH), **ours})
+        run()
+        vocab = expected.shape[1]
+        found = run.logits(vocab)[: len(expected)]
+        bound = 1e-4 * float(expected.abs().max())
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=bound)
+        run(["head"])  # a second time, as steps with many rows of logits do
+        torch.testing.assert_close(run.logits(vocab)[: len(expected)], expected, rtol=1e-4, atol=bound)
+
+
+def step_inputs(spans, prompts, pages):
+    """A step over `spans` of (sequence, start, end); the last token of each wants logits."""
+    positions = torch.cat([torch.arange(start, end) for _, start, end in spans])
+    owner = torch.cat([torch.full((end - start,), s) for s, start, end in spans])
+    starts = torch.tensor([0, *(end - start for _, start, end in spans)]).cumsum(0)
+    return {
+        step.TOKENS: torch.cat([prompts[s][start:end] for s, start, end in spans]),
+        step.POSITIONS: positions,
+        step.SLOTS: pages[owner, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE,
+        step.QUERY_START: starts,
+        step.KV_LEN: torch.tensor([end for _, _, end in spans]),
+        step.PAGES: pages,
+        step.LOGIT_ROWS: starts[1:] - 1,
+    }
+
+
+@given(st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 12), st.integers(0, 12)), max_size=30))
+def test_values_alive_at_the_same_time_never_overlap(drawn):
+    intervals = [Interval(size, min(a, b), max(a, b)) for size, a, b in drawn]
+    offsets, total = place(intervals)
+    for i, one in enumerate(intervals):
+        assert offsets[i] % ALIGNMENT == 0 and offsets[i] + one.num_bytes <= total
+        for j, other in enumerate(intervals[:i]):
+            together = one.first <= other.last and other.first <= one.last
+            apart = offsets[i] + one.num_bytes <= offsets[j] or offsets[j] + other.num_bytes <= offsets[i]
+            assert apart or not together or not (one.num_bytes and other.num_bytes)
+
+
+def test_disjoint_lives_share_a_place():
+    offsets, total = place([Interval(1000, 0, 1), Interval(1000, 2, 3), Interval(10, 1, 2)])
+    assert offsets[0] == offsets[1] and total == 1024 + 256
+
+
+@given(st.integers(1, 600), st.integers(16, 9000))
+def test_buckets_hold_every_step(max_num_seqs, max_num_batched_tokens):
+    sizes = bucket_sizes(max_num_seqs, max_num_batched_tokens)
+    decode = [s.tokens for s in sizes if s.max_query == 1]
+    mixed = [s.tokens for s in sizes if s.max_query == 0]
+    assert decode == sorted(set(decode)) and decode[-1] == max_num_seqs
+    assert mixed == sorted(set(mixed)) and mixed[-1] == max_num_batched_tokens
+    assert all(2 * small >= large for small, large in zip(mixed, mixed[1:], strict=False))
+    assert all(s.tokens == s.sequences == s.rows for s in sizes if s.max_query == 1)

@@ -1,0 +1,55 @@
+"""Runs a plan without its cubins: every launch through Triton (interpreted without a GPU), on one arena of torch bytes."""
+
+import math
+
+import torch
+from ingot.engines.dtypes import DTYPES
+from ingot.engines.plan import Argument
+from ingot.plugins import jit
+
+
+class PlanRun:
+    """A bucket of `plan` over weights and graph inputs by name; `kernels` are the plan's, in order."""
+
+    def __init__(self, plan, kernels, bucket, inputs):
+        self.plan, self.kernels, self.bucket, self.inputs = plan, list(kernels), bucket, inputs
+        self.arena = torch.full((bucket.arena + 16,), 0xFF, dtype=torch.uint8)  # NaN in any float
+
+    def __call__(self, parts=("body", "head")):
+        for part in parts:
+            for launch in getattr(self.bucket, part):
+                kernel = self.kernels[launch.cubin]
+                types = [kind for _, kind in kernel.signature]
+                arguments = [self._value(a, kind) for a, kind in zip(launch.arguments, types, strict=True)]
+                jit.launch_kernel(kernel, launch.grid, arguments)
+
+    def logits(self, vocab):
+        dtype = DTYPES[self.plan.logits].torch
+        size = self.bucket.rows * vocab * dtype.itemsize
+        return self.arena[self.bucket.logits :][:size].view(dtype).view(self.bucket.rows, vocab)
+
+    def _value(self, argument, kind):
+        if not isinstance(argument, Argument):
+            return argument
+        if argument.kind != "arena":
+            return self.inputs[argument.name]
+        element = jit.ELEMENTS[kind]
+        rest = self.arena[argument.offset :]
+        return rest[: rest.numel() // element.itemsize * element.itemsize].view(element)
+
+
+def padded(step, bucket, width):
+    """Step tensors padded to the bucket as the runtime pads them: slot 0, no tokens, no keys."""
+    num_tokens = len(step["tokens"])
+    sizes = {"tokens": bucket.tokens, "positions": bucket.tokens, "slots": bucket.tokens,
+             "query_start": bucket.sequences + 1, "kv_len": bucket.sequences, "logit_rows": bucket.rows}  # fmt: skip
+    out = {}
+    for name, size in sizes.items():
+        given = step[name]
+        out[name] = torch.full((size,), num_tokens if name == "query_start" else 0, dtype=torch.int32)
+        out[name][: len(given)] = given
+    pages = step["pages"]
+    out["pages"] = torch.full((bucket.sequences, width), 2**30, dtype=torch.int32)
+    out["pages"][: pages.shape[0], : pages.shape[1]] = pages
+    assert all(math.isfinite(t.float().sum()) for t in out.values())
+    return out

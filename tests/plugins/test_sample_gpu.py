@@ -1,0 +1,339 @@
+"""Sampling kernels against their definition in torch: on the GPU where there is one, interpreted otherwise."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ingot.plugins import tactics_of
+from ingot.plugins.sample import adjusted, probabilities, sample
+from ingot.plugins.sample.reference import IN_PROMPT, gumbel, kept
+from ingot.plugins.tactic import Device, Site, Tensor
+from triton_run import DEVICE, described, run_tactic
+
+GPU = DEVICE == "cuda"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
+    print("seed", torch.initial_seed())  # shown when a test fails
+
+
+def table(num_rows, values, dtype, default=0):
+    """[num_rows] of `values` (a number, or row -> number), the rest `default`."""
+    full = torch.full((num_rows,), default, dtype=dtype)
+    for row, value in (values if isinstance(values, dict) else dict.fromkeys(range(num_rows), values)).items():
+        full[row] = value
+    return full
+
+
+def make_inputs(
+    logits, rows=None, positions=None, num_rows=None, *, temperature=None, top_k=0, top_p=1.0, min_p=0.0, seed=None,
+    truncate=False, penalties=None, counts=None, bias=None, stop=None, min_length=0,
+):  # fmt: skip
+    """The site's inputs. bias: row -> {token: value}; stop: row -> tokens; penalties [num_rows, 3]."""
+    size, vocab = logits.shape
+    rows = torch.arange(size, dtype=torch.int32) if rows is None else torch.tensor(rows, dtype=torch.int32)
+    positions = torch.arange(size) * 3 + 5 if positions is None else torch.as_tensor(positions)
+    num_rows = num_rows or size
+    random = [None] * 5
+    if temperature is not None:
+        truncation = [
+            table(num_rows, top_k, torch.int32), table(num_rows, top_p, torch.float32, 1),
+            table(num_rows, min_p, torch.float32),
+        ]  # fmt: skip
+        seed = torch.randint(-(2**63), 2**63 - 1, (num_rows,)) if seed is None else table(num_rows, seed, torch.int64)
+        random = [table(num_rows, temperature, torch.float32), *(truncation if truncate else [None] * 3), seed]
+    extras = [None] * 6
+    if penalties is not None or bias is not None or stop is not None:
+        if penalties is None:
+            penalties = torch.tensor([[1.0, 0, 0]]).repeat(num_rows, 1)
+        if counts is None:
+            counts = torch.zeros(num_rows, vocab, dtype=torch.int32)
+        ids, values, stops = torch.full((num_rows, 6), -1), torch.zeros(num_rows, 6), torch.full((num_rows, 4), -1)
+        for row, biases in (bias or {}).items():
+            for slot, (token, value) in enumerate(biases.items(), 1):  # the first slot is empty
+                ids[row, slot], values[row, slot] = token, value
+        for row, tokens in (stop or {}).items():
+            stops[row, 1 : 1 + len(tokens)] = torch.tensor(tokens)
+        extras = [penalties, counts, ids.int(), values, stops.int(), table(num_rows, min_length, torch.int32)]
+    last = torch.full((num_rows,), 77, dtype=torch.int32)
+    return [logits, rows, positions.int(), *random, *extras, last]
+
+
+def site_of(inputs, num_logprobs=0, device=None):
+    inputs = [described(x) for x in inputs]
+    rows = inputs[0].shape[0]
+    extras = inputs[8] is not None
+    attributes = {
+        "num_rows": inputs[14].shape[0], "num_bias": inputs[10].shape[1] if extras else 0,
+        "num_stop": inputs[12].shape[1] if extras else 0, "num_logprobs": num_logprobs,
+        "random": inputs[3] is not None, "truncate": inputs[4] is not None, "extras": extras,
+    }  # fmt: skip
+    outputs = [Tensor((rows,), "int32")]
+    if num_logprobs:
+        outputs += [Tensor((rows,), "float32"), Tensor((rows,), "int32"), Tensor((rows, num_logprobs), "int32"),
+                    Tensor((rows, num_logprobs), "float32")]  # fmt: skip
+    return Site("Sample", attributes, tuple(inputs), tuple(outputs), device or Device())
+
+
+def run(inputs, num_logprobs=0, tactic=0):
+    """-> outputs, the inputs afterwards (copies: the caller's are untouched)."""
+    site = site_of(inputs, num_logprobs)
+    found = tactics_of("Sample")(site)
+    after = [None if x is None else x.clone().to(DEVICE) for x in inputs]
+    outputs = run_tactic(found[tactic], after, site.outputs)
+    return [y.cpu() for y in outputs], [None if x is None else x.cpu() for x in after]
+
+
+def compare(inputs, num_logprobs=0):
+    """Tokens, counts and last tokens are the reference's, in every tactic; nothing else changes. -> tokens."""
+    expected = [None if x is None else x.clone() for x in inputs]
+    outputs = sample(*expected, num_logprobs=num_logprobs)
+    live = inputs[1] >= 0
+    for tactic in range(len(tactics_of("Sample")(site_of(inputs, num_logprobs)))):
+        ours, after = run(inputs, num_logprobs, tactic)
+        torch.testing.assert_close(ours[0], outputs[0], rtol=0, atol=0)
+        for mine, theirs in zip(ours[1:], outputs[1:], strict=True):
+            torch.testing.assert_close(mine[live], theirs[live], rtol=1e-5, atol=1e-5)
+        for mine, theirs in zip(after, expected, strict=True):
+            assert mine is None or mine.equal(theirs)
+    return outputs[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 37, 4099])
+def test_greedy_is_the_argmax_and_the_lowest_index_on_ties(dtype, vocab):
+    logits = (torch.randn(4, vocab) * 3).to(dtype)
+    best = torch.randint(vocab, (2,)).sort().values
+    logits[0] = -4.0  # all below zero
+    logits[0, best] = -0.5
+    logits[1] = 0.0
+    logits[1, : vocab // 2] = -0.0  # equal to 0
+    tokens = compare(make_inputs(logits, rows=[5, 0, -1, 2], num_rows=7))
+    assert tokens[0] == best[0] and tokens[1] == 0 and tokens[2] == -1
+    assert tokens[3] == logits[3].argmax()
+
+
+def test_padding_and_hostile_logits_write_nothing_and_never_leave_the_vocabulary():
+    logits = torch.full((4, 1500), torch.nan)
+    logits[1], logits[2] = -torch.inf, torch.inf
+    inputs = make_inputs(logits, rows=[0, 1, 2, -1], num_rows=4, temperature=0.7, top_k=3, top_p=0.5, min_p=0.1,
+                         truncate=True, penalties=torch.rand(4, 3))  # fmt: skip
+    (tokens,), after = run(inputs)
+    assert ((tokens[:3] >= 0) & (tokens[:3] < 1500)).all() and tokens[3] == -1
+    assert after[14][3] == 77 and after[9][3].eq(0).all() and after[9][:3].sum() == 3
+
+
+def test_noise_is_philox_and_gumbel():
+    """Known answer of Philox4x32-7 from Random123's own vectors: counter and key 0."""
+    seed, position = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    words = torch.tensor([0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]).double()
+    expected = -(-torch.log1p(-(words + 0.5) * 2.0**-32)).log()
+    torch.testing.assert_close(gumbel(seed, position, 4)[0], expected.float())
+    noise = gumbel(torch.arange(4), torch.arange(4), 50000).double()
+    assert abs(noise.mean() - 0.5772) < 0.02 and abs(noise.var() - torch.pi**2 / 6) < 0.04
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_random_tokens_are_the_reference_s(dtype):
+    """Mixed with greedy rows; temperatures from next to nothing to high."""
+    logits = (torch.randn(6, 2061) * 2).to(dtype)
+    heat = {0: 1.0, 1: 0.0, 2: 0.3, 3: 5.0, 4: 1e-30, 6: 1.0}
+    compare(make_inputs(logits, rows=[0, 1, 2, 3, 4, -1], num_rows=7, temperature=heat))
+
+
+TRUNCATIONS = [
+    dict(top_k=1), dict(top_k=7), dict(top_k=400), dict(top_k=5000), dict(top_p=0.3), dict(top_p=0.95),
+    dict(top_p=1e-6), dict(min_p=0.2), dict(min_p=1.0), dict(top_k=50, top_p=0.8), dict(top_k=50, min_p=0.05),
+    dict(top_k=20, top_p=0.9, min_p=0.1), dict(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_kept_set_is_the_reference_s(dtype, ties):
+    """Logits so flat that every token kept has a chance; thirteen truncations in a batch."""
+    logits = torch.randn(1, 1100).repeat(len(TRUNCATIONS), 1)
+    logits = ((logits * 2).round() / 2 if ties else logits).to(dtype)
+    options = {
+        name: {i: t[name] for i, t in enumerate(TRUNCATIONS) if name in t} for name in ("top_k", "top_p", "min_p")
+    }
+    inputs = make_inputs(logits, temperature=1.0, truncate=True, **options)
+    compare(inputs)
+
+
+def frequencies(logits, num, **options):
+    """How often `num` draws of one row gave each token."""
+    inputs = make_inputs(logits.repeat(num, 1), rows=[0] * num, positions=torch.arange(num), num_rows=1, truncate=True,
+                         seed=11, **options)  # fmt: skip
+    (tokens,), _ = run(inputs)
+    return tokens.long().bincount(minlength=logits.shape[0])
+
+
+def chi_square(counts, chances):
+    """In standard deviations from its mean: about normal."""
+    used = chances > 0
+    assert (counts[~used] == 0).all(), "drawn from outside the set"
+    expected = chances[used] * counts.sum()
+    freedom = int(used.sum()) - 1
+    return float((((counts[used] - expected) ** 2 / expected).sum() - freedom) / (2 * freedom) ** 0.5)
+
+
+@pytest.mark.parametrize("options", [dict(min_p=0.25), dict(top_k=6, top_p=0.9, min_p=0.05)], ids=str)
+def test_every_token_kept_is_drawn_at_its_rate(options):
+    logits = torch.tensor([0.0, 1.0, 1.0, 2.0, -1.0, 2.5, 0.5, 1.0, -3.0, 1.5, 0.0]).bfloat16()
+    counts = frequencies(logits, 20000 if GPU else 120, temperature=1.3, **options)
+    one = {name: torch.tensor([options.get(name, float(name == "top_p"))]) for name in ("top_k", "top_p", "min_p")}
+    chances = probabilities(logits[None].float(), torch.tensor([1.3]), **one)[0]
+    assert (counts > 0).equal(chances > 0)
+    assert abs(chi_square(counts, chances)) < 3  # the seed is fixed
+
+
+def test_many_draws_of_the_reference_are_distributed_as_it_says():
+    logits = torch.linspace(-2, 2, 40)[None]
+    seed, positions = torch.full((60000,), 5), torch.arange(60000)
+    for heat in (0.5, 1.0, 3.0):
+        tokens = (logits + heat * gumbel(seed, positions, 40)).argmax(-1)
+        chances = probabilities(logits, torch.tensor([heat]))[0]
+        assert abs(chi_square(tokens.bincount(minlength=40), chances)) < 3
+
+
+def test_a_token_depends_on_logits_seed_and_position_only():
+    """The same in any order, batch, padding and tactic, with truncation compiled in or not, in other rows' company."""
+    logits = torch.randn(5, 3001)
+    seeds, heat = {i: 1000 + i for i in range(9)}, {i: 0.5 + i / 4 for i in range(9)}
+    options = dict(num_rows=9, temperature=heat, seed=seeds)
+    positions = torch.tensor([3, 1, 4, 1, 5])
+    base = run(make_inputs(logits, [0, 1, 2, 3, 4], positions, **options))[0][0]
+    order = [3, 0, 4, 2, 1]
+    moved = run(make_inputs(logits[order], order, positions[order], **options, truncate=True))[0][0]
+    assert moved.equal(base[order])
+    padded = torch.cat((logits, torch.zeros(3, 3001)))
+    rows = [0, 1, 2, 3, 4, -1, -1, -1]
+    with_p = make_inputs(padded, rows, torch.cat((positions, torch.zeros(3))), **options, truncate=True,
+                         top_k={2: 5}, stop={})  # fmt: skip
+    tokens = run(with_p)[0][0]
+    same = [0, 1, 3, 4]
+    assert tokens[same].equal(base[same]) and tokens[5:].eq(-1).all()
+    for i in range(5):
+        assert run(make_inputs(logits[i : i + 1], [i], positions[i : i + 1], **options))[0][0][0] == base[i]
+    other = run(make_inputs(logits, [0, 1, 2, 3, 4], positions + 1, **options))[0][0]
+    assert not other.equal(base)
+
+
+@pytest.mark.parametrize("random", [False, True])
+def test_bias_min_tokens_and_penalties(random):
+    vocab = 1300
+    logits = torch.randn(6, vocab) * 2
+    counts = torch.zeros(8, vocab, dtype=torch.int32)
+    counts[:, torch.randint(vocab, (300,))] = IN_PROMPT
+    counts[:, torch.randint(vocab, (300,))] += torch.randint(1, 4, (300,), dtype=torch.int32)
+    penalties = torch.tensor([1.0, 0.0, 0.0]).repeat(8, 1)
+    penalties[1], penalties[2], penalties[3] = torch.tensor([[1.4, 0.0, 0.0], [1.0, 0.6, 0.2], [0.8, -0.5, 1.0]])
+    favourite = logits.topk(3).indices
+    bias = {0: {700: 30.0}, 4: {int(favourite[4, 0]): -100.0, 3: 0.5, vocab - 1: -1.0, 600: 2.0}}
+    stop = {1: favourite[1].tolist(), 5: favourite[5].tolist()[:2]}
+    options = dict(temperature={0: 1.0, 2: 0.7, 3: 0.2, 4: 1.0, 5: 2.0}, top_k={2: 40, 4: 30, 5: 10}, top_p={3: 0.9, 4: 0.7},
+                   truncate=True) if random else {}  # fmt: skip
+    inputs = make_inputs(logits, [0, 1, 2, 3, 4, 5], torch.full((6,), 20), 8, penalties=penalties, counts=counts,
+                         bias=bias, stop=stop, min_length={1: 21, 5: 20}, **options)  # fmt: skip
+    tokens = compare(inputs)
+    assert tokens[0] == 700
+    assert int(tokens[1]) not in stop[1]
+    values = adjusted(logits, inputs[2], *(x[:6] for x in inputs[8:14]))
+    assert values[1, stop[1]].eq(-torch.inf).all() and values[5, stop[5]].isfinite().all()
+    assert values[4, favourite[4, 0]] < -90
+    (ours,), after = run(inputs)
+    added = after[9] - counts
+    assert added.sum() == 3 and all(added[row, ours[row]] == 1 for row in (1, 2, 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("best", [1, 20])
+def test_logprobs_are_of_the_raw_logits(dtype, best):
+    logits = (torch.randn(3, 2500).round(decimals=2) * 4).to(dtype)
+    logits[0, 100:110] = logits[0].max()  # equals: the lowest id first
+    inputs = make_inputs(logits, [1, -1, 0], num_rows=2, temperature={0: 1.0, 1: 3.0}, bias={0: {40: 9.0}}, stop={})
+    compare(inputs, num_logprobs=best)
+
+
+def test_one_row_is_spread_over_programs_and_many_rows_need_few():
+    for rows, vocab in ((1, 128256), (256, 262144)):
+        logits = Tensor((rows, vocab), "bfloat16")
+        inputs = (logits, *(Tensor((rows,), "int32"),) * 2, *(None,) * 11, Tensor((rows,), "int32"))
+        attributes = dict(
+            num_rows=rows, num_bias=0, num_stop=0, num_logprobs=0, random=False, truncate=False, extras=False
+        )
+        found = tactics_of("Sample")(Site("Sample", attributes, inputs, (Tensor((rows,), "int32"),)))
+        assert len({tactic.name for tactic in found}) == len(found)
+        assert found[0].launches[0].grid[0] >= (100 if rows == 1 else 8)
+
+
+def test_the_reference_keeps_what_ties_with_the_last():
+    values = torch.tensor([[3.0, 1.0, 2.0, 2.0, 2.0, 0.0]])
+    one = torch.ones(1)
+    off = dict(top_k=torch.tensor([0]), top_p=one, min_p=torch.zeros(1))
+    assert kept(values, one, **off | dict(top_k=torch.tensor([2]))).tolist() == [[True, False, True, True, True, False]]
+    assert kept(values, one, **off | dict(top_p=one * 0.5)).sum() == 4
+    assert kept(values, one, **off | dict(min_p=one * 0.9)).sum() == 1
+    assert kept(values, one * 0, **off | dict(top_k=torch.tensor([2]))).all()
+
+
+def test_every_kernel_compiles_for_every_architecture():
+    """In a process of its own: this one may interpret kernels instead of compiling them."""
+    env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[0]) >= 40
+
+
+def compile_every_kernel():
+    """Prints how many cubins there are: all extras, and none, of 4 rows in bf16."""
+    from ingot.builder.targets.cubin import CAPABILITIES, compile_all
+
+    rows, vocab, num_rows = 4, 128256, 8
+    step = (Tensor((rows, vocab), "bfloat16"), *(Tensor((rows,), "int32"),) * 2)
+    draw = tuple(Tensor((num_rows,), dtype) for dtype in ("float32", "int32", "float32", "float32", "int64"))
+    extras = (Tensor((num_rows, 3), "float32"), Tensor((num_rows, vocab), "int32"), Tensor((num_rows, 300), "int32"),
+              Tensor((num_rows, 300), "float32"), Tensor((num_rows, 8), "int32"), Tensor((num_rows,), "int32"))  # fmt: skip
+    last = Tensor((num_rows,), "int32")
+    outputs = tuple(
+        Tensor(shape, dtype)
+        for shape, dtype in (
+            ((rows,), "int32"),
+            ((rows,), "float32"),
+            ((rows,), "int32"),
+            ((rows, 20), "int32"),
+            ((rows, 20), "float32"),
+        )
+    )
+    off = dict(num_rows=num_rows, num_bias=0, num_stop=0, num_logprobs=0, random=False, truncate=False, extras=False)
+    everything = dict(
+        num_rows=num_rows, num_bias=300, num_stop=8, num_logprobs=20, random=True, truncate=True, extras=True
+    )
+    sites = [
+        Site("Sample", off, (*step, *(None,) * 11, last), outputs[:1]),
+        Site(
+            "Sample", off | {"random": True}, (*step, draw[0], *(None,) * 3, draw[4], *(None,) * 6, last), outputs[:1]
+        ),
+        Site("Sample", off | {"random": True, "truncate": True}, (*step, *draw, *(None,) * 6, last), outputs[:1]),
+        Site("Sample", everything, (*step, *draw, *extras, last), outputs),
+    ]
+    kernels = {launch.kernel for site in sites for t in tactics_of("Sample")(site)[:1] for launch in t.launches}
+    count = 0
+    for capability in CAPABILITIES:
+        for kernel, cubin in compile_all(kernels, capability).items():
+            assert getattr(cubin, "data", b"")[:4] == b"\x7fELF" and cubin.shared <= 99 << 10, (kernel, cubin)
+            count += 1
+    print(count, "cubins")
+
+
+if __name__ == "__main__":
+    compile_every_kernel()
