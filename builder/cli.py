@@ -15,11 +15,15 @@ if TYPE_CHECKING:
 def build(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where to write it.", show_default=False)],
-    target: Annotated[str, typer.Option(help="What the engine will run on: cpu.")] = "cpu",
+    target: Annotated[str, typer.Option(help="What the engine will run on: cpu or cuda.")] = "cpu",
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's own.", metavar="DTYPE")
     ] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace the engine that is already there.")] = False,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="cuda: sequences of a step at most.")] = 256,
+    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="cuda: tokens of a step at most.")] = 4096,
+    tune: Annotated[bool, typer.Option(help="cuda: time the kernels on the GPU at hand.")] = True,
+    gpu_arch: Annotated[int | None, typer.Option(help="cuda: 80, 86, 89, 90, 100 or 120, if not this GPU's.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Phases, node counts, library warnings.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
@@ -29,7 +33,11 @@ def build(
 
     if not verbose and not debug:
         _hush()
-    manifest = _build_with_progress(BuildConfig(model, str(out), target, dtype, force), verbose)
+    config = BuildConfig(
+        model, str(out), target, dtype, force, max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens, tune=tune, gpu_arch=gpu_arch,
+    )  # fmt: skip
+    manifest = _build_with_progress(config, verbose)
     if as_json:
         print((out / "engine.json").read_text(), end="")
         return

@@ -1,9 +1,10 @@
 """The plan of a CUDA engine: what the builder compiled and the runtime replays, as data.
 
 A plan has one list of launches per bucket (a step is padded to the smallest bucket that holds it). Every pointer is a
-weight, a graph input or a place in the arena, every size is fixed, so a bucket is one CUDA graph. The logits are
-computed by the `head`, the launches that follow the pick of `logit_rows`: a step that wants more rows of logits than a
-bucket has runs the head again.
+weight, a buffer or a place in the arena, every size is fixed, so a bucket is one CUDA graph: `stage` spreads the
+packed step over the step tensors, `body` and `head` are the graph, `sample` turns logits into tokens (one list for each
+kind of `sampling.py`). The head begins with the pick of `logit_rows`: a step that wants more rows of logits than the
+bucket has runs head and sample again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ PLAN_FILE = "plan.json"
 
 @dataclass(frozen=True)
 class Argument:
-    """A pointer. kind: `weight` or `input` (name: of the initialiser or graph input), `arena` (offset in bytes)."""
+    """A pointer. kind: `weight` (name: of the initialiser), `input` (name: of the graph input, or of a buffer of
+    `sampling.py`), `arena` (offset in bytes)."""
 
     kind: str
     name: str = ""
@@ -63,8 +65,7 @@ class Bucket:
     max_query: int
     arena: int
     logits: int
-    body: tuple[Launch, ...]
-    head: tuple[Launch, ...]
+    parts: dict[str, tuple[Launch, ...]]  # stage, body, head, and sample.KIND
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Plan:
     """
 
     capability: int
+    vocab_size: int
     page_size: int
     max_pages: int
     logits: str
@@ -112,12 +114,13 @@ class Plan:
 
 
 def _pack_bucket(bucket: Bucket) -> dict[str, Any]:
-    lists = {part: [_pack(launch) for launch in getattr(bucket, part)] for part in ("body", "head")}
-    return {name: getattr(bucket, name) for name in Bucket.__dataclass_fields__} | lists
+    fields = {name: getattr(bucket, name) for name in Bucket.__dataclass_fields__}
+    return fields | {"parts": {name: [_pack(launch) for launch in part] for name, part in bucket.parts.items()}}
 
 
 def _unpack_bucket(fields: dict[str, Any]) -> Bucket:
-    return Bucket(**fields | {part: tuple(_unpack(launch) for launch in fields[part]) for part in ("body", "head")})
+    parts = {name: tuple(_unpack(launch) for launch in part) for name, part in fields["parts"].items()}
+    return Bucket(**fields | {"parts": parts})
 
 
 def _pack(launch: Launch) -> list[Any]:

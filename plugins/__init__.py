@@ -61,6 +61,7 @@ _KERNELS = {
     "Sub": "elementwise",
     "Tanh": "elementwise",
     "TopK": "reduce",
+    "Unpack": "unpack",
 }
 
 

@@ -63,6 +63,10 @@ class Gpu:
                 f"{self.name} has compute capability {major}.{minor}; the cuda target needs 8.0 or newer."
             )
 
+    def release(self) -> None:
+        """Gives the context back: with its last user all memory, streams and graphs of this process go."""
+        self._check(self._cuda.cuDevicePrimaryCtxRelease(self._device))
+
     def use(self) -> None:
         """Makes the context current: once in every thread that calls anything here."""
         self._check(self._cuda.cuCtxSetCurrent(self._context))
@@ -91,9 +95,13 @@ class Gpu:
         self._check(self._cuda.cuMemFree(address))
 
     def pinned(self, num_bytes: int) -> np.ndarray:
-        """[num_bytes] uint8 of host memory that the GPU copies from and to directly; kept until the process ends."""
+        """[num_bytes] uint8 of host memory that the GPU copies from and to directly; kept until `unpin`."""
         address = int(self._check(self._cuda.cuMemHostAlloc(max(1, num_bytes), 0)))
         return np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))
+
+    def unpin(self, array: np.ndarray) -> None:
+        """Gives pinned memory back; the array must not be used any more."""
+        self._check(self._cuda.cuMemFreeHost(array.ctypes.data))
 
     def stream(self) -> int:
         return int(self._check(self._cuda.cuStreamCreate(1)))  # non-blocking: apart from the default stream

@@ -93,9 +93,10 @@ def bench(
     concurrency: Annotated[int | None, typer.Option("--concurrency", "-c", help="Requests at any time.")] = None,
     rate: Annotated[float | None, typer.Option(help="Requests a second, Poisson arrivals.")] = None,
     warmup: Annotated[int, typer.Option(help="Requests sent before and not counted.")] = 2,
-    max_num_seqs: Annotated[int, typer.Option(help="Sequences in one step at most.")] = 64,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in one step at most.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens in one step at most.")] = None,
     prefix_cache: PrefixCache = True,
+    load_format: Annotated[str, typer.Option(help="dummy: random weights, the file is not read (cuda).")] = "auto",
     seed: Annotated[int, typer.Option(help="Of lengths, tokens and arrivals.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Draw the latencies into this file (needs ingot[bench]).")] = None,
     as_json: AsJson = False,
@@ -117,9 +118,10 @@ def bench(
         jobs = benchmark.synthetic(num_requests or 64, input_len, output_len, vocab, seed, prefix_len)
     if plot:
         _check_plot(plot)
-    options: dict[str, Any] = {"max_num_seqs": max_num_seqs, "prefix_cache": prefix_cache}
-    if max_num_batched_tokens is not None:
-        options["max_num_batched_tokens"] = max_num_batched_tokens
+    options: dict[str, Any] = {
+        "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens, "prefix_cache": prefix_cache,
+        "load_format": load_format,
+    }  # fmt: skip
     timings, seconds = asyncio.run(_load(engine, options, jobs, warmup, concurrency, rate, seed))
     figures = {"engine": str(engine), "concurrency": concurrency, "rate": rate, **benchmark.report(timings, seconds)}
     if as_json:

@@ -53,7 +53,7 @@ class Executor(Protocol):
 
 
 def open_executor(engine: Engine, config: ServeConfig) -> Executor:
-    """The executor of the engine's target, its KV pool allocated. Raises EngineError: it does not fit, or cannot run."""
+    """The executor of the engine's target, KV pool allocated. EngineError: it does not fit, or cannot run here."""
     if engine.manifest.target == "cuda":
         from .cuda.executor import CudaExecutor
 

@@ -38,7 +38,7 @@ class Session:
         self.engine = Engine.open(folder)
         model = self.engine.manifest.model
         max_len = model_len(self.engine.manifest, config)
-        executor = open_executor(self.engine, config)
+        self.executor = executor = open_executor(self.engine, config)
         config = executor.config
         assert config.max_num_seqs and config.max_num_batched_tokens and config.page_size
         pool = PagePool(executor.num_pages, config.page_size, config.prefix_cache)

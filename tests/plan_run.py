@@ -17,7 +17,7 @@ class PlanRun:
 
     def __call__(self, parts=("body", "head")):
         for part in parts:
-            for launch in getattr(self.bucket, part):
+            for launch in self.bucket.parts[part]:
                 kernel = self.kernels[launch.cubin]
                 types = [kind for _, kind in kernel.signature]
                 arguments = [self._value(a, kind) for a, kind in zip(launch.arguments, types, strict=True)]

@@ -22,6 +22,7 @@ from .folding import (
     order_operands,
     static_shapes,
 )
+from .graph import constant, evaluate, nodes, replace
 from .linear import fuse_bias, fuse_linear
 from .logits import pick_rows_early
 from .naming import name_nodes
@@ -46,7 +47,14 @@ def drop_dead(model: ir.Model) -> None:
 
 
 def lift_constants(model: ir.Model) -> None:
-    """Constants become initialisers, so that a graph has one kind of them and all are in the weights file."""
+    """Constants become initialisers, and so does what is computed from small ones: nothing is computed twice, and all
+    constants are in the weights file."""
+    for node in nodes(model):
+        if node.inputs and len(node.outputs) == 1 and all(v is None or v.is_initializer() for v in node.inputs):
+            try:
+                replace(node.outputs[0], constant(node, evaluate(node.outputs[0], {})))
+            except LookupError:  # a weight
+                continue
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
 
 

@@ -52,7 +52,7 @@ def make_plan(
     """Compile `graph` into `folder` and return the plan saved there. Raises BuildError for what nothing can run."""
     choices: dict[Any, Choice] = {}
     planner = Planner(
-        graph, device, config.page_size, -(-max_model_len // config.page_size),
+        graph, device, config.page_size, -(-max_model_len // config.page_size), config.max_num_seqs,
         lambda site: choices[key_of(site)].tactic,
     )  # fmt: skip
     sizes = bucket_sizes(config.max_num_seqs, min(config.max_num_batched_tokens, max_model_len * config.max_num_seqs))
@@ -69,8 +69,8 @@ def make_plan(
         (folder / file).write_bytes(data)
         cubins.append(Cubin(file, compiled[kernel].name, compiled[kernel].shared, compiled[kernel].num_warps))
     plan = Plan(
-        device.capability, config.page_size, planner.max_pages, planner.logits_dtype, planner.nodes, tuple(cubins),
-        buckets, tuple(choice.describe() for choice in choices.values()),
+        device.capability, planner.vocab_size, config.page_size, planner.max_pages, planner.logits_dtype,
+        planner.nodes, tuple(cubins), buckets, tuple(choice.describe() for choice in choices.values()),
     )  # fmt: skip
     plan.save(folder)
     return plan

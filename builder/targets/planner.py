@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -12,13 +12,27 @@ import onnx_ir as ir
 from ...engines.dtypes import DTYPES
 from ...engines.errors import BuildError
 from ...engines.plan import Argument, Bucket, Launch
-from ...engines.step import KV_LEN, LOGIT_ROWS, LOGITS, PAGES, QUERY_START, TOKENS
+from ...engines.sampling import (
+    KINDS,
+    LAST_TOKEN,
+    MAX_BIAS,
+    MAX_LOGPROBS,
+    MAX_STOP,
+    PACKED,
+    RESULTS,
+    SAMPLE_POSITIONS,
+    SAMPLE_ROWS,
+    TABLES,
+    Kind,
+)
+from ...engines.step import KV_LEN, LOGIT_ROWS, LOGITS, PAGES, QUERY_START, STEP_INPUTS, TOKENS
 from ...plugins import OPS
 from ...plugins.opschema import complete_attributes
 from ...plugins.tactic import Device, Kernel, Operand, Site, Tactic, Tensor
 from .arena import Interval, place
 
 Choose = Callable[[Site], Tactic]
+STAGING, SAMPLING = -2, -1  # in the place of a node's number
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,17 @@ def _ladder(first: int, last: int) -> list[int]:
     return [n for n in steps if n < last] + [last]
 
 
+@dataclass(frozen=True)
+class Work:
+    """A site of a bucket: its part of the bucket, the number of its node, and the values or buffers it works on."""
+
+    part: str
+    node: int
+    site: Site
+    inputs: tuple[ir.Value | str | None, ...]
+    outputs: tuple[ir.Value | str, ...]
+
+
 @dataclass
 class Planner:
     """Plans buckets of one graph; kernels and node names are numbered over all of them."""
@@ -55,6 +80,7 @@ class Planner:
     device: Device
     page_size: int
     max_pages: int
+    max_num_seqs: int
     choose: Choose
     kernels: dict[Kernel, int] = field(default_factory=dict)
     nodes: tuple[str, ...] = ()
@@ -69,22 +95,55 @@ class Planner:
         }
         (self._logits,) = (value for value in self.graph.outputs if value.name == LOGITS)
 
-    def sites(self, sizes: Sizes) -> Iterator[tuple[int, ir.Node, Site]]:
-        """The nodes of a bucket that launch something: their number, node and site."""
+    def sites(self, sizes: Sizes) -> list[Work]:
+        """What a bucket launches, in order: staging, the graph's nodes, each kind of sampling."""
+        work = [self._staging(sizes)]
+        part = "body"
         for i, node in enumerate(self.graph):
-            if node.op_type == "Constant":
-                continue
             attributes = {name: attribute.value for name, attribute in node.attributes.items()}
             num_inputs = len(node.inputs)
             if node.domain == "ingot":
                 attributes = complete_attributes(node, OPS[node.op_type].schema, attributes)
                 num_inputs = OPS[node.op_type].schema.max_input
             attributes.pop("layer", None)  # layers of the same shapes are one site
-            inputs = [None if value is None else self.tensor(value, sizes) for value in node.inputs]
-            inputs += [None] * (num_inputs - len(inputs))
+            inputs = (*node.inputs, *[None] * (num_inputs - len(node.inputs)))
+            if self._rows(node.outputs[0]):
+                part = "head"  # and everything behind it
+            shapes = tuple(None if value is None else self.tensor(value, sizes) for value in inputs)
             outputs = tuple(self.tensor(value, sizes) for value in node.outputs)
-            max_query = sizes.max_query or None
-            yield i, node, Site(node.op_type, attributes, tuple(inputs), outputs, self.device, max_query)
+            site = Site(node.op_type, attributes, shapes, outputs, self.device, sizes.max_query or None)
+            work.append(Work(part, i, site, inputs, tuple(node.outputs)))
+        return work + [self._sampling(name, kind, sizes) for name, kind in KINDS.items()]
+
+    def _staging(self, sizes: Sizes) -> Work:
+        values = {value.name: value for value in self._inputs}
+        outputs = tuple(self.tensor(values[name], sizes) for name in STEP_INPUTS)
+        outputs += (Tensor((sizes.rows,), "int32"),) * 2
+        inputs = (Tensor((1,), "int32"), Tensor((self.max_num_seqs,), "int32"))
+        site = Site("Unpack", {}, inputs, outputs, self.device)
+        return Work("stage", STAGING, site, (PACKED, LAST_TOKEN), (*STEP_INPUTS, SAMPLE_ROWS, SAMPLE_POSITIONS))
+
+    def _sampling(self, name: str, kind: Kind, sizes: Sizes) -> Work:
+        logits = self.tensor(self._logits, sizes)
+        vocab = logits.shape[1]
+        num_logprobs = min(MAX_LOGPROBS, vocab)
+        tables: dict[str, Tensor] = {}
+        for table, (dtype, columns) in TABLES.items():
+            width = vocab if columns == -1 else columns
+            tables[table] = Tensor((self.max_num_seqs, width) if width else (self.max_num_seqs,), dtype)
+        shapes = [tables[table] if table in kind.tables else None for table in TABLES]
+        row = Tensor((sizes.rows,), "int32")
+        outputs = tuple(
+            Tensor((sizes.rows, num_logprobs) if columns else (sizes.rows,), dtype)
+            for dtype, columns in (RESULTS[result] for result in kind.results)
+        )
+        attributes = {
+            "num_rows": self.max_num_seqs, "num_bias": MAX_BIAS, "num_stop": MAX_STOP, "random": kind.random,
+            "num_logprobs": num_logprobs if kind.logprobs else 0, "truncate": kind.truncate, "extras": kind.extras,
+        }  # fmt: skip
+        site = Site("Sample", attributes, (logits, row, row, *shapes), outputs, self.device)
+        inputs: tuple[ir.Value | str, ...] = (self._logits, SAMPLE_ROWS, SAMPLE_POSITIONS, *TABLES)
+        return Work(f"sample.{name}", SAMPLING, site, inputs, kind.results)
 
     def tensor(self, value: ir.Value, sizes: Sizes) -> Tensor:
         """Shape and type of a value in a bucket. Raises BuildError for a shape that the bucket does not settle."""
@@ -105,54 +164,58 @@ class Planner:
     def logits_dtype(self) -> str:
         return next(d.name for d in DTYPES.values() if d.onnx == self._logits.dtype)
 
+    @property
+    def vocab_size(self) -> int:
+        return self.tensor(self._logits, Sizes(1, 1, 1, 1)).shape[1]
+
     def plan(self, sizes: Sizes) -> Bucket:
-        """The launches of a bucket. Raises BuildError for a node that nothing can run."""
-        work = [(i, node, self.choose(site)) for i, node, site in self.sites(sizes)]
-        head = [node.outputs[0].shape is not None and self._rows(node.outputs[0]) for _, node, _ in work]
-        split = head.index(True) if True in head else len(work)
-        offsets, workspaces, arena = self._places(work, split, sizes)
-        launches: list[list[Launch]] = [[], []]
-        for at, (i, node, tactic) in enumerate(work):
+        """The launches of a bucket, each site run by the tactic that is chosen for it."""
+        work = self.sites(sizes)
+        tactics = [self.choose(each.site) for each in work]
+        offsets, workspaces, arena = self._places(work, tactics, sizes)
+        parts: dict[str, list[Launch]] = {each.part: [] for each in work}
+        for each, tactic, workspace in zip(work, tactics, workspaces, strict=True):
             for launch in tactic.launches:
                 cubin = self.kernels.setdefault(launch.kernel, len(self.kernels))
                 arguments = tuple(
-                    self._argument(node, argument, offsets, workspaces[at])
-                    if isinstance(argument, Operand)
-                    else argument
-                    for argument in launch.arguments
+                    self._argument(each, a, offsets, workspace) if isinstance(a, Operand) else a
+                    for a in launch.arguments
                 )
-                launches[at >= split].append(Launch(cubin, i, launch.grid, arguments))
-        body, last = launches
+                parts[each.part].append(Launch(cubin, each.node, launch.grid, arguments))
         return Bucket(
             sizes.tokens, sizes.sequences, sizes.rows, sizes.max_query, arena, offsets[self._logits],
-            tuple(body), tuple(last),
+            {name: tuple(launches) for name, launches in parts.items()},
         )  # fmt: skip
 
     def _places(
-        self, work: list[tuple[int, ir.Node, Tactic]], split: int, sizes: Sizes
+        self, work: list[Work], tactics: list[Tactic], sizes: Sizes
     ) -> tuple[dict[ir.Value, int], list[int], int]:
-        """Offsets of values and of each node's workspace, and the size of the arena."""
+        """Offsets of values and of each tactic's workspace, and the size of the arena."""
         first: dict[ir.Value, int] = {}
         last: dict[ir.Value, int] = {}
-        for at, (_, node, _) in enumerate(work):
-            for value in node.outputs:
-                first[value] = last[value] = at
-            for used in node.inputs:
-                if used in first:
+        for at, each in enumerate(work):
+            for value in each.outputs:
+                if isinstance(value, ir.Value):
+                    first[value] = last[value] = at
+            for used in each.inputs:
+                if isinstance(used, ir.Value) and used in first:
                     # what the head reads stays, since the head may run more than once
-                    last[used] = len(work) if at >= split > first[used] else at
+                    stays = work[first[used]].part == "body" and each.part != "body"
+                    last[used] = max(last[used], len(work) if stays else at)
         last[self._logits] = len(work)
         values = list(first)
         intervals = [Interval(_num_bytes(self.tensor(v, sizes)), first[v], last[v]) for v in values]
-        intervals += [Interval(tactic.workspace, at, at) for at, (_, _, tactic) in enumerate(work)]
+        intervals += [Interval(tactic.workspace, at, at) for at, tactic in enumerate(tactics)]
         offsets, total = place(intervals)
         return dict(zip(values, offsets, strict=False)), offsets[len(values) :], total
 
-    def _argument(self, node: ir.Node, operand: Operand, offsets: Mapping[ir.Value, int], workspace: int) -> Argument:
+    def _argument(self, work: Work, operand: Operand, offsets: Mapping[ir.Value, int], workspace: int) -> Argument:
         if operand.kind == "workspace":
             return Argument("arena", offset=workspace + operand.index)
-        value = (node.inputs if operand.kind == "input" else node.outputs)[operand.index]
-        assert value is not None, f"{node.name}: a tactic reads an input that is absent"
+        value = (work.inputs if operand.kind == "input" else work.outputs)[operand.index]
+        assert value is not None, f"{work.site.op}: a tactic reads an input that is absent"
+        if isinstance(value, str):
+            return Argument("input", value)
         if value in offsets:
             return Argument("arena", offset=offsets[value])
         return Argument("input" if value in self._inputs else "weight", value.name or "")

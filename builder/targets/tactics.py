@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from .cubin import Cubin, compile_all
 from .planner import Planner, Sizes
 from .timing import Timer
 
-Progress = Callable[[int, int], None]
+UNTIMED = ("Unpack", "Sample")  # microseconds that depend on what the host packed and requests ask for
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,20 @@ def candidates(planner: Planner, sizes: Iterable[Sizes]) -> dict[Hashable, Candi
     """Every site of all buckets once. Raises BuildError for a node without a tactic."""
     found: dict[Hashable, Candidates] = {}
     for bucket in sizes:
-        for i, node, site in planner.sites(bucket):
-            key = key_of(site)
+        for work in planner.sites(bucket):
+            site, key = work.site, key_of(work.site)
             if key in found:
                 continue
-            tactics_for = tactics_of(node.op_type)
+            name = planner.nodes[work.node] if work.node >= 0 else site.op
+            tactics_for = tactics_of(site.op)
             tactics = tactics_for(site) if tactics_for else []
             if not tactics:
                 shapes = ", ".join("-" if t is None else f"{t.dtype}{list(t.shape)}" for t in site.inputs)
                 raise BuildError(
-                    f"the cuda target has no kernel for node '{planner.nodes[i]}' ({node.op_type} of {shapes}); "
+                    f"the cuda target has no kernel for node '{name}' ({site.op} of {shapes}); "
                     "build for `--target cpu`, or report the model."
                 )
-            found[key] = Candidates(site, planner.nodes[i], tactics)
+            found[key] = Candidates(site, name, tactics)
     return found
 
 
@@ -91,11 +92,19 @@ def likeliest(found: Mapping[Hashable, Candidates], device: Device) -> dict[Hash
 
 def timed(found: Mapping[Hashable, Candidates], gpu: Gpu) -> dict[Hashable, Choice]:
     """The fastest tactic of each site on `gpu`."""
-    kernels = {launch.kernel for each in found.values() for tactic in each.tactics for launch in tactic.launches}
+    chosen = likeliest({key: each for key, each in found.items() if each.site.op in UNTIMED}, gpu.device)
+    kernels = {
+        launch.kernel
+        for each in found.values()
+        if each.site.op not in UNTIMED
+        for tactic in each.tactics
+        for launch in tactic.launches
+    }
     compiled = compile_all(kernels, gpu.device.capability)
-    chosen: dict[Hashable, Choice] = {}
     with Timer(gpu) as timer:
         for key, each in found.items():
+            if each.site.op in UNTIMED:
+                continue
             times: list[tuple[float, int, Tactic, dict[Kernel, Cubin]]] = []
             for tactic in each.tactics:
                 cubins = _cubins(tactic, compiled)

@@ -37,8 +37,9 @@ def grouped_kernel(
 
     EVEN: tiles divide the weight, so that only rows of x need masks.
     """
-    WIDTH: tl.constexpr = N // 2 if ACTIVATION else N  # columns of y
-    BW: tl.constexpr = BN // 2 if ACTIVATION else BN
+    GATED: tl.constexpr = ACTIVATION != ""
+    WIDTH: tl.constexpr = N // 2 if GATED else N  # columns of y
+    BW: tl.constexpr = BN // 2 if GATED else BN
     TILES: tl.constexpr = (WIDTH + BW - 1) // BW
     # programs of GROUP neighbouring tiles take all blocks in turn: what blocks of an expert share stays in the L2 cache
     program = tl.program_id(0)
@@ -52,11 +53,11 @@ def grouped_kernel(
     pair = tl.load(order + block * BM + tl.arange(0, BM))
     there = pair >= 0
     j = tl.arange(0, BN)
-    if ACTIVATION and not INTERLEAVED:
+    if GATED and not INTERLEAVED:
         n = j // BW * WIDTH + column + j % BW  # gates, then as many ups
         inside = column + j % BW < WIDTH
     else:
-        n = (2 * column if ACTIVATION else column) + j
+        n = (2 * column if GATED else column) + j
         inside = n < N
     k = tl.arange(0, BK)
     from_weight = weight + expert.to(tl.int64) * N * K
@@ -75,7 +76,7 @@ def grouped_kernel(
         acc = tl.dot(w, t, acc, input_precision="ieee")
     if BIAS:
         acc += tl.load(bias + expert.to(tl.int64) * N + n, mask=inside, other=0.0).to(tl.float32)[:, None]
-    if ACTIVATION:
+    if GATED:
         if INTERLEAVED:
             gate, up = tl.split(tl.permute(tl.reshape(acc, [BW, 2, BM]), [0, 2, 1]))
         else:

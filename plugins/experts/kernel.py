@@ -56,8 +56,8 @@ def _tactic(site: Site, bm: int, bn: int, bk: int, warps: int, stages: int) -> T
     owner = order + _aligned(4 * blocks * bm)
     hidden = owner + _aligned(4 * blocks)
     parts = hidden + _aligned(pairs * inner * (4 if x.dtype == "float32" else 2))
-    places = {name: Operand("workspace", at) for name, at in
-              (("counts", counts), ("order", order), ("owner", owner), ("hidden", hidden), ("parts", parts))}  # fmt: skip
+    starts = {"counts": counts, "order": order, "owner": owner, "hidden": hidden, "parts": parts}
+    places = {name: Operand("workspace", at) for name, at in starts.items()}
     launches = _sort(index, places, pairs, blocks, experts, bm)
 
     def product(
@@ -91,11 +91,9 @@ def _tactic(site: Site, bm: int, bn: int, bk: int, warps: int, stages: int) -> T
     return Tactic(name, tuple(launches), parts + _aligned(4 * pairs * width))
 
 
-def _sort(
-    index: Tensor, places: dict[str, Operand], pairs: int, blocks: int, experts: int, bm: int
-) -> list[Launch]:  # fmt: skip
+def _sort(index: Tensor, places: dict[str, Operand], pairs: int, blocks: int, experts: int, bm: int) -> list[Launch]:
     """Fills `order` and `owner` (see sort.py)."""
-    chunk = min(1024, max(64, triton.next_power_of_2(pairs)))
+    chunk = min(1024, max(128, triton.next_power_of_2(pairs)))
     pointer, counted = POINTERS[index.dtype], pairs > MANY_PAIRS
     kernel = Kernel(
         "experts.sort:sort_kernel",
@@ -105,8 +103,7 @@ def _sort(
          ("COUNTED", counted)),
         divisible=("counts", "order", "owner"),
     )  # fmt: skip
-    counts = Operand("workspace", places["counts"].index)
-    source = Operand("input", INDEX)
+    counts, source = places["counts"], Operand("input", INDEX)
     sort = Launch(kernel, (experts, 1, 1), (source, counts, places["order"], places["owner"], pairs, blocks))
     if not counted:
         return [sort]

@@ -44,7 +44,7 @@ def race_kernel(
         if RANDOM:
             if temperature > 0:
                 if TRUNCATE:
-                    keep = keep & ((ordered(z) >> (32 - 8 * LEVELS)) >= least)
+                    keep = keep & ((ordered(z) >> (32 - 4 * LEVELS)) >= least)
                     keep = keep & ((z - peak) / temperature >= least_p)
                 if tl.max(keep.to(tl.int32), 0) > 0:
                     z = tl.fma(tl.zeros([N], tl.float32) + temperature, gumbel(seed, position, start, N), z)

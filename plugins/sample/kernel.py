@@ -1,9 +1,9 @@
 """Sampling on the GPU: which launches turn the logits of a bucket into tokens.
 
 A row is spread over programs, each with a span of the vocabulary, so that a single row occupies the GPU as well. Greedy
-or untruncated: a race per span, then the best of the spans. Truncated: the maximum first, then two to four levels of
-top_k and as many of top_p (`select.py`). Programs of rows that need no truncation leave at once. Nothing is taken from
-or left in the logits. A row's token is the same in any tactic.
+or untruncated: a race per span, then the best of the spans. Truncated: the maximum first, then four to eight levels of
+top_k and as many of top_p (`select.py`). Programs of rows that need no truncation leave at once. Logits are only read.
+A row's token is the same in any tactic.
 
 Site: op `Sample`; attributes `num_rows` (of the scheduler), `num_bias` B, `num_stop` S (slots per row), `num_logprobs`
 L (0: none), `random` (False: all rows greedy), `truncate` (some row has top_k, top_p or min_p), `extras` (some row has
@@ -35,20 +35,22 @@ INPUTS = (
     "counts", "bias_ids", "bias_values", "stop_ids", "min_length", "last_token",
 )  # fmt: skip
 OUTPUTS = ("tokens", "chosen_logprob", "chosen_rank", "top_ids", "top_logprobs")
-TILE = 512  # tokens of a step of a program; its one-hot matrices are 16 times as large
+TILE = 512  # tokens of a step of a program
 MOST_CANDIDATES = 4096  # of one row's best, merged by one program
-# programs per multiprocessor that spans are cut for
-PROGRAMS = (4, 8, 2)
+# (programs per multiprocessor that spans are cut for, tokens of a step where sixteen sums of each stay in registers)
+CONFIGS = ((4, 256), (8, 128), (2, 256))
 
 
 def tactics(site: Site) -> list[Tactic]:
-    """One per length of the spans."""
+    """Spans of different lengths, likeliest first."""
     rows, vocab = _sizes(site)
-    spans = []
-    for programs in PROGRAMS:
+    found = {}
+    for programs, tile in CONFIGS:
         blocks = max(1, triton.cdiv(programs * site.device.num_sms, rows))
-        spans.append(min(max(triton.next_power_of_2(triton.cdiv(vocab, blocks)), 2 * TILE), 32 * TILE))
-    return [_Sampling(site, span).tactic() for span in dict.fromkeys(spans)]
+        span = min(max(triton.next_power_of_2(triton.cdiv(vocab, blocks)), 2 * TILE), 32 * TILE)
+        tactic = _Sampling(site, span, tile).tactic()
+        found[tactic.name] = tactic
+    return list(found.values())
 
 
 def _sizes(site: Site) -> tuple[int, int]:
@@ -58,10 +60,10 @@ def _sizes(site: Site) -> tuple[int, int]:
 
 
 class _Sampling:
-    """The launches of a site at one length of spans."""
+    """The launches of a site at one length of spans; `tile`: tokens of a step of the select kernel."""
 
-    def __init__(self, site: Site, span: int):
-        self.site = site
+    def __init__(self, site: Site, span: int, tile: int):
+        self.tile = tile
         self.rows, self.vocab = _sizes(site)
         options = site.attributes
         self.random, self.truncate, self.extras = (bool(options[name]) for name in ("random", "truncate", "extras"))
@@ -77,8 +79,8 @@ class _Sampling:
                 self.operands[name] = (
                     (Operand("input", 1), "*i32") if tensor is None else (Operand(kind, index), POINTERS[tensor.dtype])
                 )
-        # levels of eight bits until a logit is told from any other: extras may make any float of it
-        self.levels = 4 if self.extras else {"bfloat16": 2, "float16": 3}.get(site.inputs[0].dtype, 4)
+        # levels of four bits until a logit is told from any other: extras may make any float of it
+        self.levels = 8 if self.extras else {"bfloat16": 4, "float16": 5}.get(site.inputs[0].dtype, 8)
         self.blocks = triton.cdiv(self.vocab, span)
         slots = options["num_bias"] if self.extras else 0
         self.constants: dict[str, Any] = {
@@ -105,12 +107,13 @@ class _Sampling:
             launches.append(self._launch("select", peak_kernel, spans, CLEAR=clear, SIZE=size))
             for mass in (False, True):
                 for level in range(self.levels):
-                    launches.append(self._launch("select", select_kernel, spans, level=level, MASS=mass))
+                    launches.append(self._launch("select", select_kernel, spans, level=level, MASS=mass, N=self.tile))
         launches.append(self._launch("draw", race_kernel, spans))
         launches.append(self._launch("draw", take_kernel, (self.rows, 1, 1)))
         if self.best:
             launches += self._logprobs()
-        return Tactic(f"span{self.constants['SPAN']}", tuple(launches), self.workspace)
+        name = f"span{self.constants['SPAN']}" + (f" tile{self.tile}" if self.truncate else "")
+        return Tactic(name, tuple(launches), self.workspace)
 
     def _logprobs(self) -> list[Launch]:
         """Spans of their own, of a length that depends on the vocabulary alone: sums of floats depend on it."""

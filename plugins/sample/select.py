@@ -1,8 +1,8 @@
 """Which tokens of a row may be drawn, without a sort: top_k and top_p as thresholds found by radix select.
 
-A logit is an unsigned integer of the same order, read eight bits at a time from the top. A launch counts, over all
+A logit is an unsigned integer of the same order, read four bits at a time from the top. A launch counts, over all
 tokens whose higher bits are those of the threshold, how many (top_k) or how much mass (top_p) each value of the next
-eight bits has; the next launch descends into the value where the threshold lies. Mass is a 30-bit fixed-point number
+four bits has; the next launch descends into the value where the threshold lies. Mass is a 30-bit fixed-point number
 of the best token's, and all sums are of integers: the result is exact and the same in any order, batch and launch.
 """
 
@@ -11,9 +11,9 @@ import triton.language as tl
 
 from .values import adjusted_logits, image
 
-# a level's histograms: how many, and the mass in pieces of ten bits, lowest first; fp16 holds each of them exactly
-BINS = tl.constexpr(256)
-TABLE = tl.constexpr(1024)
+# a level's histograms: how many, and the mass in pieces of 16 bits, lowest first, so that sums fit an int32
+BINS = tl.constexpr(16)
+TABLE = tl.constexpr(64)
 STATE = tl.constexpr(4)  # of a level: prefix, need (low, high 24 bits), and the bits that top_k requires
 
 
@@ -62,7 +62,7 @@ def read_state(states):
 
 @triton.jit
 def descend(table, prefix, need, share, MASS: tl.constexpr):
-    """From a level's histogram: (prefix with the level's eight bits, what is still needed among those of this prefix).
+    """From a level's histogram: (prefix with the level's four bits, what is still needed among those of this prefix).
 
     need: how many tokens, or how much mass, the threshold must take in of those of this prefix; 0 is the first level of
     mass, where the whole is known only now: `share` of it.
@@ -70,8 +70,8 @@ def descend(table, prefix, need, share, MASS: tl.constexpr):
     value = tl.arange(0, BINS)
     if MASS:
         h = tl.load(table + BINS + value).to(tl.int64)
-        h += tl.load(table + 2 * BINS + value).to(tl.int64) << 10
-        h += tl.load(table + 3 * BINS + value).to(tl.int64) << 20
+        h += tl.load(table + 2 * BINS + value).to(tl.int64) << 16
+        h += tl.load(table + 3 * BINS + value).to(tl.int64) << 32
         whole = tl.sum(h, 0)
         if need == 0:
             need = tl.maximum(tl.ceil(share.to(tl.float64) * whole.to(tl.float64)).to(tl.int64), 1)
@@ -81,28 +81,7 @@ def descend(table, prefix, need, share, MASS: tl.constexpr):
     from_here = whole - tl.cumsum(h, 0) + h  # of this value and those above it
     digit = tl.maximum(tl.sum((from_here >= need).to(tl.int32), 0) - 1, 0)
     above = tl.sum(tl.where(value > digit, h, 0), 0)
-    return prefix * 256 + digit.to(tl.uint32), need - above
-
-
-@triton.jit
-def count_pieces(w, digit, N: tl.constexpr):
-    """Sums of w [N] (integers up to 1024) by digit's high and low bits -> [4, 16, 16] int32, as products of matrices.
-
-    Each of four warps has its own tokens and sums, added up only at the end.
-    """
-    bins = tl.arange(0, 16)
-    w = tl.reshape(w, [4, N // 4])
-    high, low = tl.reshape(digit >> 4, [4, N // 4]), tl.reshape(digit & 15, [4, N // 4])
-    a = (high[:, None, :] == bins[None, :, None]).to(tl.float16)
-    b = tl.where(low[:, :, None] == bins[None, None, :], w[:, :, None], 0).to(tl.float16)
-    return tl.dot(a, b, out_dtype=tl.float32).to(tl.int32)
-
-
-@triton.jit
-def add_to(table, sums):
-    i = tl.arange(0, 16)
-    sums = tl.sum(sums, 0)
-    tl.atomic_add(table + i[:, None] * 16 + i[None, :], sums, mask=sums != 0, sem="relaxed")
+    return prefix * 16 + digit.to(tl.uint32), need - above
 
 
 @triton.jit
@@ -156,43 +135,42 @@ def select_kernel(
         tl.store(mine + 1, (need & 0xFFFFFF).to(tl.int32))
         tl.store(mine + 2, (need >> 24).to(tl.int32))
         tl.store(mine + 3, floor.to(tl.int32, bitcast=True))
-    shift = 24 - 8 * level
+    shift = 28 - 4 * level
     peak = row_peak(peaks, r, BLOCKS, PADDED)
     least = tl.log(tl.load(min_p + row))
-    low = tl.zeros([4, 16, 16], tl.int32)
-    middle = tl.zeros([4, 16, 16], tl.int32)
-    high = tl.zeros([4, 16, 16], tl.int32)
+    value = tl.arange(0, BINS)
+    low = tl.zeros([BINS, N], tl.int32)
+    high = tl.zeros([BINS, N], tl.int32)
     for start in range(block * SPAN, tl.minimum(block * SPAN + SPAN, V), N):
         z = adjusted_logits(logits, r, row, position, start, penalties, counts, bias_ids, bias_values, stop_ids,
                             min_length, V, N, B, BIASES, S, EXTRAS)  # fmt: skip
         u = ordered(z)
         rest = u >> shift.to(tl.uint32)
-        counted = (start + tl.arange(0, N) < V) & ((rest >> 8) == prefix)
-        digit = (rest & 255).to(tl.int32)
+        counted = (start + tl.arange(0, N) < V) & ((rest >> 4) == prefix)
+        digit = (rest & 15).to(tl.int32)
         if MASS:
             x = (z - peak) / temperature
-            counted = counted & ((u >> (32 - 8 * LEVELS)) >= floor) & (x >= least)
-            mass = tl.where(counted, (tl.exp(x) * 1073741824.0 + 0.5).to(tl.int32), 0)
-            if tl.max(mass, 0) > 0:
-                low += count_pieces(mass & 1023, digit, N)
-                middle += count_pieces((mass >> 10) & 1023, digit, N)
-                high += count_pieces(mass >> 20, digit, N)
+            counted = counted & ((u >> (32 - 4 * LEVELS)) >= floor) & (x >= least)
+            mass = tl.where(counted, (tl.exp(x) * 1073741824.0 + 0.5).to(tl.int32), 0)  # of 2^30
+            here = digit[None, :] == value[:, None]
+            low += tl.where(here, (mass & 32767)[None, :], 0)
+            high += tl.where(here, (mass >> 15)[None, :], 0)
         else:
-            some = counted.to(tl.int32)
-            if tl.max(some, 0) > 0:
-                low += count_pieces(some, digit, N)
-    tables += level * TABLE
+            low += (tl.where(counted, digit, BINS)[None, :] == value[:, None]).to(tl.int32)
+    tables += level * TABLE + value
     if MASS:
-        add_to(tables + BINS, low)
-        add_to(tables + 2 * BINS, middle)
-        add_to(tables + 3 * BINS, high)
+        mass = tl.sum(low, 1).to(tl.int64) + (tl.sum(high, 1).to(tl.int64) << 15)
+        for piece in tl.static_range(3):
+            part = ((mass >> (16 * piece)) & 65535).to(tl.int32)
+            tl.atomic_add(tables + (piece + 1) * BINS, part, mask=part != 0, sem="relaxed")
     else:
-        add_to(tables, low)
+        many = tl.sum(low, 1)
+        tl.atomic_add(tables, many, mask=many != 0, sem="relaxed")
 
 
 @triton.jit
 def threshold(tables, states, r, k, share, V: tl.constexpr, LEVELS: tl.constexpr):
-    """The leading 8 * LEVELS bits that a token of row r needs (0: all are kept), once every level has been counted."""
+    """The leading 4 * LEVELS bits that a token of row r needs (0: all are kept), once every level has been counted."""
     tables += r.to(tl.int64) * (LEVELS * TABLE) + (LEVELS - 1) * TABLE
     states += r * (2 * LEVELS * STATE) + (LEVELS - 1) * STATE
     least = tl.zeros([], tl.uint32)

@@ -38,9 +38,9 @@ def planned(family):
     graph = export(config, torch.float32)
     attach(graph, gate._random_model(config).state_dict())
     optimise(graph)
-    planner = Planner(graph.graph, Device(90, 8), PAGE_SIZE, WIDTH, first_tactic)
+    planner = Planner(graph.graph, Device(90, 8), PAGE_SIZE, WIDTH, 6, first_tactic)
     buckets = tuple(planner.plan(sizes) for sizes in SIZES)
-    plan = Plan(90, PAGE_SIZE, WIDTH, planner.logits_dtype, planner.nodes, (), buckets)
+    plan = Plan(90, planner.vocab_size, PAGE_SIZE, WIDTH, planner.logits_dtype, planner.nodes, (), buckets)
     return graph, planner, plan
 
 

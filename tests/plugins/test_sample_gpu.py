@@ -9,9 +9,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from ingot.plugins import tactics_of
+import triton
+import triton.language as tl
+from ingot.plugins import jit, tactics_of
 from ingot.plugins.sample import adjusted, probabilities, sample
 from ingot.plugins.sample.reference import IN_PROMPT, gumbel, kept
+from ingot.plugins.sample.select import threshold
 from ingot.plugins.tactic import Device, Site, Tensor
 from triton_run import DEVICE, described, run_tactic
 
@@ -92,12 +95,12 @@ def run(inputs, num_logprobs=0, tactic=0):
     return [y.cpu() for y in outputs], [None if x is None else x.cpu() for x in after]
 
 
-def compare(inputs, num_logprobs=0):
-    """Tokens, counts and last tokens are the reference's, in every tactic; nothing else changes. -> tokens."""
+def compare(inputs, num_logprobs=0, every=GPU):
+    """Tokens, counts and last tokens are the reference's, nothing else changes; in every tactic. -> tokens."""
     expected = [None if x is None else x.clone() for x in inputs]
     outputs = sample(*expected, num_logprobs=num_logprobs)
     live = inputs[1] >= 0
-    for tactic in range(len(tactics_of("Sample")(site_of(inputs, num_logprobs)))):
+    for tactic in range(len(tactics_of("Sample")(site_of(inputs, num_logprobs))) if every else 1):
         ours, after = run(inputs, num_logprobs, tactic)
         torch.testing.assert_close(ours[0], outputs[0], rtol=0, atol=0)
         for mine, theirs in zip(ours[1:], outputs[1:], strict=True):
@@ -122,12 +125,12 @@ def test_greedy_is_the_argmax_and_the_lowest_index_on_ties(dtype, vocab):
 
 
 def test_padding_and_hostile_logits_write_nothing_and_never_leave_the_vocabulary():
-    logits = torch.full((4, 1500), torch.nan)
+    logits = torch.full((4, 900), torch.nan)
     logits[1], logits[2] = -torch.inf, torch.inf
     inputs = make_inputs(logits, rows=[0, 1, 2, -1], num_rows=4, temperature=0.7, top_k=3, top_p=0.5, min_p=0.1,
                          truncate=True, penalties=torch.rand(4, 3))  # fmt: skip
     (tokens,), after = run(inputs)
-    assert ((tokens[:3] >= 0) & (tokens[:3] < 1500)).all() and tokens[3] == -1
+    assert ((tokens[:3] >= 0) & (tokens[:3] < 900)).all() and tokens[3] == -1
     assert after[14][3] == 77 and after[9][3].eq(0).all() and after[9][:3].sum() == 3
 
 
@@ -146,35 +149,53 @@ def test_random_tokens_are_the_reference_s(dtype):
     """Mixed with greedy rows; temperatures from next to nothing to high."""
     logits = (torch.randn(6, 2061) * 2).to(dtype)
     heat = {0: 1.0, 1: 0.0, 2: 0.3, 3: 5.0, 4: 1e-30, 6: 1.0}
-    compare(make_inputs(logits, rows=[0, 1, 2, 3, 4, -1], num_rows=7, temperature=heat))
+    compare(make_inputs(logits, rows=[0, 1, 2, 3, 4, -1], num_rows=7, temperature=heat), every=True)
 
 
 TRUNCATIONS = [
     dict(top_k=1), dict(top_k=7), dict(top_k=400), dict(top_k=5000), dict(top_p=0.3), dict(top_p=0.95),
     dict(top_p=1e-6), dict(min_p=0.2), dict(min_p=1.0), dict(top_k=50, top_p=0.8), dict(top_k=50, min_p=0.05),
-    dict(top_k=20, top_p=0.9, min_p=0.1), dict(),
+    dict(top_k=20, top_p=0.9, min_p=0.1), dict(top_p=0.6, min_p=0.3), dict(),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("ties", [False, True])
+@triton.jit
+def thresholds_kernel(tables, states, top_k, top_p, out, V: tl.constexpr, LEVELS: tl.constexpr):
+    r = tl.program_id(0)
+    least = threshold(tables, states, r, tl.load(top_k + r), tl.load(top_p + r), V, LEVELS)
+    tl.store(out + r, least.to(tl.int64) << (32 - 4 * LEVELS))
+
+
+@pytest.mark.parametrize("dtype,ties", [(torch.float32, False), (torch.float16, False), (torch.bfloat16, True)])
 def test_the_kept_set_is_the_reference_s(dtype, ties):
-    """Logits so flat that every token kept has a chance; thirteen truncations in a batch."""
-    logits = torch.randn(1, 1100).repeat(len(TRUNCATIONS), 1)
+    """Truncations in a batch: the thresholds left in the workspace, and the tokens drawn."""
+    size, vocab = len(TRUNCATIONS), 1100
+    logits = torch.randn(1, vocab).repeat(size, 1) * 2
     logits = ((logits * 2).round() / 2 if ties else logits).to(dtype)
-    options = {
-        name: {i: t[name] for i, t in enumerate(TRUNCATIONS) if name in t} for name in ("top_k", "top_p", "min_p")
-    }
-    inputs = make_inputs(logits, temperature=1.0, truncate=True, **options)
-    compare(inputs)
-
-
-def frequencies(logits, num, **options):
-    """How often `num` draws of one row gave each token."""
-    inputs = make_inputs(logits.repeat(num, 1), rows=[0] * num, positions=torch.arange(num), num_rows=1, truncate=True,
-                         seed=11, **options)  # fmt: skip
-    (tokens,), _ = run(inputs)
-    return tokens.long().bincount(minlength=logits.shape[0])
+    options = {n: {i: t[n] for i, t in enumerate(TRUNCATIONS) if n in t} for n in ("top_k", "top_p", "min_p")}
+    heat = torch.linspace(0.3, 2, size)
+    inputs = make_inputs(logits, temperature=dict(enumerate(heat.tolist())), truncate=True, **options)
+    truncation = inputs[4:7]
+    expected = kept(logits.float(), inputs[3], *truncation)
+    for tactic in tactics_of("Sample")(site_of(inputs))[: None if GPU else 1]:
+        workspace = torch.full((tactic.workspace,), 0xFF, dtype=torch.uint8, device=DEVICE)
+        on_device = [None if x is None else x.clone().to(DEVICE) for x in inputs]
+        tokens = torch.full((size,), -7, dtype=torch.int32, device=DEVICE)
+        jit.launch(tactic, on_device, [tokens], workspace)
+        race = tactic.launches[-2]
+        at = {name: argument.index for (name, _), argument in zip(race.kernel.signature, race.arguments, strict=True)}
+        tables, states = (
+            workspace[at[n] :][: tactic.workspace // 16 * 4].view(torch.int32) for n in ("tables", "states")
+        )
+        least = torch.zeros(size, dtype=torch.int64, device=DEVICE)
+        levels = dict(race.kernel.constants)["LEVELS"]
+        thresholds_kernel[(size,)](tables, states, *on_device[4:6], least, V=vocab, LEVELS=levels)
+        bits = (logits.float() + 0.0).view(torch.int32).long()
+        order = torch.where(bits < 0, ~bits, bits + 2**31) & 0xFFFFFFFF
+        scaled = (logits.float() - logits.float().amax(-1, keepdim=True)) / inputs[3].unsqueeze(1)
+        ours = (order >= least.cpu().unsqueeze(1)) & (scaled >= truncation[2].log().unsqueeze(1))
+        assert ours.equal(expected), [i for i in range(size) if not ours[i].equal(expected[i])]
+        assert tokens.cpu().equal(sample(*inputs)[0])
 
 
 def chi_square(counts, chances):
@@ -186,12 +207,13 @@ def chi_square(counts, chances):
     return float((((counts[used] - expected) ** 2 / expected).sum() - freedom) / (2 * freedom) ** 0.5)
 
 
-@pytest.mark.parametrize("options", [dict(min_p=0.25), dict(top_k=6, top_p=0.9, min_p=0.05)], ids=str)
-def test_every_token_kept_is_drawn_at_its_rate(options):
+def test_every_token_kept_is_drawn_at_its_rate():
+    num = 20000 if GPU else 40
     logits = torch.tensor([0.0, 1.0, 1.0, 2.0, -1.0, 2.5, 0.5, 1.0, -3.0, 1.5, 0.0]).bfloat16()
-    counts = frequencies(logits, 20000 if GPU else 120, temperature=1.3, **options)
-    one = {name: torch.tensor([options.get(name, float(name == "top_p"))]) for name in ("top_k", "top_p", "min_p")}
-    chances = probabilities(logits[None].float(), torch.tensor([1.3]), **one)[0]
+    inputs = make_inputs(logits.repeat(num, 1), [0] * num, torch.arange(num), 1, temperature=1.3, truncate=True,
+                         seed=11, top_k=6, top_p=0.9, min_p=0.05)  # fmt: skip
+    counts = run(inputs)[0][0].long().bincount(minlength=11)
+    chances = probabilities(logits[None].float(), *inputs[3:7])[0]
     assert (counts > 0).equal(chances > 0)
     assert abs(chi_square(counts, chances)) < 3  # the seed is fixed
 
@@ -240,8 +262,10 @@ def test_bias_min_tokens_and_penalties(random):
     favourite = logits.topk(3).indices
     bias = {0: {700: 30.0}, 4: {int(favourite[4, 0]): -100.0, 3: 0.5, vocab - 1: -1.0, 600: 2.0}}
     stop = {1: favourite[1].tolist(), 5: favourite[5].tolist()[:2]}
-    options = dict(temperature={0: 1.0, 2: 0.7, 3: 0.2, 4: 1.0, 5: 2.0}, top_k={2: 40, 4: 30, 5: 10}, top_p={3: 0.9, 4: 0.7},
-                   truncate=True) if random else {}  # fmt: skip
+    options = {}
+    if random:
+        options = dict(temperature={0: 1.0, 2: 0.7, 3: 0.2, 4: 1.0, 5: 2.0}, truncate=True, top_k={2: 40, 4: 30, 5: 10},
+                       top_p={3: 0.9, 4: 0.7})  # fmt: skip
     inputs = make_inputs(logits, [0, 1, 2, 3, 4, 5], torch.full((6,), 20), 8, penalties=penalties, counts=counts,
                          bias=bias, stop=stop, min_length={1: 21, 5: 20}, **options)  # fmt: skip
     tokens = compare(inputs)
@@ -265,15 +289,13 @@ def test_logprobs_are_of_the_raw_logits(dtype, best):
 
 
 def test_one_row_is_spread_over_programs_and_many_rows_need_few():
-    for rows, vocab in ((1, 128256), (256, 262144)):
-        logits = Tensor((rows, vocab), "bfloat16")
-        inputs = (logits, *(Tensor((rows,), "int32"),) * 2, *(None,) * 11, Tensor((rows,), "int32"))
-        attributes = dict(
-            num_rows=rows, num_bias=0, num_stop=0, num_logprobs=0, random=False, truncate=False, extras=False
-        )
-        found = tactics_of("Sample")(Site("Sample", attributes, inputs, (Tensor((rows,), "int32"),)))
+    for rows, vocab, fewest in ((1, 128256, 100), (256, 262144, 8)):
+        last = Tensor((rows,), "int32")
+        inputs = (Tensor((rows, vocab), "bfloat16"), last, last, *(None,) * 11, last)
+        off = dict(num_bias=0, num_stop=0, num_logprobs=0, random=False, truncate=False, extras=False)
+        found = tactics_of("Sample")(Site("Sample", {"num_rows": rows} | off, inputs, (last,)))
         assert len({tactic.name for tactic in found}) == len(found)
-        assert found[0].launches[0].grid[0] >= (100 if rows == 1 else 8)
+        assert found[0].launches[0].grid[0] >= fewest
 
 
 def test_the_reference_keeps_what_ties_with_the_last():
@@ -298,33 +320,25 @@ def compile_every_kernel():
     """Prints how many cubins there are: all extras, and none, of 4 rows in bf16."""
     from ingot.builder.targets.cubin import CAPABILITIES, compile_all
 
-    rows, vocab, num_rows = 4, 128256, 8
-    step = (Tensor((rows, vocab), "bfloat16"), *(Tensor((rows,), "int32"),) * 2)
-    draw = tuple(Tensor((num_rows,), dtype) for dtype in ("float32", "int32", "float32", "float32", "int64"))
-    extras = (Tensor((num_rows, 3), "float32"), Tensor((num_rows, vocab), "int32"), Tensor((num_rows, 300), "int32"),
-              Tensor((num_rows, 300), "float32"), Tensor((num_rows, 8), "int32"), Tensor((num_rows,), "int32"))  # fmt: skip
-    last = Tensor((num_rows,), "int32")
-    outputs = tuple(
-        Tensor(shape, dtype)
-        for shape, dtype in (
-            ((rows,), "int32"),
-            ((rows,), "float32"),
-            ((rows,), "int32"),
-            ((rows, 20), "int32"),
-            ((rows, 20), "float32"),
-        )
-    )
-    off = dict(num_rows=num_rows, num_bias=0, num_stop=0, num_logprobs=0, random=False, truncate=False, extras=False)
-    everything = dict(
-        num_rows=num_rows, num_bias=300, num_stop=8, num_logprobs=20, random=True, truncate=True, extras=True
-    )
+    def make(shape, *dtypes):
+        return tuple(Tensor(shape, dtype) for dtype in dtypes)
+
+    rows, vocab, n = 4, 128256, 8
+    step = (*make((rows, vocab), "bfloat16"), *make((rows,), "int32", "int32"))
+    draw = make((n,), "float32", "int32", "float32", "float32", "int64")
+    extras = (*make((n, 3), "float32"), *make((n, vocab), "int32"), *make((n, 300), "int32", "float32"),
+              *make((n, 8), "int32"), *make((n,), "int32"))  # fmt: skip
+    last = make((n,), "int32")
+    outputs = (*make((rows,), "int32", "float32", "int32"), *make((rows, 20), "int32", "float32"))
+    off = dict(num_rows=n, num_bias=0, num_stop=0, num_logprobs=0, random=False, truncate=False, extras=False)
+    random, truncate = off | {"random": True}, off | {"random": True, "truncate": True}
+    everything = truncate | dict(extras=True, num_bias=300, num_stop=8, num_logprobs=20)
+    none = (None,) * 6
     sites = [
-        Site("Sample", off, (*step, *(None,) * 11, last), outputs[:1]),
-        Site(
-            "Sample", off | {"random": True}, (*step, draw[0], *(None,) * 3, draw[4], *(None,) * 6, last), outputs[:1]
-        ),
-        Site("Sample", off | {"random": True, "truncate": True}, (*step, *draw, *(None,) * 6, last), outputs[:1]),
-        Site("Sample", everything, (*step, *draw, *extras, last), outputs),
+        Site("Sample", off, (*step, *none[:5], *none, *last), outputs[:1]),
+        Site("Sample", random, (*step, draw[0], *none[:3], draw[4], *none, *last), outputs[:1]),
+        Site("Sample", truncate, (*step, *draw, *none, *last), outputs[:1]),
+        Site("Sample", everything, (*step, *draw, *extras, *last), outputs),
     ]
     kernels = {launch.kernel for site in sites for t in tactics_of("Sample")(site)[:1] for launch in t.launches}
     count = 0

@@ -1,0 +1,84 @@
+"""The buffers that sampling on a GPU works on: what the builder compiles for and the runtime allocates, by name.
+
+A table has a row per row of the scheduler. Which of them a step needs depends on what its requests ask for; each kind
+of sampling is compiled on its own, so that plain greedy steps pay for nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PACKED = "packed"  # the step as the host packed it, int32
+SAMPLE_ROWS = "sample_rows"  # [R] int32: the scheduler's row that a row of logits is sampled for, -1: none
+SAMPLE_POSITIONS = "sample_positions"  # [R] int32: positions of the new tokens
+LAST_TOKEN = "last_token"  # [rows] int32: the token sampled last in each row
+
+MAX_BIAS, MAX_STOP, MAX_LOGPROBS = 1024, 64, 20  # entries of one request
+
+# name -> element type, columns (0: a vector); the vocabulary's size stands as -1
+TABLES: dict[str, tuple[str, int]] = {
+    "temperature": ("float32", 0),
+    "top_k": ("int32", 0),
+    "top_p": ("float32", 0),
+    "min_p": ("float32", 0),
+    "seed": ("int64", 0),
+    "penalties": ("float32", 3),
+    "counts": ("int32", -1),
+    "bias_ids": ("int32", MAX_BIAS),
+    "bias_values": ("float32", MAX_BIAS),
+    "stop_ids": ("int32", MAX_STOP),
+    "min_length": ("int32", 0),
+    LAST_TOKEN: ("int32", 0),
+}
+IN_PROMPT = 1 << 30  # this bit of a count: the token is in the prompt; the bits below: times in the output
+
+# outputs: name -> element type, columns by kind (0: a vector, 1: a column for each logprob)
+SAMPLED = "sampled"
+RESULTS: dict[str, tuple[str, int]] = {
+    SAMPLED: ("int32", 0),
+    "chosen_logprob": ("float32", 0),
+    "chosen_rank": ("int32", 0),
+    "top_ids": ("int32", 1),
+    "top_logprobs": ("float32", 1),
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to sample: random draws, truncated ones, extras (bias, min_tokens, penalties), log-probabilities."""
+
+    random: bool = False
+    truncate: bool = False
+    extras: bool = False
+    logprobs: bool = False
+
+    @property
+    def tables(self) -> frozenset[str]:
+        """The tables it reads or writes."""
+        names = {LAST_TOKEN}
+        if self.random:
+            names |= {"temperature", "seed"}
+        if self.truncate:
+            names |= {"top_k", "top_p", "min_p"}
+        if self.extras:
+            names |= {"penalties", "counts", "bias_ids", "bias_values", "stop_ids", "min_length"}
+        return frozenset(names)
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The outputs it writes, in the order of the op."""
+        return tuple(RESULTS) if self.logprobs else (SAMPLED,)
+
+    def serves(self, other: Kind) -> bool:
+        """Whether a step that needs `other` may be sampled this way."""
+        return all(getattr(self, name) or not getattr(other, name) for name in self.__dataclass_fields__)
+
+
+# from the cheapest; the last serves everything
+KINDS: dict[str, Kind] = {
+    "greedy": Kind(),
+    "random": Kind(random=True),
+    "truncated": Kind(random=True, truncate=True),
+    "any": Kind(random=True, truncate=True, extras=True),
+    "logprobs": Kind(random=True, truncate=True, extras=True, logprobs=True),
+}

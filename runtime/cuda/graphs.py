@@ -1,0 +1,87 @@
+"""The plan's buckets as CUDA graphs: each sequence of parts is captured when it is first needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...engines.plan import Argument, Bucket, Launch, Plan
+from ...plugins.gpu import Address, Gpu
+
+
+class Graphs:
+    """Replays parts of buckets on one stream.
+
+    folder: the plan's. weights, buffers: addresses by name; `buffers` may grow until a launch names a new one.
+    """
+
+    def __init__(
+        self, gpu: Gpu, plan: Plan, folder: Path, weights: Mapping[str, int], buffers: Mapping[str, int], arena: int,
+        stream: int,
+    ):  # fmt: skip
+        self._gpu, self._plan, self._stream, self._arena = gpu, plan, stream, arena
+        self._addresses = {"weight": weights, "input": buffers}
+        self._folder = folder
+        self._functions: dict[int, Any] = {}
+        self._graphs: dict[tuple[int, tuple[str, ...]], Any] = {}
+        self.decode = [i for i, bucket in enumerate(plan.buckets) if bucket.max_query == 1]
+        self.mixed = [i for i, bucket in enumerate(plan.buckets) if bucket.max_query != 1]
+
+    def bucket(self, num_tokens: int, num_sequences: int) -> int:
+        """Number of the smallest bucket for a step. Every sequence of a step has a token at least."""
+        decoding = num_tokens == num_sequences
+        for i in self.decode if decoding else self.mixed:
+            if self._plan.buckets[i].tokens >= num_tokens:
+                return i
+        raise ValueError(f"no bucket holds {num_tokens} tokens of {num_sequences} sequences")
+
+    def replay(self, bucket: int, *parts: str) -> None:
+        """Enqueues these parts of a bucket, in order."""
+        self._gpu.replay(self.capture(bucket, *parts), self._stream)
+
+    def capture(self, bucket: int, *parts: str) -> Any:
+        """The graph of these parts."""
+        graph = self._graphs.get((bucket, parts))
+        if graph is None:
+            launches = [launch for part in parts for launch in self._plan.buckets[bucket].parts[part]]
+            for launch in launches:
+                self._load(launch.cubin)  # loading cannot be captured
+            graph = self._gpu.capture(lambda: self._enqueue(launches), self._stream)
+            self._graphs[bucket, parts] = graph
+        return graph
+
+    def run(self, launches: list[Launch]) -> None:
+        """Enqueues launches one by one, not as a graph."""
+        for launch in launches:
+            self._load(launch.cubin)
+        self._enqueue(launches)
+
+    def _enqueue(self, launches: list[Launch]) -> None:
+        for launch in launches:
+            cubin = self._plan.cubins[launch.cubin]
+            arguments = [self._resolve(a) if isinstance(a, Argument) else a for a in launch.arguments]
+            self._gpu.launch(
+                self._functions[launch.cubin], launch.grid, cubin.num_warps, cubin.shared, self._stream, arguments
+            )
+
+    def _resolve(self, argument: Argument) -> Address:
+        if argument.kind == "arena":
+            return Address(self._arena + argument.offset)
+        return Address(self._addresses[argument.kind][argument.name])
+
+    def _load(self, number: int) -> None:
+        if number not in self._functions:
+            cubin = self._plan.cubins[number]
+            data = (self._folder / cubin.file).read_bytes()
+            self._functions[number] = self._gpu.load(data, cubin.symbol, cubin.shared)
+
+
+def arena_bytes(plan: Plan) -> int:
+    """One arena serves every bucket: steps run one after the other."""
+    return max(bucket.arena for bucket in plan.buckets)
+
+
+def logits_of(bucket: Bucket, arena: int) -> int:
+    """Address of the logits that the bucket's head leaves."""
+    return arena + bucket.logits

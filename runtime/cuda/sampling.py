@@ -1,0 +1,104 @@
+"""What requests ask of sampling, in tables on the GPU: a row is written when a request takes it, and then only read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ...engines.sampling import IN_PROMPT, KINDS, MAX_BIAS, MAX_STOP, TABLES, Kind
+from ...plugins.gpu import Gpu
+from ..sampler import Placement, needs_history
+
+
+class SamplingTables:
+    """The tables of `engines/sampling.py` on `gpu`, and the kind of sampling that each row needs.
+
+    A table is allocated when a request first needs it; the mirrors on the host know what is in all rows of it by then.
+    """
+
+    def __init__(self, gpu: Gpu, num_rows: int, vocab_size: int, stream: int):
+        self._gpu, self._num_rows, self._vocab_size, self._stream = gpu, num_rows, vocab_size, stream
+        self._kinds = [Kind()] * num_rows
+        self._num_logprobs = [0] * num_rows
+        self.addresses: dict[str, int] = {}
+        self._mirrors = {
+            name: np.zeros((num_rows, max(1, columns)), dtype)
+            for name, (dtype, columns) in TABLES.items()
+            if columns >= 0
+        }
+        self._mirrors["top_p"][:] = 1
+        self._mirrors["penalties"][:, 0] = 1
+        self._mirrors["bias_ids"][:] = self._mirrors["stop_ids"][:] = -1
+
+    def bytes_of(self, kind: Kind) -> int:
+        """Bytes of the tables that `kind` needs and that are not there yet."""
+        return sum(self._size(name) for name in kind.tables - self.addresses.keys())
+
+    def reserve(self, kind: Kind) -> None:
+        """Allocates the tables of `kind`, with what rows placed before have in them."""
+        for name in kind.tables - self.addresses.keys():
+            size = self._size(name)
+            self.addresses[name] = self._gpu.allocate(size, f"the table {name} of sampling")
+            if name in self._mirrors:
+                self._gpu.upload(self.addresses[name], self._mirrors[name], self._stream)
+            else:  # counts: of no row placed before
+                self._gpu.fill(self.addresses[name], size, 0, self._stream)
+
+    def kind_of(self, rows: np.ndarray) -> str:
+        """Name of the cheapest kind that serves all of these rows."""
+        needed = {self._kinds[row] for row in rows.tolist()}
+        return next(name for name, kind in KINDS.items() if all(kind.serves(other) for other in needed))
+
+    def num_logprobs(self, row: int) -> int | None:
+        """How many were asked for; None: none."""
+        return self._num_logprobs[row] if self._kinds[row].logprobs else None
+
+    def place(self, placement: Placement) -> None:
+        """A row gets a new request, or one that comes back after preemption."""
+        row, params = placement.row, placement.params
+        random = params.temperature > 0
+        truncate = random and (0 < params.top_k < self._vocab_size or params.top_p < 1 or params.min_p > 0)
+        masked = bool(params.min_tokens and placement.stop_ids)
+        extras = needs_history(params) or bool(params.logit_bias) or masked
+        kind = Kind(random, truncate, extras, params.logprobs is not None)
+        self._kinds[row], self._num_logprobs[row] = kind, params.logprobs or 0
+        # a step takes the kind that serves all of its rows, so a row is written for any kind there has been
+        self.reserve(next(each for each in KINDS.values() if each.serves(kind)))
+        bias = params.logit_bias or {}
+        values: Mapping[str, np.ndarray | list | float | int] = {
+            "temperature": max(params.temperature, 1e-30) if random else 0.0,
+            "top_k": params.top_k if random and params.top_k < self._vocab_size else 0,
+            "top_p": params.top_p if random else 1.0,
+            "min_p": params.min_p if random else 0.0,
+            "seed": (placement.seed + 2**63) % 2**64 - 2**63,
+            "penalties": [params.repetition_penalty, params.presence_penalty, params.frequency_penalty],
+            "bias_ids": _padded(list(bias.keys()), MAX_BIAS),
+            "bias_values": _padded(list(bias.values()), MAX_BIAS),
+            "stop_ids": _padded(sorted(placement.stop_ids) if masked else [], MAX_STOP),
+            "min_length": placement.num_prompt + params.min_tokens if masked else 0,
+        }
+        for name, value in values.items():
+            self._mirrors[name][row] = value
+            if name in self.addresses:
+                self._write(name, row, self._mirrors[name][row])
+        if "counts" in self.addresses and needs_history(params):
+            self._write("counts", row, self._count(placement))
+
+    def _count(self, placement: Placement) -> np.ndarray:
+        prompt, output = placement.tokens[: placement.num_prompt], placement.tokens[placement.num_prompt :]
+        counts = np.bincount(np.array(output, np.int64), minlength=self._vocab_size).astype(np.int32)
+        counts[np.array(prompt, np.int64)] |= IN_PROMPT
+        return counts
+
+    def _write(self, name: str, row: int, values: np.ndarray) -> None:
+        self._gpu.upload(self.addresses[name] + row * values.nbytes, values, self._stream)
+
+    def _size(self, name: str) -> int:
+        dtype, columns = TABLES[name]
+        width = self._vocab_size if columns == -1 else max(1, columns)
+        return self._num_rows * width * np.dtype(dtype).itemsize
+
+
+def _padded(values: list, size: int) -> np.ndarray:
+    return np.array([*values, *[-1] * (size - len(values))])
