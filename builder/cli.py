@@ -13,8 +13,16 @@ if TYPE_CHECKING:
 
 
 def build(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where to write it.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where to write it.", show_default=False)
+    ] = None,
+    retarget: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Compile this engine anew for --target; no MODEL.", show_default=False),
+    ] = None,
     target: Annotated[str, typer.Option(help="What the engine will run on: cpu or cuda.")] = "cpu",
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's own.", metavar="DTYPE")
@@ -33,8 +41,12 @@ def build(
 
     if not verbose and not debug:
         _hush()
+    if (retarget is None) == (model is None) or (retarget is None) == (out is None):
+        raise typer.BadParameter("Give MODEL and -o DIR, or --retarget DIR and neither of them.")
+    out = out or retarget
+    assert out is not None
     config = BuildConfig(
-        model, str(out), target, dtype, force, max_num_seqs=max_num_seqs,
+        model or "", str(out), target, dtype, force, max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens, tune=tune, gpu_arch=gpu_arch,
     )  # fmt: skip
     manifest = _build_with_progress(config, verbose)
@@ -52,6 +64,7 @@ def _build_with_progress(config: BuildConfig, verbose: bool) -> Manifest:
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from . import build_engine
+    from .retarget import retarget
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
@@ -67,6 +80,9 @@ def _build_with_progress(config: BuildConfig, verbose: bool) -> Manifest:
         def on_bytes(done: int, total: int) -> None:
             bar.update(bar.task_ids[-1], completed=done, total=total)
 
+        if not config.model:
+            on_phase(f"compile for {config.target}")
+            return retarget(Path(config.out), config)
         return build_engine(config, on_phase, on_bytes)
 
 

@@ -1,4 +1,4 @@
-"""Runs a plan without its cubins: every launch through Triton (interpreted without a GPU), on one arena of torch bytes."""
+"""Runs a plan without its cubins: launches go through Triton (interpreted without a GPU), over an arena of bytes."""
 
 import math
 

@@ -49,13 +49,15 @@ def drop_dead(model: ir.Model) -> None:
 def lift_constants(model: ir.Model) -> None:
     """Constants become initialisers, and so does what is computed from small ones: nothing is computed twice, and all
     constants are in the weights file."""
+    lift = LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
+    lift(model)
     for node in nodes(model):
-        if node.inputs and len(node.outputs) == 1 and all(v is None or v.is_initializer() for v in node.inputs):
+        if len(node.outputs) == 1 and all(value is None or value.is_initializer() for value in node.inputs):
             try:
                 replace(node.outputs[0], constant(node, evaluate(node.outputs[0], {})))
             except LookupError:  # a weight
                 continue
-    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    lift(model)
 
 
 PASSES: tuple[Pass, ...] = (

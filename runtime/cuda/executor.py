@@ -228,8 +228,9 @@ def _check(plan: Plan, engine: Engine, gpu: Gpu, config: ServeConfig) -> None:
     for name, most in (("max_num_seqs", plan.max_num_seqs), ("max_num_batched_tokens", plan.max_num_batched_tokens)):
         asked = getattr(config, name)
         if asked is not None and asked > most:
+            option = f"--{name.replace('_', '-')} {asked}"
             raise EngineError(
-                f"{name} is {asked}, but {folder} was built for at most {most}; ask for less, or {mend} --{name.replace('_', '-')} {asked}."
+                f"{name} is {asked}, but {folder} was built for at most {most}; ask for less, or {mend} {option}."
             )
     if config.page_size not in (None, plan.page_size):
         raise EngineError(

@@ -31,21 +31,21 @@ EXPECTED = {
     "mistral": (24, [DENSE]),
     "qwen2": (24, [DENSE]),
     "qwen3": (34, [HEAD_NORMS]),
-    "gemma2": (55, [FOUR_NORMS]),
+    "gemma2": (54, [FOUR_NORMS]),
     "gemma3": (104, [HEAD_NORMS | {"RMSNorm": 6}]),
     "phi3": (24, [DENSE]),
     "olmo2": (37, [HEAD_NORMS | {"Add": 2}]),  # the norm comes before the sum
-    "granite": (33, [DENSE | {"Mul": 2}]),  # residual_multiplier
-    "cohere2": (48, [COHERE | {"Rope": 1}, COHERE]),  # every fourth layer has no RoPE
+    "granite": (30, [DENSE | {"Mul": 2}]),  # residual_multiplier
+    "cohere2": (47, [COHERE | {"Rope": 1}, COHERE]),  # every fourth layer has no RoPE
     "glm4": (28, [FOUR_NORMS]),
     "starcoder2": (28, [MLP | {"Gelu": 1, "Rope": 1}]),
     "smollm3": (41, [DENSE, without(DENSE, "Rope")]),
     "gpt_neox": (28, [MLP | {"Gelu": 1, "Rope": 1}]),
     "gpt2": (27, [MLP | {"Gelu": 1}]),
-    "opt": (29, [MLP | {"Relu": 1}]),
-    "mixtral": (32, [without(DENSE, "GatedActivation") | NORMALISED | {"Linear": 3}]),
-    "qwen3_moe": (42, [without(HEAD_NORMS, "GatedActivation") | NORMALISED | {"Linear": 5}]),
-    "gpt_oss": (27, [without(DENSE, "GatedActivation") | ROUTER | {"Linear": 3}]),
+    "opt": (28, [MLP | {"Relu": 1}]),
+    "mixtral": (30, [without(DENSE, "GatedActivation") | NORMALISED | {"Linear": 3}]),
+    "qwen3_moe": (40, [without(HEAD_NORMS, "GatedActivation") | NORMALISED | {"Linear": 5}]),
+    "gpt_oss": (26, [without(DENSE, "GatedActivation") | ROUTER | {"Linear": 3}]),
 }
 # what the models themselves compute in fp32: the router's softmax, Cohere 2's rotation
 CASTS_IN_BF16 = {"mixtral": (2, 1), "qwen3_moe": (4, 2), "cohere2": (1, 0)}  # in all, and in a layer

@@ -1,6 +1,7 @@
 """Every tactic of the GPU kernels against the references: on the GPU where there is one, interpreted otherwise."""
 
 import itertools
+import os
 
 import pytest
 import torch

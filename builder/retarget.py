@@ -1,0 +1,29 @@
+"""An engine for another GPU or target, from the engine itself: plan and kernels are made again, the rest stays."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from ..engines.manifest import Manifest
+from ..engines.weights import load_graph
+from ..engines.writer import engine_directory
+from . import BuildConfig
+from .targets import target_of
+
+
+def retarget(folder: Path, config: BuildConfig) -> Manifest:
+    """Compile the graph of the engine in `folder` anew, for `config.target` and what is at hand; the checkpoint is not
+    needed. Until it is done the old engine stays as it is; weights are linked, not copied.
+
+    Raises EngineError: no engine there, or a damaged one; BuildError: the target cannot be compiled for.
+    """
+    manifest = Manifest.open(folder)
+    with target_of(config.target).begin(config) as compile, engine_directory(folder, force=True) as fresh:
+        for name in manifest.files:
+            if name.partition("/")[0] != manifest.target:
+                (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+                os.link(folder / name, fresh / name)
+        info = compile(load_graph(fresh), manifest.model, fresh)
+        return replace(manifest, target=config.target, target_info=info).save(fresh)
