@@ -197,6 +197,16 @@ class Opened:
         """Open, and no step has failed."""
         return self._session.healthy
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return self._session.limits.vocab_size
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Tokens whose keys and values the pool holds."""
+        return self._session.limits.kv_capacity
+
     def default_params(self) -> SamplingParams:
         """Sampling as the model's generation_config.json suggests."""
         return self._session.engine.default_params()

@@ -22,7 +22,7 @@ from .folding import (
     order_operands,
     static_shapes,
 )
-from .graph import constant, evaluate, nodes, replace
+from .graph import constant, evaluate, made_by, nodes, replace
 from .linear import fuse_bias, fuse_linear
 from .logits import pick_rows_early
 from .naming import name_nodes
@@ -52,7 +52,8 @@ def lift_constants(model: ir.Model) -> None:
     lift = LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
     lift(model)
     for node in nodes(model):
-        if len(node.outputs) == 1 and all(value is None or value.is_initializer() for value in node.inputs):
+        known = (value is None or value.is_initializer() or made_by(value, "Constant") for value in node.inputs)
+        if node.op_type != "Constant" and len(node.outputs) == 1 and all(known):
             try:
                 replace(node.outputs[0], constant(node, evaluate(node.outputs[0], {})))
             except LookupError:  # a weight

@@ -84,7 +84,10 @@ def add_parts_kernel(parts, bias, y, size, N: tl.constexpr, PARTS: tl.constexpr,
 # (BN, BK, warps, stages) of tiles that hold all rows; BN x BK weights are in flight per stage
 FEW = ((64, 128, 4, 4), (32, 256, 4, 4), (64, 256, 8, 3), (128, 64, 4, 5), (16, 512, 4, 3))
 # (BM, BN, BK, warps, stages)
-MANY = ((128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (128, 256, 64, 8, 3), (64, 64, 64, 4, 4))
+MANY = ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), (256, 128, 64, 8, 3))
+# up to this many rows a weight is still read for few products: tiles that hold all rows, the depth split
+SOME_ROWS = 512
+SOME = ((128, 64, 64, 4, 4), (128, 64, 128, 4, 3), (128, 128, 64, 8, 4), (256, 64, 64, 8, 4), (256, 128, 64, 8, 3))
 SMALL_TILES = ((32, 32, 32, 4, 2),)  # fp32, which has no tensor cores at full precision: registers are the limit
 
 
@@ -106,7 +109,11 @@ def tactics(site: Site) -> list[Tactic]:
             found += [_tiles(site, bm, bn, bk, warps, stages, p) for p in sorted(parts, reverse=True)]
     else:
         found += [_tiles(site, bm, bn, bk, warps, stages, 1) for bm, bn, bk, warps, stages in MANY]
-    return found
+        for bm, bn, bk, warps, stages in SOME if rows <= SOME_ROWS else ():
+            blocks = triton.cdiv(rows, bm) * triton.cdiv(weight.shape[0], bn)
+            most = max(1, min(4, weight.shape[1] // (4 * bk), 2 * site.device.num_sms // blocks))
+            found += [_tiles(site, bm, bn, bk, warps, stages, parts) for parts in range(1, most + 1)]
+    return list({tactic.name: tactic for tactic in found}.values())
 
 
 def _row(x: Tensor, weight: Tensor, bias: Tensor | None, bn: int, bk: int, warps: int) -> Tactic:

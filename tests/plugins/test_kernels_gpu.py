@@ -125,7 +125,7 @@ def test_every_kernel_compiles_for_every_architecture():
         Site("Linear", {}, (bf16(16, 4096), bf16(512, 4096), bf16(512)), (bf16(16, 512),)),
     ]  # fmt: skip
     kernels = {launch.kernel for site in sites for t in tactics_of(site.op)(site)[:2] for launch in t.launches}
-    assert len(kernels) >= 15
+    assert len(kernels) >= 12
     for capability in CAPABILITIES:
         for kernel, cubin in compile_all(kernels, capability).items():
             assert isinstance(cubin, Cubin) and cubin.data[:4] == b"\x7fELF", (kernel, cubin)
