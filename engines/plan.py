@@ -32,6 +32,9 @@ class Argument:
 class Cubin:
     """A compiled kernel: `file` in the plan's folder, its symbol, bytes of dynamic shared memory, warps of a block.
 
+    pdl: it waits for the kernels before it by itself, so it may be launched before they are done (programmatic
+    dependent launch).
+
     Launched with its arguments and two null pointers behind them (Triton's scratch memory, which is not used).
     """
 
@@ -39,6 +42,7 @@ class Cubin:
     symbol: str
     shared: int
     num_warps: int
+    pdl: bool = False
 
 
 @dataclass(frozen=True)

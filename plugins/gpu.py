@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +20,16 @@ from .tactic import Device
 Address = ctypes.c_void_p  # a pointer among the arguments of a launch
 _SCALARS: dict[type, Any] = {int: ctypes.c_int32, float: ctypes.c_float}
 OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+
+
+@dataclass(frozen=True)
+class Function:
+    """A kernel that is loaded. num_warps: of a block; shared: bytes of dynamic shared memory; pdl: see `Gpu.launch`."""
+
+    handle: Any
+    num_warps: int
+    shared: int
+    pdl: bool
 
 
 class GpuFault(RuntimeError):
@@ -70,6 +81,14 @@ class Gpu:
     def use(self) -> None:
         """Makes the context current: once in every thread that calls anything here."""
         self._check(self._cuda.cuCtxSetCurrent(self._context))
+
+    @cached_property
+    def _serial(self) -> Any:
+        """The attribute of a launch that lets it overlap with the end of the one before it."""
+        attribute = self._cuda.CUlaunchAttribute()
+        attribute.id = self._cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        return attribute
 
     @cached_property
     def l2_bytes(self) -> int:
@@ -133,34 +152,33 @@ class Gpu:
     def milliseconds(self, start: int, end: int) -> float:
         return self._check(self._cuda.cuEventElapsedTime(start, end))
 
-    def load(self, cubin: bytes, symbol: str, shared: int) -> Any:
-        """A kernel that can be launched with up to `shared` bytes of dynamic shared memory."""
+    def load(self, cubin: bytes, symbol: str, num_warps: int, shared: int, pdl: bool) -> Function:
+        """A kernel of a cubin, ready to be launched."""
         library = self._check(self._cuda.cuLibraryLoadData(cubin, None, None, 0, None, None, 0))
         kernel = self._check(self._cuda.cuLibraryGetKernel(library, symbol.encode()))
         function = self._check(self._cuda.cuKernelGetFunction(kernel))
         if shared > 48 << 10:
             name = self._cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self._check(self._cuda.cuFuncSetAttribute(function, name, shared))
-        return function
+        return Function(function, num_warps, shared, pdl)
 
     def launch(
-        self,
-        function: Any,
-        grid: tuple[int, int, int],
-        num_warps: int,
-        shared: int,
-        stream: int,
-        arguments: Sequence[int | float | Address],
+        self, function: Function, grid: tuple[int, int, int], stream: int, arguments: Sequence[int | float | Address]
     ) -> None:
-        """Enqueues a Triton kernel: integers are passed in 32 bits, and two null pointers behind everything."""
+        """Enqueues a Triton kernel: integers are passed in 32 bits, and two null pointers behind everything.
+
+        One with `pdl` may start while what was enqueued before it still runs: it waits by itself.
+        """
         both = (*arguments, Address(), Address())
         values: list[Any] = [a if isinstance(a, Address) else _SCALARS[type(a)](a) for a in both]
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        self._check(
-            self._cuda.cuLaunchKernel(
-                function, *grid, 32 * num_warps, 1, 1, shared, stream, ctypes.addressof(pointers), 0
-            )
-        )
+        config = self._cuda.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = 32 * function.num_warps, 1, 1
+        config.sharedMemBytes, config.hStream = function.shared, stream
+        if function.pdl:
+            config.attrs, config.numAttrs = [self._serial], 1
+        self._check(self._cuda.cuLaunchKernelEx(config, function.handle, ctypes.addressof(pointers), 0))
 
     def capture(self, run: Callable[[], None], stream: int) -> Any:
         """What `run` enqueues on `stream`, as a graph that `replay` can launch."""

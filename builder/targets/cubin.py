@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...engines.errors import BuildError
+from ...plugins import pdl
 from ...plugins.tactic import Kernel
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
@@ -29,12 +30,14 @@ class Cubin:
     """A compiled kernel. Launched with the signature's arguments and two null pointers (Triton's scratch) behind them.
 
     shared: bytes of dynamic shared memory; above 48 KiB the function's limit must be raised before the first launch.
+    pdl: it waits for the kernels before it by itself, so it may be launched before they are done (`plugins/pdl.py`).
     """
 
     data: bytes
     name: str
     shared: int
     num_warps: int
+    pdl: bool
 
 
 def compile_kernel(kernel: Kernel, capability: int) -> Cubin:
@@ -53,18 +56,19 @@ def compile_kernel(kernel: Kernel, capability: int) -> Cubin:
         ) from None
     module, name = kernel.function.split(":")
     function: Any = getattr(importlib.import_module(f"...plugins.{module}", __package__), name)
-    signature = dict(kernel.signature) | {name: "constexpr" for name, _ in kernel.constants}
+    constants = dict(kernel.constants) | {"PDL": capability >= pdl.OLDEST}
+    signature = dict(kernel.signature) | dict.fromkeys(constants, "constexpr")
     order = {argument: index for index, argument in enumerate(function.arg_names)}
     aligned = {(order[argument],): [["tt.divisibility", 16]] for argument in kernel.divisible}
     try:
-        source = ASTSource(fn=function, signature=signature, constexprs=dict(kernel.constants), attrs=aligned)
+        source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
         options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     except Exception as error:  # Triton raises whatever its passes raise
         message = " ".join(str(error).split())[:300]
         raise BuildError(f"{kernel.function} does not compile for sm_{capability}: {message}") from error
     meta = compiled.metadata
-    return Cubin(compiled.asm["cubin"], meta.name, meta.shared, meta.num_warps)
+    return Cubin(compiled.asm["cubin"], meta.name, meta.shared, meta.num_warps, constants["PDL"])
 
 
 def compile_all(

@@ -64,10 +64,10 @@ def make_plan(
     (folder / "cubins").mkdir(parents=True)
     cubins = []
     for kernel in planner.kernels:  # in the order of their numbers
-        data = compiled[kernel].data
-        file = f"cubins/{hashlib.sha256(data).hexdigest()[:24]}.cubin"
-        (folder / file).write_bytes(data)
-        cubins.append(Cubin(file, compiled[kernel].name, compiled[kernel].shared, compiled[kernel].num_warps))
+        binary = compiled[kernel]
+        file = f"cubins/{hashlib.sha256(binary.data).hexdigest()[:24]}.cubin"
+        (folder / file).write_bytes(binary.data)
+        cubins.append(Cubin(file, binary.name, binary.shared, binary.num_warps, binary.pdl))
     plan = Plan(
         device.capability, planner.vocab_size, config.page_size, planner.max_pages, planner.logits_dtype,
         planner.nodes, tuple(cubins), buckets, tuple(choice.describe() for choice in choices.values()),

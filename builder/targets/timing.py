@@ -63,9 +63,9 @@ class Timer:
                     ]
                     function = self._functions.get(launch.kernel)
                     if function is None:
-                        function = self.gpu.load(cubin.data, cubin.name, cubin.shared)
+                        function = self.gpu.load(cubin.data, cubin.name, cubin.num_warps, cubin.shared, cubin.pdl)
                         self._functions[launch.kernel] = function
-                    self.gpu.launch(function, launch.grid, cubin.num_warps, cubin.shared, self._stream, arguments)
+                    self.gpu.launch(function, launch.grid, self._stream, arguments)
 
         once = self._replay(lambda: run(1), 2)
         times = int(min(MOST, max(FEWEST, GRAPH_MS / max(once, 1e-3))))

@@ -9,6 +9,7 @@ from math import prod
 import triton
 import triton.language as tl
 
+from ..pdl import begin
 from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic
 
 BLOCK = 1024
@@ -23,7 +24,9 @@ def elementwise_kernel(
     a, b, y, size,
     OP: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     A_ROW: tl.constexpr, A_COLUMN: tl.constexpr, B_ROW: tl.constexpr, B_COLUMN: tl.constexpr, B: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
+    begin(PDL)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
     if A_ROW == WIDTH and A_COLUMN == 1:

@@ -7,6 +7,8 @@ Linear the weight is the first operand of the tensor cores and the rows are the 
 import triton
 import triton.language as tl
 
+from ..pdl import begin
+
 
 @triton.jit
 def gated(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
@@ -31,12 +33,14 @@ def grouped_kernel(
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     CHOICES: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
     ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """y[p] = x[p // CHOICES] weight[e]^T + bias[e] for the pairs p of each block's expert e; weight[e] is [N, K], or
     [K, N] if TRANSPOSED. With an ACTIVATION, rows of the weight are gates and ups, and y has act(gate) * up, N / 2.
 
     EVEN: tiles divide the weight, so that only rows of x need masks.
     """
+    begin(PDL)
     GATED: tl.constexpr = ACTIVATION != ""
     WIDTH: tl.constexpr = N // 2 if GATED else N  # columns of y
     BW: tl.constexpr = BN // 2 if GATED else BN
@@ -91,9 +95,11 @@ def grouped_kernel(
 
 @triton.jit
 def weighted_sum_kernel(
-    parts, index, route, y, E: tl.constexpr, CHOICES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):
+    parts, index, route, y, E: tl.constexpr, CHOICES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
+):  # fmt: skip
     """y[t] = sum over j of route[t, j] * parts[t * CHOICES + j], in order; a choice that is no expert has no part."""
+    begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)

@@ -8,6 +8,8 @@ program serves one expert and goes through the pairs in their order, so the resu
 import triton
 import triton.language as tl
 
+from ..pdl import begin
+
 
 @triton.jit
 def expert_of(index, pair, pairs, E: tl.constexpr):
@@ -17,8 +19,9 @@ def expert_of(index, pair, pairs, E: tl.constexpr):
 
 
 @triton.jit
-def count_kernel(index, counts, pairs, E: tl.constexpr, CHUNK: tl.constexpr):
+def count_kernel(index, counts, pairs, E: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr = False):
     """counts[e]: pairs of expert e. For so many pairs that each program of `sort_kernel` should not count them all."""
+    begin(PDL)
     expert = tl.program_id(0)
     hits = tl.zeros([CHUNK], tl.int32)
     for start in range(0, pairs, CHUNK):
@@ -30,7 +33,9 @@ def count_kernel(index, counts, pairs, E: tl.constexpr, CHUNK: tl.constexpr):
 def sort_kernel(
     index, counts, order, owner, pairs, blocks,
     E: tl.constexpr, BINS: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr, COUNTED: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
+    begin(PDL)
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
     if COUNTED:

@@ -3,13 +3,17 @@
 import triton
 import triton.language as tl
 
+from ..pdl import begin
 from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic
 
 BLOCK = 1024
 
 
 @triton.jit
-def gated_activation_kernel(x, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr):
+def gated_activation_kernel(
+    x, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr = False
+):
+    begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < WIDTH

@@ -5,13 +5,17 @@ from math import prod
 import triton
 import triton.language as tl
 
+from ..pdl import begin
 from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic
 
 BLOCK = 1024
 
 
 @triton.jit
-def gather_kernel(data, indices, y, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def gather_kernel(
+    data, indices, y, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr = False
+):
+    begin(PDL)
     at = tl.program_id(0).to(tl.int64)
     row = tl.load(indices + at).to(tl.int64)
     row = tl.where(row < 0, row + ROWS, row)  # ONNX counts negative indices from the end

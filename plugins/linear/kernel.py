@@ -10,13 +10,16 @@ that results do not vary from run to run.
 import triton
 import triton.language as tl
 
+from ..pdl import begin
 from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic, Tensor
 
 
 @triton.jit
 def linear_row_kernel(
-    x, weight, bias, y, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr
-):
+    x, weight, bias, y, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr,
+    PDL: tl.constexpr = False,
+):  # fmt: skip
+    begin(PDL)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1)
     k = tl.arange(0, BK)
@@ -37,7 +40,9 @@ def linear_kernel(
     x, weight, bias, y, M,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     DEPTH: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
+    begin(PDL)
     # EVEN: blocks divide N and K, so that only rows need masks
     # programs of GROUP neighbouring column blocks take all row blocks in turn: their weights stay in the L2 cache
     blocks_m = tl.cdiv(M, BM)
@@ -70,7 +75,8 @@ def linear_kernel(
 
 @triton.jit
 def add_parts_kernel(parts, bias, y, size, N: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-                     BIAS: tl.constexpr):  # fmt: skip
+                     BIAS: tl.constexpr, PDL: tl.constexpr = False):  # fmt: skip
+    begin(PDL)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
     total = tl.zeros([BLOCK], tl.float32)

@@ -8,6 +8,7 @@ the sequences that begin at or before a tile is one vector load. Tiles past thei
 import triton
 import triton.language as tl
 
+from ..pdl import begin
 from .attend import LOWEST, attend, finish
 
 
@@ -18,8 +19,10 @@ def chunk_kernel(
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     BDV: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     SINKS: tl.constexpr, BG: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, SKIP_DECODE: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (key heads, T // TOKENS + S). SKIP_DECODE: sequences with one query token are left to `decode_kernel`."""
+    begin(PDL)
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     kv_head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the last tiles of a prompt see most keys: they go first

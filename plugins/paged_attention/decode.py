@@ -9,6 +9,7 @@ to run): by `merge_kernel`, or without another launch by the program that arrive
 import triton
 import triton.language as tl
 
+from ..pdl import begin
 from .attend import LOWEST, attend, finish
 
 
@@ -64,11 +65,13 @@ def decode_kernel(
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, LAST_MERGES: tl.constexpr, BG: tl.constexpr,
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (key heads, sequences, splits); SPLIT: there may be several.
 
     STRIDE: elements of a query row; WIDTH: of a row of the page table.
     """
+    begin(PDL)
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     kv_head = tl.program_id(0)
     s = tl.program_id(1)
@@ -80,8 +83,8 @@ def decode_kernel(
     mine = tl.program_id(2)
     if mine >= num_shares:
         return
-    begin = first + mine * share
-    end = tl.minimum(begin + share, length)
+    start = first + mine * share
+    end = tl.minimum(start + share, length)
 
     g = tl.arange(0, BM)
     d = tl.arange(0, BD)
@@ -96,7 +99,7 @@ def decode_kernel(
     total = tl.zeros([BM], tl.float32)
     position = tl.zeros([BM], tl.int32) + (length - 1)
     acc, top, total = attend(
-        q, acc, top, total, position, pages + s.to(tl.int64) * WIDTH, k_pages, v_pages, kv_head, begin, end, end,
+        q, acc, top, total, position, pages + s.to(tl.int64) * WIDTH, k_pages, v_pages, kv_head, start, end, end,
         NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, 0, True,
     )  # fmt: skip
 
@@ -126,8 +129,10 @@ def merge_kernel(
     query_start, kv_len, sinks, y, parts, tops, totals, splits,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, WINDOW: tl.constexpr,
     SINKS: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, CHUNK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (key heads, sequences), after a decode_kernel with the same BN and splits."""
+    begin(PDL)
     kv_head = tl.program_id(0)
     s = tl.program_id(1)
     row = tl.load(query_start + s).to(tl.int64)

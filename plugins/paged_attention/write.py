@@ -6,6 +6,8 @@ Padded tokens write to slot 0, which nobody reads, all at once; any of them may 
 import triton
 import triton.language as tl
 
+from ..pdl import begin
+
 
 @triton.jit
 def write_kernel(
@@ -13,8 +15,10 @@ def write_kernel(
     KEY_AT: tl.constexpr, KEY_STRIDE: tl.constexpr, K_WIDTH: tl.constexpr, VALUE_AT: tl.constexpr,
     VALUE_STRIDE: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK: tl.constexpr, COUNTERS: tl.constexpr,
     SHARE: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Copies K and V of a token to its slot, one program a token; zeroes `SHARE` of a decode launch's counters."""
+    begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
     i = tl.arange(0, BLOCK)

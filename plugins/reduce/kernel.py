@@ -9,6 +9,7 @@ from math import prod
 import triton
 import triton.language as tl
 
+from ..pdl import begin
 from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic, Tensor
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -17,7 +18,8 @@ WIDEST_TOP_K, MOST_TOP_K = 1024, 32
 
 
 @triton.jit
-def softmax_kernel(x, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def softmax_kernel(x, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr = False):
+    begin(PDL)
     at = tl.program_id(0).to(tl.int64) * WIDTH
     i = tl.arange(0, BLOCK)
     h = tl.load(x + at + i, mask=i < WIDTH, other=-float("inf")).to(tl.float32)
@@ -26,7 +28,8 @@ def softmax_kernel(x, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def reduce_sum_kernel(x, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def reduce_sum_kernel(x, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr = False):
+    begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     h = tl.load(x + row * WIDTH + i, mask=i < WIDTH, other=0.0).to(tl.float32)
@@ -35,8 +38,10 @@ def reduce_sum_kernel(x, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def layer_norm_kernel(
-    x, scale, bias, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EPSILON: tl.constexpr, BIAS: tl.constexpr
-):
+    x, scale, bias, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EPSILON: tl.constexpr, BIAS: tl.constexpr,
+    PDL: tl.constexpr = False,
+):  # fmt: skip
+    begin(PDL)
     at = tl.program_id(0).to(tl.int64) * WIDTH
     i = tl.arange(0, BLOCK)
     inside = i < WIDTH
@@ -50,7 +55,11 @@ def layer_norm_kernel(
 
 
 @triton.jit
-def top_k_kernel(x, values, indices, WIDTH: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+def top_k_kernel(
+    x, values, indices, WIDTH: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr = False,
+):  # fmt: skip
+    begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     LOW: tl.constexpr = -(1 << 63)

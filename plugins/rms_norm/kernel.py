@@ -7,6 +7,7 @@ unless the weight is multiplied in fp32.
 import triton
 import triton.language as tl
 
+from ..pdl import begin
 from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic
 
 
@@ -15,7 +16,9 @@ def rms_norm_kernel(
     x, weight, residual, y, total,
     D: tl.constexpr, BLOCK: tl.constexpr, EPSILON: tl.constexpr, OFFSET: tl.constexpr, FP32_MULTIPLY: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
+    begin(PDL)
     at = tl.program_id(0).to(tl.int64) * D
     i = tl.arange(0, BLOCK)
     inside = i < D

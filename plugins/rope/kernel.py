@@ -6,6 +6,7 @@ Arithmetic in the type C of cos_sin, as the reference's: each product and the su
 import triton
 import triton.language as tl
 
+from ..pdl import begin
 from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic
 
 BLOCK = 512
@@ -16,7 +17,9 @@ def rope_kernel(
     x, table, y,
     WIDTH: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, OFFSET: tl.constexpr,
     INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
+    begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH

@@ -3,11 +3,15 @@
 import triton
 import triton.language as tl
 
+from ..pdl import begin
 from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic
 
 
 @triton.jit
-def rotary_cos_sin_kernel(positions, inv_freq, y, HALF: tl.constexpr, BLOCK: tl.constexpr, SCALING: tl.constexpr):
+def rotary_cos_sin_kernel(
+    positions, inv_freq, y, HALF: tl.constexpr, BLOCK: tl.constexpr, SCALING: tl.constexpr, PDL: tl.constexpr = False
+):
+    begin(PDL)
     row = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     inside = i < HALF

@@ -6,6 +6,7 @@ Spans of the vocabulary are raced by programs of their own, then a program per r
 import triton
 import triton.language as tl
 
+from ..pdl import begin
 from .select import ordered, row_peak, threshold
 from .values import NOTHING, adjusted_logits, gumbel, image, pack, unpack, uses_penalties
 
@@ -17,8 +18,10 @@ def race_kernel(
     V: tl.constexpr, SPAN: tl.constexpr, N: tl.constexpr, B: tl.constexpr, BIASES: tl.constexpr, S: tl.constexpr,
     EXTRAS: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, LEVELS: tl.constexpr,
     RANDOM: tl.constexpr, TRUNCATE: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """The winner of each span: best_images, best_tokens [R, blocks]."""
+    begin(PDL)
     block, r = tl.program_id(0), tl.program_id(1)
     row = tl.load(sample_rows + r)
     if row < 0:
@@ -59,8 +62,10 @@ def race_kernel(
 def take_kernel(
     sample_rows, penalties, counts, best_images, best_tokens, last_token, tokens,
     V: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, EXTRAS: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """The best of a row's spans: written to tokens [R] and last_token, and counted where penalties need it."""
+    begin(PDL)
     r = tl.program_id(0)
     row = tl.load(sample_rows + r)
     if row < 0:

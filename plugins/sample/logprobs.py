@@ -6,6 +6,7 @@ Spans first (sums, and the best of each by taking the largest L times), then a p
 import triton
 import triton.language as tl
 
+from ..pdl import begin
 from .values import NOTHING, from_image, image, pack, raw_logits, unpack
 
 
@@ -13,8 +14,10 @@ from .values import NOTHING, from_image, image, pack, raw_logits, unpack
 def score_kernel(
     logits, sample_rows, tokens, tops, totals, above, images, ids,
     V: tl.constexpr, SPAN: tl.constexpr, N: tl.constexpr, BLOCKS: tl.constexpr, L: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Of each span: maximum, sum of exp, tokens above the one taken [R, blocks]; its best as images, ids [.., L]."""
+    begin(PDL)
     block, r = tl.program_id(0), tl.program_id(1)
     if tl.load(sample_rows + r) < 0:
         return
@@ -40,8 +43,10 @@ def score_kernel(
 def logprobs_kernel(
     logits, sample_rows, tokens, tops, totals, above, images, ids, chosen_logprob, chosen_rank, top_ids, top_logprobs,
     V: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, L: tl.constexpr, CANDIDATES: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """CANDIDATES: blocks * L, rounded up to a power of two."""
+    begin(PDL)
     r = tl.program_id(0)
     if tl.load(sample_rows + r) < 0:
         return

@@ -9,6 +9,7 @@ of the best token's, and all sums are of integers: the result is exact and the s
 import triton
 import triton.language as tl
 
+from ..pdl import begin
 from .values import adjusted_logits, image
 
 # a level's histograms: how many, and the mass in pieces of 16 bits, lowest first, so that sums fit an int32
@@ -29,8 +30,10 @@ def peak_kernel(
     peaks, tables,
     V: tl.constexpr, SPAN: tl.constexpr, N: tl.constexpr, B: tl.constexpr, BIASES: tl.constexpr, S: tl.constexpr,
     EXTRAS: tl.constexpr, CLEAR: tl.constexpr, SIZE: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """The largest adjusted logit of each span: peaks [R, blocks]. Clears the row's SIZE integers of histograms."""
+    begin(PDL)
     block, r = tl.program_id(0), tl.program_id(1)
     row = tl.load(sample_rows + r)
     if row < 0:
@@ -90,11 +93,13 @@ def select_kernel(
     penalties, counts, bias_ids, bias_values, stop_ids, min_length, peaks, tables, states, level,
     V: tl.constexpr, SPAN: tl.constexpr, N: tl.constexpr, B: tl.constexpr, BIASES: tl.constexpr, S: tl.constexpr,
     EXTRAS: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, LEVELS: tl.constexpr, MASS: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One level of top_k (MASS=False) or, after all of those, of top_p.
 
     tables [R, LEVELS, 4, BINS]; states [R, 2, LEVELS, STATE] int32: what a level starts from, written for the next.
     """
+    begin(PDL)
     block, r = tl.program_id(0), tl.program_id(1)
     row = tl.load(sample_rows + r)
     if row < 0:

@@ -11,6 +11,7 @@ A token below 0 is in flight: -1 - row. Padding: slot 0, no tokens, no keys, log
 import triton
 import triton.language as tl
 
+from ..pdl import begin
 from ..tactic import Kernel, Launch, Operand, Site, Tactic
 
 HEADER = 8  # numbers before the arrays
@@ -21,8 +22,10 @@ BLOCK = 256
 def unpack_kernel(
     packed, last_token, tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions,
     T: tl.constexpr, S: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (S + blocks of the longest array): a program for each row of the page table, then one for each block."""
+    begin(PDL)
     t = tl.load(packed)
     s = tl.load(packed + 1)
     width = tl.load(packed + 2)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...engines.plan import Argument, Bucket, Launch, Plan
-from ...plugins.gpu import Address, Gpu
+from ...plugins.gpu import Address, Function, Gpu
 
 
 class Graphs:
@@ -23,7 +23,7 @@ class Graphs:
         self._gpu, self._plan, self._stream, self._arena = gpu, plan, stream, arena
         self._addresses = {"weight": weights, "input": buffers}
         self._folder = folder
-        self._functions: dict[int, Any] = {}
+        self._functions: dict[int, Function] = {}
         self._graphs: dict[tuple[int, tuple[str, ...]], Any] = {}
         self.decode = [i for i, bucket in enumerate(plan.buckets) if bucket.max_query == 1]
         self.mixed = [i for i, bucket in enumerate(plan.buckets) if bucket.max_query != 1]
@@ -59,11 +59,8 @@ class Graphs:
 
     def _enqueue(self, launches: list[Launch]) -> None:
         for launch in launches:
-            cubin = self._plan.cubins[launch.cubin]
             arguments = [self._resolve(a) if isinstance(a, Argument) else a for a in launch.arguments]
-            self._gpu.launch(
-                self._functions[launch.cubin], launch.grid, cubin.num_warps, cubin.shared, self._stream, arguments
-            )
+            self._gpu.launch(self._functions[launch.cubin], launch.grid, self._stream, arguments)
 
     def _resolve(self, argument: Argument) -> Address:
         if argument.kind == "arena":
@@ -74,7 +71,7 @@ class Graphs:
         if number not in self._functions:
             cubin = self._plan.cubins[number]
             data = (self._folder / cubin.file).read_bytes()
-            self._functions[number] = self._gpu.load(data, cubin.symbol, cubin.shared)
+            self._functions[number] = self._gpu.load(data, cubin.symbol, cubin.num_warps, cubin.shared, cubin.pdl)
 
 
 def arena_bytes(plan: Plan) -> int:
