@@ -46,11 +46,29 @@ class Cubin:
 
 
 @dataclass(frozen=True)
+class Gemm:
+    """A matrix product by cuBLASLt, y [rows, width] = x [rows, depth] weight [width, depth]^T + bias.
+
+    algorithm: cuBLASLt's description of it, 64 bytes in hexadecimal, which holds for `version` of the library.
+    """
+
+    rows: int
+    width: int
+    depth: int
+    dtype: str
+    bias: bool
+    algorithm: str
+    version: int
+
+
+@dataclass(frozen=True)
 class Launch:
-    """Cubin number `cubin` on `grid` blocks, for node number `node`."""
+    """Cubin (or product) number `cubin` on `grid` blocks, for node number `node`, which is an instance of site number `site`
+    (of `Plan.tactics`). -2 in the place of a node: staging, -1: sampling."""
 
     cubin: int
     node: int
+    site: int
     grid: tuple[int, int, int]
     arguments: tuple[Argument | int | float, ...]
 
@@ -76,7 +94,8 @@ class Bucket:
 class Plan:
     """A compiled graph. capability: 90 for 9.0; max_pages: columns of the page table; logits: their element type.
 
-    nodes: names of the graph's nodes. tactics: what was chosen, a dictionary for each site (op, shapes, tactic, us).
+    nodes: names of the graph's nodes. tactics: what was chosen, a dictionary for each site: op, attributes,
+    inputs and outputs ([shape, type, cold] each, see `plugins/tactic.py`), tactic, us.
     """
 
     capability: int
@@ -85,7 +104,7 @@ class Plan:
     max_pages: int
     logits: str
     nodes: tuple[str, ...]
-    cubins: tuple[Cubin, ...]
+    cubins: tuple[Cubin | Gemm, ...]
     buckets: tuple[Bucket, ...]
     tactics: tuple[dict[str, Any], ...] = ()
 
@@ -99,6 +118,14 @@ class Plan:
         """Tokens that a step may have."""
         return max(bucket.tokens for bucket in self.buckets)
 
+    def bucket(self, num_tokens: int, num_sequences: int) -> int:
+        """Number of the smallest bucket for a step. Every sequence of a step has a token at least."""
+        decoding = num_tokens == num_sequences
+        for i, bucket in enumerate(self.buckets):
+            if (bucket.max_query == 1) == decoding and bucket.tokens >= num_tokens:
+                return i
+        raise ValueError(f"no bucket holds {num_tokens} tokens of {num_sequences} sequences")
+
     def save(self, folder: Path) -> None:
         """Write `plan.json` into the plan's folder."""
         fields = asdict(self) | {"buckets": [_pack_bucket(bucket) for bucket in self.buckets]}
@@ -109,7 +136,9 @@ class Plan:
         """The plan in `folder`, whose files the manifest has verified."""
         fields = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
         fields["nodes"], fields["tactics"] = tuple(fields["nodes"]), tuple(fields["tactics"])
-        fields["cubins"] = tuple(Cubin(**cubin) for cubin in fields["cubins"])
+        fields["cubins"] = tuple(
+            Gemm(**cubin) if "algorithm" in cubin else Cubin(**cubin) for cubin in fields["cubins"]
+        )
         fields["buckets"] = tuple(_unpack_bucket(bucket) for bucket in fields["buckets"])
         return cls(**fields)
 
@@ -129,12 +158,12 @@ def _unpack_bucket(fields: dict[str, Any]) -> Bucket:
 
 def _pack(launch: Launch) -> list[Any]:
     arguments = [f"{a.kind[0]}{a.name or a.offset}" if isinstance(a, Argument) else a for a in launch.arguments]
-    return [launch.cubin, launch.node, *launch.grid, *arguments]
+    return [launch.cubin, launch.node, launch.site, *launch.grid, *arguments]
 
 
 def _unpack(fields: list[Any]) -> Launch:
-    cubin, node, x, y, z, *arguments = fields
-    return Launch(cubin, node, (x, y, z), tuple(_argument(a) if isinstance(a, str) else a for a in arguments))
+    cubin, node, site, x, y, z, *arguments = fields
+    return Launch(cubin, node, site, (x, y, z), tuple(_argument(a) if isinstance(a, str) else a for a in arguments))
 
 
 def _argument(text: str) -> Argument:

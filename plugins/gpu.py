@@ -8,9 +8,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,14 +21,10 @@ _SCALARS: dict[type, Any] = {int: ctypes.c_int32, float: ctypes.c_float}
 OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 
 
-@dataclass(frozen=True)
-class Function:
-    """A kernel that is loaded. num_warps: of a block; shared: bytes of dynamic shared memory; pdl: see `Gpu.launch`."""
+class Launchable(Protocol):
+    """What a launch of a plan runs: a kernel or a product."""
 
-    handle: Any
-    num_warps: int
-    shared: int
-    pdl: bool
+    def launch(self, grid: tuple[int, int, int], stream: int, arguments: Sequence[int | float | Address]) -> None: ...
 
 
 class GpuFault(RuntimeError):
@@ -81,14 +76,6 @@ class Gpu:
     def use(self) -> None:
         """Makes the context current: once in every thread that calls anything here."""
         self._check(self._cuda.cuCtxSetCurrent(self._context))
-
-    @cached_property
-    def _serial(self) -> Any:
-        """The attribute of a launch that lets it overlap with the end of the one before it."""
-        attribute = self._cuda.CUlaunchAttribute()
-        attribute.id = self._cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        attribute.value.programmaticStreamSerializationAllowed = 1
-        return attribute
 
     @cached_property
     def l2_bytes(self) -> int:
@@ -160,25 +147,7 @@ class Gpu:
         if shared > 48 << 10:
             name = self._cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self._check(self._cuda.cuFuncSetAttribute(function, name, shared))
-        return Function(function, num_warps, shared, pdl)
-
-    def launch(
-        self, function: Function, grid: tuple[int, int, int], stream: int, arguments: Sequence[int | float | Address]
-    ) -> None:
-        """Enqueues a Triton kernel: integers are passed in 32 bits, and two null pointers behind everything.
-
-        One with `pdl` may start while what was enqueued before it still runs: it waits by itself.
-        """
-        both = (*arguments, Address(), Address())
-        values: list[Any] = [a if isinstance(a, Address) else _SCALARS[type(a)](a) for a in both]
-        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        config = self._cuda.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = 32 * function.num_warps, 1, 1
-        config.sharedMemBytes, config.hStream = function.shared, stream
-        if function.pdl:
-            config.attrs, config.numAttrs = [self._serial], 1
-        self._check(self._cuda.cuLaunchKernelEx(config, function.handle, ctypes.addressof(pointers), 0))
+        return Function(self._cuda, self._check, function, num_warps, shared, pdl)
 
     def capture(self, run: Callable[[], None], stream: int) -> Any:
         """What `run` enqueues on `stream`, as a graph that `replay` can launch."""
@@ -219,3 +188,31 @@ class Gpu:
         if status != 0:
             raise GpuFault(f"the GPU reported: {self._text(int(status))} (CUDA error {int(status)})")
         return values[0] if len(values) == 1 else tuple(values)
+
+
+class Function:
+    """A kernel that is loaded. num_warps: of a block; shared: bytes of dynamic shared memory.
+
+    One with `pdl` may start while what was enqueued before it still runs: it waits by itself.
+    """
+
+    def __init__(self, driver: Any, check: Callable[[tuple], Any], handle: Any, num_warps: int, shared: int, pdl: bool):
+        self._driver, self._check, self._handle = driver, check, handle
+        self._config = config = driver.CUlaunchConfig()
+        config.blockDimX, config.blockDimY, config.blockDimZ = 32 * num_warps, 1, 1
+        config.sharedMemBytes = shared
+        if pdl:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+
+    def launch(self, grid: tuple[int, int, int], stream: int, arguments: Sequence[int | float | Address]) -> None:
+        """Enqueues a Triton kernel: integers are passed in 32 bits, and two null pointers behind everything."""
+        both = (*arguments, Address(), Address())
+        values: list[Any] = [a if isinstance(a, Address) else _SCALARS[type(a)](a) for a in both]
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        config = self._config
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.hStream = stream
+        self._check(self._driver.cuLaunchKernelEx(config, self._handle, ctypes.addressof(pointers), 0))

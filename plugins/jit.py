@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from .tactic import Kernel, Operand, Tactic
+from .cublas import choose, load_product
+from .gpu import Address
+from .tactic import Gemm, Kernel, Operand, Tactic
 
 ELEMENTS = {
     "*fp32": torch.float32,
@@ -34,7 +36,8 @@ def launch(
     """
     for each in tactic.launches:
         arguments: list[Any] = []
-        for argument, (_, kind) in zip(each.arguments, each.kernel.signature, strict=True):
+        kinds = ["*u8"] * 5 if isinstance(each.kernel, Gemm) else [kind for _, kind in each.kernel.signature]
+        for argument, kind in zip(each.arguments, kinds, strict=True):
             if not isinstance(argument, Operand):
                 arguments.append(argument)
             elif argument.kind == "workspace":
@@ -43,13 +46,17 @@ def launch(
                 arguments.append(rest[: rest.numel() // element.itemsize * element.itemsize].view(element))
             else:
                 operand = (inputs if argument.kind == "input" else outputs)[argument.index]
-                assert operand is not None, f"{each.kernel.function} is given an absent input"
+                assert operand is not None, f"{each.kernel} is given an absent input"
                 arguments.append(operand)
         launch_kernel(each.kernel, each.grid, arguments)
 
 
-def launch_kernel(kernel: Kernel, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
-    """One kernel on `grid`; tensors and numbers in the order of its signature."""
+def launch_kernel(kernel: Kernel | Gemm, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
+    """One kernel (or product) on `grid`; tensors and numbers in the order of its signature."""
+    if isinstance(kernel, Gemm):
+        pointers = [Address(argument.data_ptr()) for argument in arguments]
+        load_product(choose(kernel)).launch(grid, torch.cuda.current_stream().cuda_stream, pointers)
+        return
     module, name = kernel.function.split(":")
     function: Any = getattr(importlib.import_module(f".{module}", __package__), name)
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}

@@ -27,10 +27,11 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Device:
-    """What tactics may depend on. capability: 90 for 9.0."""
+    """What tactics may depend on. capability: 90 for 9.0; cublas: cuBLASLt is at hand to propose algorithms."""
 
     capability: int = 90
     num_sms: int = 132
+    cublas: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,20 @@ class Kernel:
 
 
 @dataclass(frozen=True)
+class Gemm:
+    """A matrix product by cuBLASLt, y [rows, width] = x [rows, depth] weight [width, depth]^T + bias, accumulated in
+    fp32: the algorithm that it proposes in place `rank`. Its arguments are x, weight, bias (any pointer where there is
+    none), y and `WORKSPACE` bytes (`plugins/cublas.py`)."""
+
+    rows: int
+    width: int
+    depth: int
+    dtype: str
+    bias: bool = False
+    rank: int = 0
+
+
+@dataclass(frozen=True)
 class Operand:
     """A pointer argument. kind: `input`, `output` (index: of the op's schema) or `workspace` (index: byte offset)."""
 
@@ -76,9 +91,9 @@ class Operand:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, its grid, and its arguments in the order of the signature."""
+    """A kernel, its grid (a product has none of its own), and its arguments in the order of the signature."""
 
-    kernel: Kernel
+    kernel: Kernel | Gemm
     grid: tuple[int, int, int]
     arguments: tuple[Operand | int | float, ...]
 

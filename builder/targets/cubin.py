@@ -17,9 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from ...engines import plan
 from ...engines.errors import BuildError
-from ...plugins import pdl
-from ...plugins.tactic import Kernel
+from ...plugins import cublas, pdl
+from ...plugins.tactic import Gemm, Kernel
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 BATCH = 8  # kernels that a process gets at a time: it takes a second to start
@@ -38,6 +39,10 @@ class Cubin:
     shared: int
     num_warps: int
     pdl: bool
+
+
+Source = Kernel | Gemm  # what a launch names
+Binary = Cubin | plan.Gemm  # what it becomes
 
 
 def compile_kernel(kernel: Kernel, capability: int) -> Cubin:
@@ -72,18 +77,29 @@ def compile_kernel(kernel: Kernel, capability: int) -> Cubin:
 
 
 def compile_all(
-    kernels: Collection[Kernel], capability: int, on_done: Callable[[int, int], None] = lambda done, total: None
-) -> dict[Kernel, Cubin | BuildError]:
-    """Each kernel, compiled, or what was wrong with it. `on_done(done, total)` counts kernels."""
-    todo = list(dict.fromkeys(kernels))
+    sources: Collection[Source], capability: int, on_done: Callable[[int, int], None] = lambda done, total: None
+) -> dict[Source, Binary | BuildError]:
+    """Each kernel, compiled, each product's algorithm, or what was wrong. `on_done(done, total)` counts kernels."""
+    todo = [source for source in dict.fromkeys(sources) if isinstance(source, Kernel)]
+    done = 0
     batches = [todo[i : i + BATCH] for i in range(0, len(todo), BATCH)]
-    found: dict[Kernel, Cubin | BuildError] = {}
+    found: dict[Source, Binary | BuildError] = {
+        source: _choose(source) for source in sources if isinstance(source, Gemm)
+    }
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         cubins_of = pool.map(lambda batch: _in_a_process(batch, capability), batches)
         for batch, cubins in zip(batches, cubins_of, strict=True):
             found |= dict(zip(batch, cubins, strict=True))
-            on_done(len(found), len(todo))
+            done += len(batch)
+            on_done(done, len(todo))
     return found
+
+
+def _choose(gemm: Gemm) -> plan.Gemm | BuildError:
+    try:
+        return cublas.choose(gemm)
+    except BuildError as error:
+        return error
 
 
 def _in_a_process(kernels: list[Kernel], capability: int) -> list[Cubin | BuildError]:

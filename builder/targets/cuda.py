@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,13 @@ import onnx_ir as ir
 
 from ...engines.errors import BuildError, EngineError
 from ...engines.manifest import ModelInfo
-from ...engines.plan import FOLDER, Cubin, Plan
+from ...engines.plan import FOLDER, Cubin, Gemm, Plan
+from ...plugins import cublas
 from ...plugins.gpu import Gpu
 from ...plugins.tactic import Device
 from . import Compile, cubin
-from .planner import Planner, bucket_sizes
-from .tactics import Choice, candidates, key_of, likeliest, timed
+from .planner import Planner, bucket_sizes, key_of
+from .tactics import Choice, candidates, likeliest, timed
 
 if TYPE_CHECKING:
     from .. import BuildConfig
@@ -62,15 +64,18 @@ def make_plan(
 
     compiled = {kernel: cubin for choice in choices.values() for kernel, cubin in choice.cubins.items()}
     (folder / "cubins").mkdir(parents=True)
-    cubins = []
+    cubins: list[Cubin | Gemm] = []
     for kernel in planner.kernels:  # in the order of their numbers
         binary = compiled[kernel]
+        if isinstance(binary, Gemm):
+            cubins.append(binary)
+            continue
         file = f"cubins/{hashlib.sha256(binary.data).hexdigest()[:24]}.cubin"
         (folder / file).write_bytes(binary.data)
         cubins.append(Cubin(file, binary.name, binary.shared, binary.num_warps, binary.pdl))
     plan = Plan(
         device.capability, planner.vocab_size, config.page_size, planner.max_pages, planner.logits_dtype,
-        planner.nodes, tuple(cubins), buckets, tuple(choice.describe() for choice in choices.values()),
+        planner.nodes, tuple(cubins), buckets, tuple(choices[key].describe() for key in planner.planned),
     )  # fmt: skip
     plan.save(folder)
     return plan
@@ -84,11 +89,13 @@ def _device(config: BuildConfig) -> tuple[Gpu | None, Device, str]:
         raise BuildError(f"the GPU architecture is {asked}, expected one of {known}; pass one as --gpu-arch.")
     try:
         gpu = Gpu()
+        missing = cublas.why_missing()
+        device = replace(gpu.device, cublas=not missing)
     except EngineError as error:
         capability = asked or 90
         return None, Device(capability, SMS[capability]), f"not timed: {error}"
     if asked is not None and asked != gpu.device.capability:
         return None, Device(asked, SMS[asked]), f"not timed: the GPU here is a {gpu.name}"
     if not config.tune:
-        return None, gpu.device, "not timed: --no-tune"
-    return gpu, gpu.device, f"timed on {gpu.name}"
+        return None, device, "not timed: --no-tune"
+    return gpu, device, f"timed on {gpu.name}" + (f", without cuBLASLt: {missing}" if missing else "")

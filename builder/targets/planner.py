@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -28,7 +28,7 @@ from ...engines.sampling import (
 from ...engines.step import KV_LEN, LOGIT_ROWS, LOGITS, PAGES, QUERY_START, STEP_INPUTS, TOKENS
 from ...plugins import OPS
 from ...plugins.opschema import complete_attributes
-from ...plugins.tactic import Device, Kernel, Operand, Site, Tactic, Tensor
+from ...plugins.tactic import Device, Gemm, Kernel, Operand, Site, Tactic, Tensor
 from .arena import Interval, place
 
 Choose = Callable[[Site], Tactic]
@@ -72,9 +72,14 @@ class Work:
     outputs: tuple[ir.Value | str, ...]
 
 
+def key_of(site: Site) -> Hashable:
+    """Sites that are equal in this are one."""
+    return site.op, tuple(sorted(site.attributes.items())), site.inputs, site.outputs, site.max_query
+
+
 @dataclass
 class Planner:
-    """Plans buckets of one graph; kernels and node names are numbered over all of them."""
+    """Plans buckets of one graph; kernels, node names and planned sites (`key_of`) are numbered over all of them."""
 
     graph: ir.Graph
     device: Device
@@ -82,8 +87,9 @@ class Planner:
     max_pages: int
     max_num_seqs: int
     choose: Choose
-    kernels: dict[Kernel, int] = field(default_factory=dict)
+    kernels: dict[Kernel | Gemm, int] = field(default_factory=dict)
     nodes: tuple[str, ...] = ()
+    planned: dict[Hashable, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.nodes = tuple(node.name or f"{node.op_type}.{i}" for i, node in enumerate(self.graph))
@@ -175,13 +181,14 @@ class Planner:
         offsets, workspaces, arena = self._places(work, tactics, sizes)
         parts: dict[str, list[Launch]] = {each.part: [] for each in work}
         for each, tactic, workspace in zip(work, tactics, workspaces, strict=True):
+            site = self.planned.setdefault(key_of(each.site), len(self.planned))
             for launch in tactic.launches:
                 cubin = self.kernels.setdefault(launch.kernel, len(self.kernels))
                 arguments = tuple(
                     self._argument(each, a, offsets, workspace) if isinstance(a, Operand) else a
                     for a in launch.arguments
                 )
-                parts[each.part].append(Launch(cubin, each.node, launch.grid, arguments))
+                parts[each.part].append(Launch(cubin, each.node, site, launch.grid, arguments))
         return Bucket(
             sizes.tokens, sizes.sequences, sizes.rows, sizes.max_query, arena, offsets[self._logits],
             {name: tuple(launches) for name, launches in parts.items()},

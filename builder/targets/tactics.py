@@ -9,9 +9,9 @@ from typing import Any
 from ...engines.errors import BuildError
 from ...plugins import tactics_of
 from ...plugins.gpu import Gpu
-from ...plugins.tactic import Device, Kernel, Site, Tactic
-from .cubin import Cubin, compile_all
-from .planner import Planner, Sizes
+from ...plugins.tactic import Device, Site, Tactic
+from .cubin import Binary, Source, compile_all
+from .planner import Planner, Sizes, key_of
 from .timing import Timer
 
 UNTIMED = ("Unpack", "Sample")  # microseconds that depend on what the host packed and requests ask for
@@ -32,22 +32,19 @@ class Choice:
 
     site: Site
     tactic: Tactic
-    cubins: Mapping[Kernel, Cubin]
+    cubins: Mapping[Source, Binary]
     microseconds: float | None = None
     num_timed: int = 0
 
     def describe(self) -> dict[str, Any]:
         """For the plan: what runs where, and how fast."""
         return {
-            "op": self.site.op, "inputs": [t and [list(t.shape), t.dtype] for t in self.site.inputs],
+            "op": self.site.op, "attributes": dict(self.site.attributes),
+            "inputs": [t and [t.shape, t.dtype, t.cold] for t in self.site.inputs],
+            "outputs": [[t.shape, t.dtype, t.cold] for t in self.site.outputs],
             "max_query": self.site.max_query, "tactic": self.tactic.name, "us": self.microseconds,
             "of": self.num_timed,
         }  # fmt: skip
-
-
-def key_of(site: Site) -> Hashable:
-    """Sites that are equal in this are one."""
-    return site.op, tuple(sorted(site.attributes.items())), site.inputs, site.outputs, site.max_query
 
 
 def candidates(planner: Planner, sizes: Iterable[Sizes]) -> dict[Hashable, Candidates]:
@@ -75,7 +72,7 @@ def likeliest(found: Mapping[Hashable, Candidates], device: Device) -> dict[Hash
     """The first tactic of each site that compiles."""
     chosen: dict[Hashable, Choice] = {}
     rank = 0
-    compiled: dict[Kernel, Cubin | BuildError] = {}
+    compiled: dict[Source, Binary | BuildError] = {}
     while missing := {key: each for key, each in found.items() if key not in chosen}:
         for each in missing.values():
             if rank == len(each.tactics):
@@ -105,7 +102,7 @@ def timed(found: Mapping[Hashable, Candidates], gpu: Gpu) -> dict[Hashable, Choi
         for key, each in found.items():
             if each.site.op in UNTIMED:
                 continue
-            times: list[tuple[float, int, Tactic, dict[Kernel, Cubin]]] = []
+            times: list[tuple[float, int, Tactic, dict[Source, Binary]]] = []
             for tactic in each.tactics:
                 cubins = _cubins(tactic, compiled)
                 if cubins is not None:
@@ -117,7 +114,7 @@ def timed(found: Mapping[Hashable, Candidates], gpu: Gpu) -> dict[Hashable, Choi
     return chosen
 
 
-def _cubins(tactic: Tactic, compiled: Mapping[Kernel, Cubin | BuildError]) -> dict[Kernel, Cubin] | None:
+def _cubins(tactic: Tactic, compiled: Mapping[Source, Binary | BuildError]) -> dict[Source, Binary] | None:
     """The cubins of a tactic, None if one of its kernels did not compile."""
     cubins = {}
     for launch in tactic.launches:
@@ -128,7 +125,7 @@ def _cubins(tactic: Tactic, compiled: Mapping[Kernel, Cubin | BuildError]) -> di
     return cubins
 
 
-def _nothing_compiles(each: Candidates, compiled: Mapping[Kernel, Cubin | BuildError]) -> BuildError:
+def _nothing_compiles(each: Candidates, compiled: Mapping[Source, Binary | BuildError]) -> BuildError:
     errors = [compiled[launch.kernel] for tactic in each.tactics for launch in tactic.launches]
     first = next(str(error) for error in errors if isinstance(error, BuildError))
     return BuildError(f"no kernel for node '{each.node}' ({each.site.op}) compiles: {first}")

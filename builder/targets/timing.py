@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from ...engines.dtypes import DTYPES
-from ...plugins.gpu import Address, Gpu
-from ...plugins.tactic import Kernel, Operand, Site, Tactic, Tensor
-from .cubin import Cubin
+from ...plugins.cublas import load_product
+from ...plugins.gpu import Address, Gpu, Launchable
+from ...plugins.tactic import Operand, Site, Tactic, Tensor
+from .cubin import Binary, Cubin, Source
 
 CONTEXT = 512  # keys of a sequence in a bucket for decoding
 REPLAYS = 5
@@ -30,7 +31,7 @@ class Timer:
         self.gpu = gpu
         self._stream = gpu.stream()
         self._start, self._end = gpu.event(timed=True), gpu.event(timed=True)
-        self._functions: dict[Kernel, Any] = {}
+        self._functions: dict[Source, Launchable] = {}
         self._pinned = gpu.pinned(64 << 20)
         self._size = 0
         self._region = 0
@@ -43,7 +44,7 @@ class Timer:
         if self._region:
             self.gpu.free(self._region)
 
-    def microseconds(self, site: Site, tactic: Tactic, cubins: Mapping[Kernel, Cubin]) -> float:
+    def microseconds(self, site: Site, tactic: Tactic, cubins: Mapping[Source, Binary]) -> float:
         """The time of one run of the tactic, launch gaps included: median over replays of a graph."""
         operands = _Operands(site, tactic, self._pools(site))
         spare = 4 * self.gpu.l2_bytes
@@ -56,20 +57,24 @@ class Timer:
         def run(times: int) -> None:
             for i in range(times):
                 for launch in tactic.launches:
-                    cubin = cubins[launch.kernel]
                     arguments = [
                         Address(self._region + operands.offset(a, i % copies)) if isinstance(a, Operand) else a
                         for a in launch.arguments
                     ]
                     function = self._functions.get(launch.kernel)
                     if function is None:
-                        function = self.gpu.load(cubin.data, cubin.name, cubin.num_warps, cubin.shared, cubin.pdl)
+                        function = self._load(cubins[launch.kernel])
                         self._functions[launch.kernel] = function
-                    self.gpu.launch(function, launch.grid, self._stream, arguments)
+                    function.launch(launch.grid, self._stream, arguments)
 
         once = self._replay(lambda: run(1), 2)
         times = int(min(MOST, max(FEWEST, GRAPH_MS / max(once, 1e-3))))
         return 1000 * self._replay(lambda: run(times), REPLAYS) / times
+
+    def _load(self, binary: Binary) -> Launchable:
+        if isinstance(binary, Cubin):
+            return self.gpu.load(binary.data, binary.name, binary.num_warps, binary.shared, binary.pdl)
+        return load_product(binary)
 
     def _replay(self, run: Any, replays: int) -> float:
         """Milliseconds of a graph of `run`, the median after one that is not counted."""

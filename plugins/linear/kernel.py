@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ..pdl import begin
 from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic, Tensor
+from .library import FEWEST_ROWS, products
 
 
 @triton.jit
@@ -119,6 +120,8 @@ def tactics(site: Site) -> list[Tactic]:
             blocks = triton.cdiv(rows, bm) * triton.cdiv(weight.shape[0], bn)
             most = max(1, min(4, weight.shape[1] // (4 * bk), 2 * site.device.num_sms // blocks))
             found += [_tiles(site, bm, bn, bk, warps, stages, parts) for parts in range(1, most + 1)]
+    if site.device.cublas and rows > FEWEST_ROWS:
+        found += products(site)
     return list({tactic.name: tactic for tactic in found}.values())
 
 

@@ -140,7 +140,7 @@ class _Sampling:
     def _launch(self, module: str, function: Any, grid: tuple[int, int, int], num_warps: int = 4, **values: Any):
         """A kernel given, by the names of its arguments, the operands, `values`, and the constants of the site."""
         names = [n for n in function.arg_names if n != "PDL"]  # which the compiler passes
-        constants = tuple((n, (self.constants | values)[n]) for n in names if n.isupper() and n != "PDL")
+        constants = tuple((n, (self.constants | values)[n]) for n in names if n.isupper())
         plain = [n for n in names if not n.isupper()]
         signature = tuple((n, self.operands[n][1] if n in self.operands else "i32") for n in plain)
         arguments = tuple(self.operands[n][0] if n in self.operands else values[n] for n in plain)

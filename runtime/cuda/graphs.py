@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...engines.plan import Argument, Bucket, Launch, Plan
-from ...plugins.gpu import Address, Function, Gpu
+from ...engines.plan import Argument, Bucket, Gemm, Launch, Plan
+from ...plugins.cublas import load_product
+from ...plugins.gpu import Address, Gpu, Launchable
 
 
 class Graphs:
@@ -23,18 +24,12 @@ class Graphs:
         self._gpu, self._plan, self._stream, self._arena = gpu, plan, stream, arena
         self._addresses = {"weight": weights, "input": buffers}
         self._folder = folder
-        self._functions: dict[int, Function] = {}
+        self._functions: dict[int, Launchable] = {}
         self._graphs: dict[tuple[int, tuple[str, ...]], Any] = {}
-        self.decode = [i for i, bucket in enumerate(plan.buckets) if bucket.max_query == 1]
-        self.mixed = [i for i, bucket in enumerate(plan.buckets) if bucket.max_query != 1]
 
     def bucket(self, num_tokens: int, num_sequences: int) -> int:
-        """Number of the smallest bucket for a step. Every sequence of a step has a token at least."""
-        decoding = num_tokens == num_sequences
-        for i in self.decode if decoding else self.mixed:
-            if self._plan.buckets[i].tokens >= num_tokens:
-                return i
-        raise ValueError(f"no bucket holds {num_tokens} tokens of {num_sequences} sequences")
+        """Number of the smallest bucket for a step."""
+        return self._plan.bucket(num_tokens, num_sequences)
 
     def replay(self, bucket: int, *parts: str) -> None:
         """Enqueues these parts of a bucket, in order."""
@@ -46,7 +41,7 @@ class Graphs:
         if graph is None:
             launches = [launch for part in parts for launch in self._plan.buckets[bucket].parts[part]]
             for launch in launches:
-                self._load(launch.cubin)  # loading cannot be captured
+                self._load(launch)
             graph = self._gpu.capture(lambda: self._enqueue(launches), self._stream)
             self._graphs[bucket, parts] = graph
         return graph
@@ -54,24 +49,35 @@ class Graphs:
     def run(self, launches: list[Launch]) -> None:
         """Enqueues launches one by one, not as a graph."""
         for launch in launches:
-            self._load(launch.cubin)
+            self._load(launch)
         self._enqueue(launches)
 
     def _enqueue(self, launches: list[Launch]) -> None:
         for launch in launches:
-            arguments = [self._resolve(a) if isinstance(a, Argument) else a for a in launch.arguments]
-            self._gpu.launch(self._functions[launch.cubin], launch.grid, self._stream, arguments)
+            self._functions[launch.cubin].launch(launch.grid, self._stream, self._arguments(launch))
+
+    def _arguments(self, launch: Launch) -> list[int | float | Address]:
+        return [self._resolve(a) if isinstance(a, Argument) else a for a in launch.arguments]
 
     def _resolve(self, argument: Argument) -> Address:
         if argument.kind == "arena":
             return Address(self._arena + argument.offset)
         return Address(self._addresses[argument.kind][argument.name])
 
-    def _load(self, number: int) -> None:
-        if number not in self._functions:
-            cubin = self._plan.cubins[number]
-            data = (self._folder / cubin.file).read_bytes()
-            self._functions[number] = self._gpu.load(data, cubin.symbol, cubin.num_warps, cubin.shared, cubin.pdl)
+    def _load(self, launch: Launch) -> None:
+        """Loads what a launch runs, for loading cannot be captured."""
+        if launch.cubin in self._functions:
+            return
+        binary = self._plan.cubins[launch.cubin]
+        if isinstance(binary, Gemm):
+            product = load_product(binary)
+            product.launch(launch.grid, self._stream, self._arguments(launch))  # cuBLASLt loads its kernels when asked
+            self._functions[launch.cubin] = product
+        else:
+            data = (self._folder / binary.file).read_bytes()
+            self._functions[launch.cubin] = self._gpu.load(
+                data, binary.symbol, binary.num_warps, binary.shared, binary.pdl
+            )
 
 
 def arena_bytes(plan: Plan) -> int:
