@@ -3,36 +3,20 @@
 Each op is a folder: `schema.py` declares it (ONNX domain `ingot`), `reference.py` defines it in plain torch, which is
 its CPU fallback and the oracle of every kernel. Nothing registers itself: call `register_schemas()` before the ONNX
 checker or shape inference is to know the ops.
+
+The table (`ops.py`) is loaded on first use: a GPU is served from this package without torch, onnx or Triton.
 """
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import onnx.defs
-
-from . import experts, gated_activation, linear, paged_attention, rms_norm, rope, rotary_cos_sin
-from .binder import Run
 from .tactic import Site, Tactic
 
+if TYPE_CHECKING:
+    from .ops import OPS, Op, register_schemas
 
-class Op(NamedTuple):
-    """What an op is: its ONNX schema and its definition `reference(*inputs, **attributes)`."""
-
-    schema: onnx.defs.OpSchema
-    reference: Run
-
-
-OPS: dict[str, Op] = {
-    "Experts": Op(experts.SCHEMA, experts.experts),
-    "GatedActivation": Op(gated_activation.SCHEMA, gated_activation.gated_activation),
-    "Linear": Op(linear.SCHEMA, linear.linear),
-    "PagedAttention": Op(paged_attention.SCHEMA, paged_attention.paged_attention),
-    "RMSNorm": Op(rms_norm.SCHEMA, rms_norm.rms_norm),
-    "Rope": Op(rope.SCHEMA, rope.rope),
-    "RotaryCosSin": Op(rotary_cos_sin.SCHEMA, rotary_cos_sin.rotary_cos_sin),
-}
-
+__all__ = ["OPS", "Op", "register_schemas", "tactics_of"]
 
 # op type -> folder whose kernel.py has its `tactics`
 _KERNELS = {
@@ -71,8 +55,7 @@ def tactics_of(op_type: str) -> Callable[[Site], list[Tactic]] | None:
     return None if folder is None else import_module(f".{folder}.kernel", __package__).tactics
 
 
-def register_schemas() -> None:
-    """Makes the ops known to `onnx.checker` and `onnx.shape_inference` in this process; a second call does nothing."""
-    for name, op in OPS.items():
-        if not onnx.defs.has(name, op.schema.domain):
-            onnx.defs.register_schema(op.schema)
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(".ops", __package__), name)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..engines import step as names
-from .sampler import Placement, needs_history
+from .placement import Placement, needs_history
 from .step import FROM_DEVICE, Step
 
 

@@ -8,33 +8,14 @@ sampling never waits for the host. Invariant: a row's token depends on its logit
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
 from .distribution import cutoffs, draw, penalise, uniforms
-from .request import Logprob, SamplingParams
+from .placement import Placement, needs_history
+from .request import Logprob
 
 RANDOM, TRUNCATE, PENALTY, BIAS, MIN_TOKENS, LOGPROBS = (1 << i for i in range(6))
-
-
-@dataclass(frozen=True)
-class Placement:
-    """A request takes a row: what sampling it needs. `tokens` may be left empty where `needs_history` is false."""
-
-    row: int
-    params: SamplingParams
-    seed: int
-    num_prompt: int
-    stop_ids: Collection[int] = ()  # masked for the first `min_tokens` outputs
-    tokens: Sequence[int] = ()  # prompt and the output so far
-
-
-def needs_history(params: SamplingParams) -> bool:
-    """Whether the sampler has to count tokens for this request."""
-    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
 
 
 class Sampler:

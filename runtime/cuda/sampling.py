@@ -8,7 +8,7 @@ import numpy as np
 
 from ...engines.sampling import IN_PROMPT, KINDS, MAX_BIAS, MAX_STOP, TABLES, Kind
 from ...plugins.gpu import Gpu
-from ..sampler import Placement, needs_history
+from ..placement import Placement, needs_history
 
 
 class SamplingTables:

@@ -1,0 +1,35 @@
+"""The table of ops: schemas and definitions. It needs onnx and torch, which replaying a plan does not."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import onnx.defs
+
+from . import experts, gated_activation, linear, paged_attention, rms_norm, rope, rotary_cos_sin
+from .binder import Run
+
+
+class Op(NamedTuple):
+    """What an op is: its ONNX schema and its definition `reference(*inputs, **attributes)`."""
+
+    schema: onnx.defs.OpSchema
+    reference: Run
+
+
+OPS: dict[str, Op] = {
+    "Experts": Op(experts.SCHEMA, experts.experts),
+    "GatedActivation": Op(gated_activation.SCHEMA, gated_activation.gated_activation),
+    "Linear": Op(linear.SCHEMA, linear.linear),
+    "PagedAttention": Op(paged_attention.SCHEMA, paged_attention.paged_attention),
+    "RMSNorm": Op(rms_norm.SCHEMA, rms_norm.rms_norm),
+    "Rope": Op(rope.SCHEMA, rope.rope),
+    "RotaryCosSin": Op(rotary_cos_sin.SCHEMA, rotary_cos_sin.rotary_cos_sin),
+}
+
+
+def register_schemas() -> None:
+    """Makes the ops known to `onnx.checker` and `onnx.shape_inference` in this process; a second call does nothing."""
+    for name, op in OPS.items():
+        if not onnx.defs.has(name, op.schema.domain):
+            onnx.defs.register_schema(op.schema)
