@@ -63,8 +63,10 @@ class Gemm:
 
 @dataclass(frozen=True)
 class Launch:
-    """Cubin (or product) number `cubin` on `grid` blocks, for node number `node`, which is an instance of site number `site`
-    (of `Plan.tactics`). -2 in the place of a node: staging, -1: sampling."""
+    """Cubin (or product) number `cubin` on `grid` blocks, for node number `node` (-2: staging, -1: sampling).
+
+    site: of the node in this bucket, a number in `Plan.tactics`.
+    """
 
     cubin: int
     node: int
