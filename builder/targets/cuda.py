@@ -22,6 +22,7 @@ from ...plugins import cublas
 from ...plugins.gpu import Gpu
 from ...plugins.tactic import Device
 from . import Compile, cubin
+from .fusion import fuse
 from .planner import Planner, bucket_sizes, key_of
 from .tactics import Choice, candidates, likeliest, timed
 
@@ -54,7 +55,7 @@ def make_plan(
     """Compile `graph` into `folder` and return the plan saved there. Raises BuildError for what nothing can run."""
     choices: dict[Any, Choice] = {}
     planner = Planner(
-        graph, device, config.page_size, -(-max_model_len // config.page_size), config.max_num_seqs,
+        fuse(graph), device, config.page_size, -(-max_model_len // config.page_size), config.max_num_seqs,
         lambda site: choices[key_of(site)].tactic,
     )  # fmt: skip
     sizes = bucket_sizes(config.max_num_seqs, min(config.max_num_batched_tokens, max_model_len * config.max_num_seqs))
