@@ -1,7 +1,8 @@
 """Element-wise ONNX ops on the GPU: one kernel, the op a constant of it.
 
 The output is seen as [rows, width]; an operand has a stride for each of the two, 0 where it is broadcast. Arithmetic is
-in fp32 and rounded once to the type of the output; integers are only moved and cast.
+in fp32 and rounded once to the type of the output; sums and products of integers are exact in their own type (positions
+and their offsets).
 """
 
 from math import prod
@@ -17,6 +18,8 @@ BINARY = ("Add", "Sub", "Mul", "Div")
 UNARY = ("Tanh", "Relu", "Gelu", "Sigmoid", "Sqrt", "Neg")
 MOVES = ("Cast", "Identity")
 FLOATS = ("float32", "bfloat16", "float16")
+EXACT = ("Add", "Sub", "Mul")  # in integers, too, where all operands have the type of the output
+INTEGERS = ("int32", "int64")
 
 
 @triton.jit
@@ -33,13 +36,15 @@ def elementwise_kernel(
         p = tl.load(a + i, mask=inside, other=0)
     else:
         p = tl.load(a + i // WIDTH * A_ROW + i % WIDTH * A_COLUMN, mask=inside, other=0)
-    if a.dtype.element_ty.is_floating() or y.dtype.element_ty.is_floating():
-        p = p.to(tl.float32)
     if B:
         if B_ROW == WIDTH and B_COLUMN == 1:
-            q = tl.load(b + i, mask=inside, other=1).to(tl.float32)
+            q = tl.load(b + i, mask=inside, other=1)
         else:
-            q = tl.load(b + i // WIDTH * B_ROW + i % WIDTH * B_COLUMN, mask=inside, other=1).to(tl.float32)
+            q = tl.load(b + i // WIDTH * B_ROW + i % WIDTH * B_COLUMN, mask=inside, other=1)
+    if a.dtype.element_ty.is_floating() or y.dtype.element_ty.is_floating():
+        p = p.to(tl.float32)
+        if B:
+            q = q.to(tl.float32)
     if OP == "Add":
         p = p + q
     elif OP == "Sub":
@@ -77,8 +82,9 @@ def tactics(site: Site) -> list[Tactic]:
     strides = [_strides(x.shape, out.shape) for x in operands]
     if op not in (*BINARY, *UNARY, *MOVES) or len(operands) != (2 if op in BINARY else 1) or 0 in out.shape:
         return []
-    allowed = POINTERS if op in MOVES else FLOATS
-    if any(x.dtype not in allowed for x in (*operands, out)) or None in strides:
+    types = {x.dtype for x in (*operands, out)}
+    exact = op in EXACT and len(types) == 1 and out.dtype in INTEGERS
+    if not (exact or types <= set(POINTERS if op in MOVES else FLOATS)) or None in strides:
         return []
     if op == "Gelu" and site.attributes.get("approximate", "none") == "tanh":
         op = "GeluTanh"

@@ -89,6 +89,17 @@ def test_binary(op, dtype):
         compare(op, [a, b.sign() * b.abs().clamp(min=0.1) if op == "Div" else b])
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("op", ["Add", "Sub", "Mul"])
+def test_integers_are_added_and_multiplied_exactly(op, dtype):
+    """Numbers that fp32 cannot hold, and results that fill the type."""
+    half = 2 ** (15 if dtype == torch.int32 else 31) if op == "Mul" else torch.iinfo(dtype).max // 2
+    for left, right in [((1,), ()), ((96,), ()), ((700,), (700,)), ((7, 300), (300,)), ((7, 1), (7, 300))]:
+        a, b = (torch.randint(-half, half, shape, dtype=dtype) for shape in (left, right))
+        a.view(-1)[0] = half - 1  # odd, so that a detour through floats shows
+        compare(op, [a, b])
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("op", ["Tanh", "Relu", "Gelu", "GeluTanh", "Sigmoid", "Sqrt", "Neg", "Identity"])
 def test_unary(op, dtype):
@@ -118,7 +129,9 @@ def test_a_cast_of_large_integers_is_exact():
 
 def test_elementwise_declines_what_it_does_not_know():
     f, i, boolean = Tensor((2, 3, 4), "float32"), Tensor((2, 3, 4), "int32"), Tensor((2, 3, 4), "bool")
-    assert tactics_of("Add")(Site("Add", {}, (i, i), (i,))) == []
+    assert tactics_of("Div")(Site("Div", {}, (i, i), (i,))) == []
+    assert tactics_of("Add")(Site("Add", {}, (i, Tensor((2, 3, 4), "int64")), (Tensor((2, 3, 4), "int64"),))) == []
+    assert tactics_of("Add")(Site("Add", {}, (i, f), (f,))) == []
     assert tactics_of("Cast")(Site("Cast", {}, (boolean,), (f,))) == []
     assert tactics_of("Add")(Site("Add", {}, (f, Tensor((3, 1), "float32")), (f,))) == []
 
@@ -197,8 +210,12 @@ def compile_every_kernel():
             ("int64", "int32"),
         )
     ]
+    integers = [
+        Site(op, {}, (Tensor((64,), dtype), Tensor((), dtype)), (Tensor((64,), dtype),))
+        for op in ("Add", "Sub", "Mul") for dtype in ("int32", "int64")
+    ]  # fmt: skip
     sites = [
-        *binary, *unary, *casts,
+        *binary, *unary, *casts, *integers,
         Site("Gelu", {"approximate": "tanh"}, (x,), (x,)),
         Site("Gather", {}, (bf16(128256, 4096), ints), (x,)),
         Site("Softmax", {}, (bf16(16, 128),), (bf16(16, 128),)),
