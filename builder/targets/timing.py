@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -19,6 +20,8 @@ from ...plugins.tactic import Operand, Site, Tactic, Tensor
 from .cubin import Binary, Cubin, Source
 
 CONTEXT = 512  # keys of a sequence in a bucket for decoding
+LONG = 1 << 17  # keys of all sequences together, in a second step of long contexts
+SLOTS = {"PagedAttention": 3, "RotaryPagedAttention": 2}  # first of slots, query_start, kv_len, pages, k_pages
 REPLAYS = 5
 GRAPH_MS = 2.0  # a graph runs at least this long, within the bounds below
 FEWEST, MOST = 3, 24  # launches of the tactic in a graph
@@ -45,8 +48,12 @@ class Timer:
             self.gpu.free(self._region)
 
     def microseconds(self, site: Site, tactic: Tactic, cubins: Mapping[Source, Binary]) -> float:
-        """The time of one run of the tactic, launch gaps included: median over replays of a graph."""
-        operands = _Operands(site, tactic, self._pools(site))
+        """The time of one run of the tactic: over several steps the geometric mean, so that each counts the same."""
+        return statistics.geometric_mean(self.on_step(site, tactic, cubins, step) for step in steps(site))
+
+    def on_step(self, site: Site, tactic: Tactic, cubins: Mapping[Source, Binary], step: Step | None) -> float:
+        """Microseconds of one run on `step`, launch gaps included: median over replays of a graph."""
+        operands = _Operands(site, tactic, step)
         spare = 4 * self.gpu.l2_bytes
         copies = max(1, min(MOST, -(-spare // max(1, operands.cold_bytes)))) if operands.cold_bytes else 1
         self._reserve(operands.fixed_bytes + copies * operands.cold_bytes)
@@ -112,50 +119,64 @@ class Timer:
         self.gpu.upload(address, self._pinned[: len(data)], self._stream)
         self.gpu.synchronise(self._stream)
 
-    @staticmethod
-    def _pools(site: Site) -> int:
-        """Pages of the KV pools that the site's step uses."""
-        if site.op != "PagedAttention":
-            return 1
-        step = _Step(site)
-        return 1 + step.num_pages
 
+@dataclass(frozen=True)
+class Step:
+    """What attention is timed on: query tokens of each sequence, and its keys, those of the queries included."""
 
-class _Step:
-    """The step that times PagedAttention: decode rows of CONTEXT keys, or one prompt that fills the bucket."""
+    queries: tuple[int, ...]
+    lengths: tuple[int, ...]
 
-    def __init__(self, site: Site):
-        query, table, pool = site.inputs[0], site.inputs[6], site.inputs[7]
-        assert query is not None and table is not None and pool is not None
-        self.tokens, (self.sequences, self.width), self.page = query.shape[0], table.shape, pool.shape[1]
-        longest = self.width * self.page
-        if site.max_query == 1:
-            self.starts = list(range(self.sequences + 1))
-            self.lengths = [min(CONTEXT, longest)] * self.sequences
-        else:
-            each = min(self.tokens, longest)
-            counts = [min(each, max(0, self.tokens - i * each)) for i in range(self.sequences)]
-            self.starts, self.lengths = [0, *np.cumsum(counts).tolist()], counts
-        self.num_pages = sum(-(-n // self.page) for n in self.lengths)
+    def num_pages(self, page_size: int) -> int:
+        """Pages that the sequences fill, and the first, which nobody reads."""
+        return 1 + sum(-(-n // page_size) for n in self.lengths)
 
-    def arrays(self) -> dict[int, np.ndarray]:
+    def arrays(self, site: Site) -> dict[int, np.ndarray]:
         """slots, query_start, kv_len and pages by their place among the op's inputs."""
-        pages = np.zeros((self.sequences, self.width), np.int32)
-        slots, first = np.zeros(self.tokens, np.int32), 1
+        at, page_size = SLOTS[site.op], _pool(site).shape[1]
+        slots_like, table_like = site.inputs[at], site.inputs[at + 3]
+        assert slots_like is not None and table_like is not None
+        starts = np.concatenate([[0], np.cumsum(self.queries)]).astype(np.int32)
+        pages, slots, first = np.zeros(table_like.shape, np.int32), np.zeros(slots_like.shape, np.int32), 1
         for s, length in enumerate(self.lengths):
-            count = -(-length // self.page)
+            count = -(-length // page_size)
             pages[s, :count] = np.arange(first, first + count)
-            begin, end = self.starts[s], self.starts[s + 1]
-            slots[begin:end] = first * self.page + np.arange(length - (end - begin), length)
+            begin, end = starts[s], starts[s + 1]
+            slots[begin:end] = first * page_size + np.arange(length - (end - begin), length)
             first += count
-        return {3: slots, 4: np.array(self.starts, np.int32), 5: np.array(self.lengths, np.int32), 6: pages}
+        return {at: slots, at + 1: starts, at + 2: np.array(self.lengths, np.int32), at + 3: pages}
+
+
+def steps(site: Site) -> list[Step | None]:
+    """The steps to time a site on, the commonest first: for attention decode rows of CONTEXT keys and of many more, or
+    one prompt that fills the bucket; None where the op reads no step."""
+    if site.op not in SLOTS:
+        return [None]
+    table, query = site.inputs[SLOTS[site.op] + 3], site.inputs[0]
+    assert table is not None and query is not None
+    tokens, (sequences, width) = query.shape[0], table.shape
+    longest = width * _pool(site).shape[1]
+    if site.max_query == 1:
+        contexts = [min(CONTEXT, longest), min(LONG // sequences, longest)]
+        contexts = contexts[: 2 if contexts[1] > 2 * contexts[0] else 1]
+        return [Step((1,) * sequences, (context,) * sequences) for context in contexts]
+    each = min(tokens, longest)
+    counts = tuple(min(each, max(0, tokens - i * each)) for i in range(sequences))
+    return [Step(counts, counts)]
+
+
+def _pool(site: Site) -> Tensor:
+    pool = site.inputs[SLOTS[site.op] + 4]
+    assert pool is not None
+    return pool
 
 
 class _Operands:
     """Where the operands of a site lie in the region: fixed ones first, then copies of the cold ones."""
 
-    def __init__(self, site: Site, tactic: Tactic, num_pages: int):
-        self._site = site
+    def __init__(self, site: Site, tactic: Tactic, step: Step | None):
+        self._site, self._step = site, step
+        num_pages = step.num_pages(_pool(site).shape[1]) if step else 1
         self._at: dict[tuple[str, int], tuple[bool, int]] = {}
         self.fixed_bytes = self.cold_bytes = 0
         for kind, tensors in (("input", site.inputs), ("output", site.outputs)):
@@ -181,8 +202,8 @@ class _Operands:
     def arrays(self, generator: np.random.Generator) -> list[tuple[int, np.ndarray]]:
         """Integers that the kernels index with, (offset, values)."""
         values: dict[int, np.ndarray] = {}
-        if self._site.op == "PagedAttention":
-            values = _Step(self._site).arrays()
+        if self._step:
+            values = self._step.arrays(self._site)
         else:
             most = {"Gather": 0, "Experts": 3}.get(self._site.op)  # the operand whose first axis is indexed
             for i, tensor in enumerate(self._site.inputs):

@@ -26,32 +26,33 @@ def attend(
     """
     d = tl.arange(0, BD)
     dv = tl.arange(0, BDV)
+    each = tl.arange(0, BN)
+    FACTOR: tl.constexpr = (SOFTCAP if SOFTCAP > 0 else SCALE) * LOG2E
+    # page numbers are a tile ahead: a load whose address is another's result would not be pipelined far
+    page = tl.load(page_row + (first + each) // PAGE, mask=first + each < last, other=0)
     for start in tl.range(first, last, BN):
-        key = start + tl.arange(0, BN)
+        key = start + each
+        row = (page.to(tl.int64) * PAGE + key % PAGE) * NUM_KV_HEADS + kv_head
         if MASKED:
             exists = key < end
-            page = tl.load(page_row + key // PAGE, mask=exists, other=0)
             k_mask = (d < D)[:, None] & exists[None, :]
             v_mask = exists[:, None] & (dv < DV)[None, :]
         else:
-            page = tl.load(page_row + key // PAGE)
             k_mask = (d < D)[:, None]
             v_mask = (dv < DV)[None, :]
-        row = (page.to(tl.int64) * PAGE + key % PAGE) * NUM_KV_HEADS + kv_head
         k = tl.load(k_pages + row[None, :] * D + d[:, None], mask=k_mask, other=0.0)  # [BD, BN]
         v = tl.load(v_pages + row[:, None] * DV + dv[None, :], mask=v_mask, other=0.0)  # [BN, BDV]
+        page = tl.load(page_row + (key + BN) // PAGE, mask=key + BN < last, other=0)
         scores = tl.dot(q, k, input_precision="ieee")
         if SOFTCAP > 0:  # tanh by one exponential; its error is below 1e-7
-            scores = SOFTCAP * LOG2E * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * LOG2E * SCALE / SOFTCAP))))
-        else:
-            scores *= SCALE * LOG2E
+            scores = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * LOG2E * SCALE / SOFTCAP)))
         if MASKED:
             visible = exists[None, :] & (key[None, :] <= position[:, None])
             if WINDOW > 0:
                 visible &= key[None, :] > position[:, None] - WINDOW
             scores = tl.where(visible, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
+        higher = tl.maximum(top, tl.max(scores, 1) * FACTOR)
+        weights = tl.exp2(scores * FACTOR - higher[:, None])
         fade = tl.exp2(top - higher)
         total = total * fade + tl.sum(weights, 1)
         acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")

@@ -1,9 +1,9 @@
-"""Decode on the GPU: sequences with one query token, their keys split over programs (flash-decoding).
+"""Decode on the GPU: the keys of all sequences with one query token, dealt out evenly to the programs.
 
-A program takes a share of the keys of one sequence and one key head. A sequence's keys are shared out by its own
-length, so programs beyond it exit at once. A sequence with a single share is written out directly; else each share
-leaves its accumulator, maximum and total in the workspace, and they are merged in order (results do not vary from run
-to run): by `merge_kernel`, or without another launch by the program that arrives last.
+How long the contexts of a step are is known on the device only, and a plan's grid is fixed. So the keys of all
+sequences are laid end to end and each program takes an equal share: part of a long sequence, or several short ones. A
+sequence that lies within one share is written out directly; else each of its programs leaves its accumulator, maximum
+and total in the workspace, and the one that arrives last merges them in order (results do not vary from run to run).
 """
 
 import triton
@@ -12,24 +12,27 @@ import triton.language as tl
 from ..pdl import begin
 from .attend import LOWEST, attend, finish
 
+UNIT = tl.constexpr(16)  # keys are dealt out in units of so many
+
 
 @triton.jit
-def share_out(length, splits, BN: tl.constexpr, WINDOW: tl.constexpr):
-    """First key in reach of the query of a sequence of `length` keys, keys of a share, number of shares."""
-    first = 0
+def reach(query_start, kv_len, s, inside, WINDOW: tl.constexpr):
+    """First key that the query of sequence s sees, and the number of units from there on; 0 unless it has one query."""
+    num_queries = tl.load(query_start + s + 1, mask=inside, other=0) - tl.load(query_start + s, mask=inside, other=0)
+    length = tl.load(kv_len + s, mask=inside, other=0)
+    first = length * 0
     if WINDOW > 0:
         first = tl.maximum(length - WINDOW, 0)
-    share = tl.maximum(tl.cdiv(tl.cdiv(length - first, BN), splits), 1) * BN
-    return first, share, tl.cdiv(length - first, share)
+    return first, tl.where(num_queries == 1, tl.cdiv(length - first, UNIT), 0)
 
 
 @triton.jit
 def merge(
-    parts, tops, totals, sinks, y, unit, row, kv_head, num_shares, splits,
+    parts, tops, totals, sinks, y, row, kv_head, leader, num_shares, programs,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     SINKS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Writes the GROUP heads of a unit (a sequence and key head) from its shares, CHUNK of them at a time."""
+    """Writes the GROUP heads of a sequence and key head from its shares, CHUNK of them at a time."""
     g = tl.arange(0, BG)
     dv = tl.arange(0, BDV)
     acc = tl.zeros([BG, BDV], tl.float32)
@@ -37,7 +40,8 @@ def merge(
     total = tl.zeros([BG], tl.float32)
     for start in range(0, num_shares, CHUNK):
         share = start + tl.arange(0, CHUNK)
-        at = (unit * splits + share)[:, None] * GROUP + g[None, :]  # [CHUNK, BG]
+        place = kv_head * 2 * programs + 2 * (leader + share) + (share == 0).to(tl.int32)
+        at = place[:, None] * GROUP + g[None, :]  # [CHUNK, BG]
         inside = (share < num_shares)[:, None] & (g < GROUP)[None, :]
         part = tl.load(
             parts + at[:, :, None] * DV + dv[None, None, :], mask=inside[:, :, None] & (dv < DV)[None, None, :],
@@ -59,89 +63,79 @@ def merge(
 
 @triton.jit
 def decode_kernel(
-    query, query_start, kv_len, pages, k_pages, v_pages, sinks, y, parts, tops, totals, arrived, splits,
-    STRIDE: tl.constexpr, WIDTH: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
+    query, query_start, kv_len, pages, k_pages, v_pages, sinks, y, parts, tops, totals, arrived, sequences,
+    BS: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, PAGE: tl.constexpr,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, LAST_MERGES: tl.constexpr, BG: tl.constexpr,
-    CHUNK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, CHUNK: tl.constexpr, LEAST: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Grid (key heads, sequences, splits); SPLIT: there may be several.
+    """Grid (key heads, programs).
 
-    STRIDE: elements of a query row; WIDTH: of a row of the page table.
+    STRIDE: elements of a query row; WIDTH: of a row of the page table; BS: at least `sequences`; LEAST: units of a
+    share. What a program leaves lies in place 2 * program, + 1 if the sequence begins in its share; `arrived` counts,
+    for each program, the shares of the sequence that begins in its share and ends in another's.
     """
     begin(PDL)
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     kv_head = tl.program_id(0)
-    s = tl.program_id(1)
-    row = tl.load(query_start + s).to(tl.int64)
-    length = tl.load(kv_len + s)
-    if tl.load(query_start + s + 1) - row != 1:
+    mine = tl.program_id(1)
+    programs = tl.num_programs(1)
+    each = tl.arange(0, BS)
+    _, units = reach(query_start, kv_len, each, each < sequences, WINDOW)
+    ends = tl.cumsum(units, 0)
+    num_units = tl.sum(units, 0)
+    share = tl.maximum(tl.cdiv(num_units, programs), LEAST)
+    at = mine * share
+    stop = tl.minimum(at + share, num_units)
+    if at >= stop:
         return
-    first, share, num_shares = share_out(length, splits, BN, WINDOW)
-    mine = tl.program_id(2)
-    if mine >= num_shares:
-        return
-    start = first + mine * share
-    end = tl.minimum(start + share, length)
+    s = tl.sum((ends <= at).to(tl.int32), 0)
+    begins = tl.sum(tl.where(each == s, ends - units, 0), 0)  # the unit at which sequence s begins
 
     g = tl.arange(0, BM)
     d = tl.arange(0, BD)
     dv = tl.arange(0, BDV)
     head = kv_head * GROUP + g
-    q = tl.load(
-        query + row * STRIDE + head[:, None] * D + d[None, :],
-        mask=(g < GROUP)[:, None] & (d < D)[None, :], other=0.0,
-    )  # fmt: skip
-    acc = tl.zeros([BM, BDV], tl.float32)
-    top = tl.full([BM], LOWEST, tl.float32)
-    total = tl.zeros([BM], tl.float32)
-    position = tl.zeros([BM], tl.int32) + (length - 1)
-    acc, top, total = attend(
-        q, acc, top, total, position, pages + s.to(tl.int64) * WIDTH, k_pages, v_pages, kv_head, start, end, end,
-        NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, 0, True,
-    )  # fmt: skip
-
     mask = (g < GROUP)[:, None] & (dv < DV)[None, :]
-    if num_shares == 1:
-        out = finish(acc, top, total, sinks, head, g < GROUP, SINKS)
-        place = (row * NUM_HEADS + head)[:, None] * DV + dv[None, :]
-        tl.store(y + place, out.to(y.dtype.element_ty), mask=mask)
-    elif SPLIT:
-        unit = s.to(tl.int64) * NUM_KV_HEADS + kv_head
-        at = (unit * splits + mine) * GROUP + g
-        tl.store(parts + at[:, None] * DV + dv[None, :], acc, mask=mask)
-        tl.store(tops + at, top, mask=g < GROUP)
-        tl.store(totals + at, total, mask=g < GROUP)
-        if LAST_MERGES:
-            tl.debug_barrier()  # all threads have stored before one of them says so
-            before = tl.atomic_add(arrived + unit, 1, sem="acq_rel")
-            if before == num_shares - 1:
-                merge(
-                    parts, tops, totals, sinks, y, unit, row, kv_head, num_shares, splits,
-                    NUM_HEADS, GROUP, BG, DV, BDV, SINKS, CHUNK,
-                )  # fmt: skip
-
-
-@triton.jit
-def merge_kernel(
-    query_start, kv_len, sinks, y, parts, tops, totals, splits,
-    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, WINDOW: tl.constexpr,
-    SINKS: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, CHUNK: tl.constexpr,
-    PDL: tl.constexpr = False,
-):  # fmt: skip
-    """Grid (key heads, sequences), after a decode_kernel with the same BN and splits."""
-    begin(PDL)
-    kv_head = tl.program_id(0)
-    s = tl.program_id(1)
-    row = tl.load(query_start + s).to(tl.int64)
-    length = tl.load(kv_len + s)
-    if tl.load(query_start + s + 1) - row != 1:
-        return
-    _, _, num_shares = share_out(length, splits, BN, WINDOW)
-    if num_shares > 1:
-        merge(
-            parts, tops, totals, sinks, y, s.to(tl.int64) * NUM_KV_HEADS + kv_head, row, kv_head, num_shares, splits,
-            NUM_HEADS, NUM_HEADS // NUM_KV_HEADS, BG, DV, BDV, SINKS, CHUNK,
-        )  # fmt: skip
+    while at < stop:
+        first, num_units = reach(query_start, kv_len, s, True, WINDOW)
+        until = begins + num_units
+        if num_units > 0:
+            row = tl.load(query_start + s).to(tl.int64)
+            length = tl.load(kv_len + s)
+            q = tl.load(
+                query + row * STRIDE + head[:, None] * D + d[None, :],
+                mask=(g < GROUP)[:, None] & (d < D)[None, :], other=0.0,
+            )  # fmt: skip
+            acc = tl.zeros([BM, BDV], tl.float32)
+            top = tl.full([BM], LOWEST, tl.float32)
+            total = tl.zeros([BM], tl.float32)
+            position = tl.zeros([BM], tl.int32) + (length - 1)
+            start = first + (at - begins) * UNIT
+            end = tl.minimum(first + (tl.minimum(until, stop) - begins) * UNIT, length)
+            acc, top, total = attend(
+                q, acc, top, total, position, pages + s.to(tl.int64) * WIDTH, k_pages, v_pages, kv_head, start, end,
+                end, NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, 0, True,
+            )  # fmt: skip
+            if (at == begins) & (until <= stop):
+                out = finish(acc, top, total, sinks, head, g < GROUP, SINKS)
+                place = (row * NUM_HEADS + head)[:, None] * DV + dv[None, :]
+                tl.store(y + place, out.to(y.dtype.element_ty), mask=mask)
+            else:
+                part = (kv_head * 2 * programs + 2 * mine + (at == begins).to(tl.int32)) * GROUP + g
+                tl.store(parts + part[:, None] * DV + dv[None, :], acc, mask=mask)
+                tl.store(tops + part, top, mask=g < GROUP)
+                tl.store(totals + part, total, mask=g < GROUP)
+                tl.debug_barrier()  # all threads have stored before one of them says so
+                leader = begins // share
+                num_shares = (until - 1) // share - leader + 1
+                before = tl.atomic_add(arrived + kv_head * programs + leader, 1, sem="acq_rel")
+                if before == num_shares - 1:
+                    merge(
+                        parts, tops, totals, sinks, y, row, kv_head, leader, num_shares, programs,
+                        NUM_HEADS, GROUP, BG, DV, BDV, SINKS, CHUNK,
+                    )  # fmt: skip
+        at = tl.minimum(until, stop)
+        begins = until
+        s += 1

@@ -15,12 +15,11 @@ import triton
 from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic
 
 QUERY, KEY, VALUE, SLOTS, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS = range(10)
-MOST_SPLITS = 128
 
 # (BN, warps, stages) of decode; BN keys are in flight per stage
-DECODE = ((64, 4, 3), (128, 4, 2), (32, 4, 4), (64, 2, 3), (128, 8, 3))
+DECODE = ((64, 4, 3), (32, 4, 4), (128, 8, 3), (64, 4, 2))
 # (rows, BN, warps, stages) of chunks
-CHUNK = ((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 4, 2), (64, 32, 4, 2), (16, 64, 4, 3))
+CHUNK = ((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (16, 64, 4, 3))
 SMALL_DECODE = ((32, 4, 2), (16, 4, 2))  # fp32, which has no tensor cores at full precision: registers are the limit
 SMALL_CHUNK = ((32, 32, 4, 2), (16, 32, 4, 2))
 
@@ -29,22 +28,22 @@ def tactics(site: Site) -> list[Tactic]:
     """Decode buckets: splits of different widths. Others: tiles, with and without decode rows in a launch apart."""
     shape = _Shape.of(site)
     small = shape.itemsize == 4
-    decodes = [d for d in (SMALL_DECODE if small else DECODE) if shape.fits(shape.decode_rows, d[0], d[2])]
+    decodes = [d for d in (SMALL_DECODE if small else DECODE) if shape.fits(shape.decode_rows, *d)]
     if site.max_query == 1:
-        return [
-            tactic
-            for bn, warps, stages in decodes
-            for splits in shape.split_counts(bn)
-            for tactic in shape.decode_tactics(bn, warps, stages, splits)
-        ]
-    chunks = [c for c in (SMALL_CHUNK if small else CHUNK) if shape.fits(max(c[0], shape.bg), c[1], c[3])]
+        found = []
+        for bn, warps, stages in decodes:
+            for programs in shape.programs(bn):
+                counters, launch, workspace = shape.decode(bn, warps, stages, programs)
+                name = f"decode {bn} warps{warps} stages{stages} programs{programs}"
+                found.append(Tactic(name, (shape.write(*counters), launch), workspace))
+        return found
+    chunks = [c for c in (SMALL_CHUNK if small else CHUNK) if shape.fits(max(c[0], shape.bg), *c[1:])]
     found = [Tactic(_name("chunk", c), (shape.write(0, 0), shape.chunk(*c, skip_decode=False))) for c in chunks]
     bn, warps, stages = decodes[0]
-    splits = shape.split_counts(bn)[0]
+    counters, launch, workspace = shape.decode(bn, warps, stages, shape.programs(bn)[0])
     for c in chunks[:3]:
-        counters, rest, workspace = shape.decode_launches(bn, warps, stages, splits, last_merges=splits > 1)
-        launches = (shape.write(*counters), shape.chunk(*c, skip_decode=True), *rest)
-        found.append(Tactic(f"{_name('chunk', c)}, decode {bn} splits{splits}", launches, workspace))
+        launches = (shape.write(*counters), shape.chunk(*c, skip_decode=True), launch)
+        found.append(Tactic(f"{_name('chunk', c)}, decode {bn}", launches, workspace))
     return found
 
 
@@ -109,18 +108,11 @@ class _Shape:
         """Most keys that a query can see."""
         return min(self.width * self.page, self.site.attributes["window"] or math.inf)  # type: ignore[return-value]
 
-    def fits(self, rows: int, bn: int, stages: int) -> bool:
+    def fits(self, rows: int, bn: int, warps: int, stages: int) -> bool:
         """Whether the operands of a program fit its shared memory, and its accumulator the registers."""
         bd, bdv = _block(self.d), _block(self.dv)
         needed = (rows * max(bd, bn) + stages * bn * (bd + bdv)) * self.itemsize
-        return needed <= shared_memory(self.site.device.capability) and rows * bdv <= 128 * 128
-
-    def split_counts(self, bn: int) -> list[int]:
-        """Likeliest first: as many as give each multiprocessor two programs, or one, or four; no more than blocks."""
-        units = self.sequences * self.kv_heads
-        most = min(MOST_SPLITS, triton.cdiv(self.reach, bn))
-        wanted = (max(1, min(most, round(n * self.site.device.num_sms / units))) for n in (2, 1, 4))
-        return list(dict.fromkeys(wanted))
+        return needed <= shared_memory(self.site.device.capability) and rows * bdv <= 128 * 32 * warps
 
     def constants(self) -> dict[str, Any]:
         a = self.site.attributes
@@ -135,7 +127,7 @@ class _Shape:
 
     def signature(self, *names: str) -> tuple[tuple[str, str], ...]:
         types = {"slots": "*i32", "query_start": "*i32", "kv_len": "*i32", "pages": "*i32", "arrived": "*i32"}
-        types |= {"parts": "*fp32", "tops": "*fp32", "totals": "*fp32", "splits": "i32"}
+        types |= {"parts": "*fp32", "tops": "*fp32", "totals": "*fp32", "sequences": "i32", "counters": "i32"}
         return tuple((name, types.get(name, POINTERS[self.dtype])) for name in names)
 
     def kernel(
@@ -160,14 +152,13 @@ class _Shape:
         constants = {
             "KEY_AT": row if self.packed else 0, "KEY_STRIDE": total if self.packed else k_width, "K_WIDTH": k_width,
             "VALUE_AT": row + k_width if self.packed else 0, "VALUE_STRIDE": total if self.packed else v_width,
-            "V_WIDTH": v_width, "BLOCK": triton.next_power_of_2(max(k_width, v_width)), "COUNTERS": counters,
-            "SHARE": triton.next_power_of_2(max(1, triton.cdiv(counters, self.tokens))),
+            "V_WIDTH": v_width, "BLOCK": triton.next_power_of_2(max(k_width, v_width)),
         }  # fmt: skip
-        names = ("key", "value", "slots", "k_pages", "v_pages", "arrived")
+        names = ("key", "value", "slots", "k_pages", "v_pages", "arrived", "counters")
         kernel = self.kernel("write:write_kernel", names, constants, 4, 1)
         source = (QUERY, QUERY) if self.packed else (KEY, VALUE)
-        arguments = (*self.inputs(*source, SLOTS, K_PAGES, V_PAGES), Operand("workspace", offset) if counters
-                     else Operand("input", SLOTS))  # fmt: skip
+        zeroed = Operand("workspace", offset) if counters else Operand("input", SLOTS)
+        arguments: tuple[Operand | int, ...] = (*self.inputs(*source, SLOTS, K_PAGES, V_PAGES), zeroed, counters)
         return Launch(kernel, (self.tokens, 1, 1), arguments)
 
     def chunk(self, rows: int, bn: int, warps: int, stages: int, *, skip_decode: bool) -> Launch:
@@ -183,58 +174,35 @@ class _Shape:
         kernel = self.kernel("chunk:chunk_kernel", names, constants, warps, stages)
         return Launch(kernel, (self.kv_heads, self.tokens // tokens + self.sequences, 1), arguments)
 
-    def decode_tactics(self, bn: int, warps: int, stages: int, splits: int) -> list[Tactic]:
-        found = []
-        for last_merges in (True, False) if splits > 1 else (False,):
-            counters, launches, workspace = self.decode_launches(bn, warps, stages, splits, last_merges=last_merges)
-            name = f"decode {bn} warps{warps} stages{stages} splits{splits}{' last merges' if last_merges else ''}"
-            found.append(Tactic(name, (self.write(*counters), *launches), workspace))
-        return found
+    def programs(self, bn: int) -> list[int]:
+        """Programs of a key head, likeliest first: for 2, 3, 4 or 1 on each multiprocessor; no more than shares."""
+        most = triton.cdiv(self.sequences * triton.cdiv(self.reach, 16), 2 * bn // 16)
+        wanted = (max(1, min(most, n * self.site.device.num_sms // self.kv_heads)) for n in (2, 3, 4, 1))
+        return list(dict.fromkeys(wanted))
 
-    def decode_launches(
-        self, bn: int, warps: int, stages: int, splits: int, *, last_merges: bool
-    ) -> tuple[tuple[int, int], tuple[Launch, ...], int]:
-        """((counters, their offset), launches, workspace bytes)."""
-        units = self.sequences * self.kv_heads
-        rows = units * splits * self.group if splits > 1 else 0
-        at_tops = _aligned(4 * rows * self.dv)
-        at_totals = at_tops + _aligned(4 * rows)
-        at_arrived = at_totals + _aligned(4 * rows)
-        counters = units if last_merges else 0
-        merging = {"BG": self.bg, "CHUNK": max(1, min(triton.next_power_of_2(splits),
-                                                      8192 // (self.bg * _block(self.dv))))}  # fmt: skip
-        constants = self.constants() | {
-            "BM": self.decode_rows,
-            "BN": bn,
-            "SPLIT": splits > 1,
-            "LAST_MERGES": last_merges,
-        }
-        names: tuple[str, ...] = (
+    def decode(self, bn: int, warps: int, stages: int, programs: int) -> tuple[tuple[int, int], Launch, int]:
+        """((counters, their offset), launch, workspace bytes)."""
+        counters = self.kv_heads * programs
+        parts = 2 * counters * self.group
+        at_tops = _aligned(4 * parts * self.dv)
+        at_totals = at_tops + _aligned(4 * parts)
+        at_arrived = at_totals + _aligned(4 * parts)
+        constants = {
+            "BS": max(256, triton.next_power_of_2(self.sequences)), **self.constants(), "BM": self.decode_rows,
+            "BN": bn, "BG": self.bg, "LEAST": max(1, 2 * bn // 16),
+            "CHUNK": max(1, min(16, 4096 // (self.bg * _block(self.dv)))),
+        }  # fmt: skip
+        names = (
             "query", "query_start", "kv_len", "pages", "k_pages", "v_pages", "sinks", "y", "parts", "tops", "totals",
-            "arrived", "splits",
+            "arrived", "sequences",
         )  # fmt: skip
-        # with one split nothing is kept: the output stands in for the workspace
-        parts = tuple(
-            Operand("workspace", at) if splits > 1 else Operand("output", 0) for at in (0, at_tops, at_totals)
-        )
-        arrived = Operand("workspace", at_arrived) if counters else Operand("input", KV_LEN)
-        kernel = self.kernel("decode:decode_kernel", names, constants | merging, warps, stages)
-        if splits == 1:  # types follow the operands that stand in
-            types = dict(kernel.signature) | dict.fromkeys(("parts", "tops", "totals"), POINTERS[self.dtype])
-            kernel = Kernel(kernel.function, tuple(types.items()), kernel.constants, warps, stages, kernel.divisible)
+        kernel = self.kernel("decode:decode_kernel", names, constants, warps, stages)
         arguments: tuple[Operand | int, ...] = (
             *self.inputs(QUERY, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS), Operand("output", 0),
-            *parts, arrived, splits,
+            *(Operand("workspace", at) for at in (0, at_tops, at_totals, at_arrived)), self.sequences,
         )  # fmt: skip
-        launches = [Launch(kernel, (self.kv_heads, self.sequences, splits), arguments)]
-        if splits > 1 and not last_merges:
-            names = ("query_start", "kv_len", "sinks", "y", "parts", "tops", "totals", "splits")
-            wanted = ("NUM_HEADS", "NUM_KV_HEADS", "DV", "BDV", "WINDOW", "SINKS")
-            constants = {name: constants[name] for name in wanted} | {"BN": bn} | merging
-            merge = self.kernel("decode:merge_kernel", names, constants, 4, 1)
-            arguments = (*self.inputs(QUERY_START, KV_LEN, SINKS), Operand("output", 0), *parts, splits)
-            launches.append(Launch(merge, (self.kv_heads, self.sequences, 1), arguments))
-        return (counters, at_arrived), tuple(launches), at_arrived + _aligned(4 * counters)
+        launch = Launch(kernel, (self.kv_heads, programs, 1), arguments)
+        return (counters, at_arrived), launch, at_arrived + _aligned(4 * counters)
 
 
 def _aligned(num_bytes: int) -> int:
