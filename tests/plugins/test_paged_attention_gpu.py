@@ -197,7 +197,7 @@ def test_every_tactic_compiles(capability):
                   pools, pools, None)  # fmt: skip
         site = Site("PagedAttention", attributes, inputs, (bf16(tokens, 4096),), Device(capability), max_query)
         kernels |= {launch.kernel for tactic in tactics(site) for launch in tactic.launches}
-    assert len(kernels) >= 15
+    assert len(kernels) >= 5, "a choice for decode and one for chunks"
     for kernel, cubin in compile_all(kernels, capability).items():
         assert isinstance(cubin, Cubin) and cubin.data[:4] == b"\x7fELF", (kernel, cubin)
         assert cubin.shared <= shared_memory(capability), (kernel, cubin.shared)
