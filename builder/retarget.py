@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from ..engines.manifest import Manifest
@@ -19,6 +21,7 @@ def retarget(folder: Path, config: BuildConfig) -> Manifest:
 
     Raises EngineError: no engine there, or a damaged one; BuildError: the target cannot be compiled for.
     """
+    start = time.perf_counter()
     manifest = Manifest.open(folder)
     with target_of(config.target).begin(config) as compile, engine_directory(folder, force=True) as fresh:
         for name in manifest.files:
@@ -26,4 +29,7 @@ def retarget(folder: Path, config: BuildConfig) -> Manifest:
                 (fresh / name).parent.mkdir(parents=True, exist_ok=True)
                 os.link(folder / name, fresh / name)
         info = compile(load_graph(fresh), manifest.model, fresh)
-        return replace(manifest, target=config.target, target_info=info).save(fresh)
+        seconds = round(time.perf_counter() - start, 3)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        record = replace(manifest.build, time=now, seconds=seconds, phases={f"compile for {config.target}": seconds})
+        return replace(manifest, target=config.target, target_info=info, build=record).save(fresh)

@@ -24,6 +24,10 @@ class DType:
     itemsize: int  # bytes
 
     @property
+    def floating(self) -> bool:
+        return "float" in self.name
+
+    @property
     def numpy(self) -> np.dtype:
         import ml_dtypes
         import numpy as np

@@ -122,10 +122,17 @@ class Manifest:
         `targets`: the targets the caller can run, None for any. `verify=False` checks sizes but not hashes.
         Raises EngineError: no engine there, another format version or target, a missing, truncated or damaged file.
         """
+        manifest = cls.read(folder, targets)
+        manifest.verify(folder, hashes=verify, progress=progress)
+        return manifest
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike, targets: Collection[str] | None = None) -> Manifest:
+        """What `engine.json` says; the other files are not looked at. Raises EngineError as `open` does."""
         folder = Path(folder)
         fields = _read(folder)
         source = str(fields.get("model", {}).get("source") or "MODEL")
-        mend = f"build it again with `build-engine {source} -o {folder} --force`"
+        mend = _mend(source, folder, fields.get("target"))
         found = fields.get("format_version")
         if found != FORMAT_VERSION:
             raise EngineError(
@@ -140,30 +147,49 @@ class Manifest:
                 f"{folder} was built for the target {manifest.target!r}, but here only {_list(targets)} can run; "
                 f"build it with `build-engine {source} -o {folder} --force --target {sorted(targets)[0]}`."
             )
-        manifest._verify(folder, mend, verify, progress)
         return manifest
 
-    def _verify(self, folder: Path, mend: str, hashes: bool, progress: Callable[[int, int], None] | None) -> None:
-        paths = {name: folder / name for name in self.files}
-        for name, record in self.files.items():
-            pure = PurePosixPath(name)
-            if pure.is_absolute() or ".." in pure.parts:
-                raise EngineError(f"{folder / FILE_NAME} names the file {name!r} outside of the engine; {mend}.")
-            if not paths[name].is_file():
-                raise EngineError(f"{folder} is incomplete: the file {name} is missing; {mend}.")
-            size = paths[name].stat().st_size
-            if size != record.bytes:
-                what = "truncated" if size < record.bytes else "longer than it was built"
-                raise EngineError(f"{paths[name]} is {what} ({size} bytes, expected {record.bytes}); {mend}.")
+    def verify(
+        self,
+        folder: str | os.PathLike,
+        *,
+        without: Collection[str] = (),
+        hashes: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Checks size and hash of every file, or the size alone. `without`: files that the caller does not need, or
+        checks as it reads them. Raises EngineError: a missing, truncated or damaged file."""
+        folder = Path(folder)
+        files = [name for name in self.files if name not in without]
+        for name in files:
+            self.check_size(folder, name)
         if not hashes:
             return
         try:
-            found = tree_hashes(paths, progress)
+            found = tree_hashes({name: folder / name for name in files}, progress)
         except OSError as error:
+            mend = _mend(self.model.source, folder, self.target)
             raise EngineError(f"{error.filename} cannot be read ({error.strerror}); {mend}.") from None
-        for name, record in self.files.items():
-            if found[name] != record.hash:
-                raise EngineError(f"{paths[name]} is damaged (its hash is not the one that was built); {mend}.")
+        for name in files:
+            self.check_hash(folder, name, found[name])
+
+    def check_size(self, folder: Path, name: str) -> None:
+        """Raises EngineError unless the file is there and as long as it was built."""
+        path, pure, mend = folder / name, PurePosixPath(name), _mend(self.model.source, folder, self.target)
+        if pure.is_absolute() or ".." in pure.parts:
+            raise EngineError(f"{folder / FILE_NAME} names the file {name!r} outside of the engine; {mend}.")
+        if not path.is_file():
+            raise EngineError(f"{folder} is incomplete: the file {name} is missing; {mend}.")
+        size, expected = path.stat().st_size, self.files[name].bytes
+        if size != expected:
+            what = "truncated" if size < expected else "longer than it was built"
+            raise EngineError(f"{path} is {what} ({size} bytes, expected {expected}); {mend}.")
+
+    def check_hash(self, folder: Path, name: str, found: str) -> None:
+        """Raises EngineError unless `found` is the hash of the file that was built."""
+        if found != self.files[name].hash:
+            mend = _mend(self.model.source, folder, self.target)
+            raise EngineError(f"{folder / name} is damaged (its hash is not the one that was built); {mend}.")
 
 
 def sync(path: Path) -> None:
@@ -173,6 +199,11 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _mend(source: str, folder: Path, target: Any) -> str:
+    same = "" if target in (None, "cpu") else f" --target {target}"
+    return f"build it again with `build-engine {source} -o {folder} --force{same}`"
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ The hash depends on the bytes alone: not on names, times, or the number of threa
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,11 +39,16 @@ def tree_hashes(paths: Mapping[str, Path], progress: Callable[[int, int], None] 
             for name, path in paths.items()
         }
         for name, futures in chunks.items():
-            tree = hashlib.sha256()
+            digests = []
             for i, future in enumerate(futures):
-                tree.update(future.result())
+                digests.append(future.result())
                 done += min(CHUNK_BYTES, sizes[name] - i * CHUNK_BYTES)
                 if progress:
                     progress(done, total)
-            hashes[name] = tree.hexdigest()
+            hashes[name] = root(digests)
     return hashes
+
+
+def root(digests: Iterable[bytes]) -> str:
+    """The hash of a file in hex, from the sha256 of its chunks in order."""
+    return hashlib.sha256(b"".join(digests)).hexdigest()

@@ -75,6 +75,27 @@ def write_weights(
     return places
 
 
+def declared_weights(model: ir.Model) -> dict[str, tuple[DType, tuple[int, ...]]]:
+    """Element type and shape of each weight, from the graph alone: the file is not needed."""
+    weights = {name: value.const_value for name, value in model.graph.initializers.items()}
+    return {
+        name: (_dtype(tensor), tuple(tensor.shape.numpy())) for name, tensor in weights.items() if tensor is not None
+    }
+
+
+def random_weights(model: ir.Model) -> dict[str, torch.Tensor]:
+    """Small random numbers for every weight of the graph, zeros for integers, in place of `open_weights`."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: (torch.randn(shape, generator=generator) * 0.02).to(dtype.torch)
+        if dtype.floating
+        else torch.zeros(shape, dtype=dtype.torch)
+        for name, (dtype, shape) in declared_weights(model).items()
+    }
+
+
 def open_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All weights of an engine as tensors over one memory map: pages come from disk when they are first read."""
     from safetensors import safe_open
@@ -117,5 +138,8 @@ def load_graph(folder: Path) -> ir.Model:
 
 
 def _weight(name: str, tensor: ir.TensorProtocol) -> Weight:
-    dtype = next(d for d in DTYPES.values() if d.onnx == tensor.dtype)
-    return Weight(name, dtype, tuple(tensor.shape.numpy()), tensor.numpy)
+    return Weight(name, _dtype(tensor), tuple(tensor.shape.numpy()), tensor.numpy)
+
+
+def _dtype(tensor: ir.TensorProtocol) -> DType:
+    return next(d for d in DTYPES.values() if d.onnx == tensor.dtype)

@@ -25,6 +25,7 @@ _KERNELS = {
     "Div": "elementwise",
     "Experts": "experts",
     "GatedActivation": "gated_activation",
+    "GatedLinear": "gated_linear",
     "Gather": "gather",
     "Gelu": "elementwise",
     "Identity": "elementwise",

@@ -8,7 +8,7 @@ longer than in eager torch. Calls share nothing but constants and the KV pages h
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 import torch
@@ -25,8 +25,18 @@ Launch = Callable[[Values], None]
 NOTHING = 0  # the slot of an absent optional input, always None
 
 
+class Bound(NamedTuple):
+    """What a launch computes: the node's op, the slots it reads and writes, and which of those read never change."""
+
+    op: str
+    attributes: dict[str, Any]
+    sources: list[int]
+    targets: list[int]
+    constant: list[bool]
+
+
 class Program:
-    """An executable graph.
+    """An executable graph: `launches` in order, and `nodes`, which says what each of them is.
 
     Args:
         model: the graph; ops of domain `ingot` (`plugins.OPS`) and of standard ONNX (`plugins.onnx_ops`).
@@ -47,6 +57,7 @@ class Program:
         self._slots: dict[ir.Value, int] = {}
         self._template: Values = [None]  # what a call starts from: constants in their slots
         self.launches: list[Launch] = []
+        self.nodes: list[Bound] = []
         self.inputs: dict[str, int] = {}  # name -> slot
         graph = model.graph
 
@@ -122,7 +133,11 @@ class Program:
             last = {slot for slot in (*sources, *targets) if slot not in alive}
             alive.update(last)
             self.launches.append(_launch(run, sources, targets, sorted(last)))
+            attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+            constant = [self._template[slot] is not None for slot in sources]
+            self.nodes.append(Bound(node.op_type, attributes, sources, targets, constant))
         self.launches.reverse()
+        self.nodes.reverse()
 
     def _place(self, value: ir.Value, constant: Any = None) -> int:
         self._slots[value] = slot = len(self._template)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import onnx.defs
 
-from . import experts, gated_activation, linear, paged_attention, rms_norm, rope, rotary_cos_sin
+from . import experts, gated_activation, gated_linear, linear, paged_attention, rms_norm, rope, rotary_cos_sin
 from .binder import Run
 
 
@@ -20,6 +20,7 @@ class Op(NamedTuple):
 OPS: dict[str, Op] = {
     "Experts": Op(experts.SCHEMA, experts.experts),
     "GatedActivation": Op(gated_activation.SCHEMA, gated_activation.gated_activation),
+    "GatedLinear": Op(gated_linear.SCHEMA, gated_linear.gated_linear),
     "Linear": Op(linear.SCHEMA, linear.linear),
     "PagedAttention": Op(paged_attention.SCHEMA, paged_attention.paged_attention),
     "RMSNorm": Op(rms_norm.SCHEMA, rms_norm.rms_norm),

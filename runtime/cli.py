@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Engine = Annotated[Path, typer.Argument(metavar="DIR", help="An engine directory.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+PROFILE = "Show the time of each op in a step against its floor instead, and draw it (--plot, or profile.png)."
 PrefixCache = Annotated[bool, typer.Option(help="Reuse the KV pages of prompts that begin alike.")]
 
 
@@ -96,9 +97,15 @@ def bench(
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in one step at most.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens in one step at most.")] = None,
     prefix_cache: PrefixCache = True,
-    load_format: Annotated[str, typer.Option(help="dummy: random weights, the file is not read (cuda).")] = "auto",
+    load_format: Annotated[str, typer.Option(help="dummy: random weights, the file is not read.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of lengths, tokens and arrivals.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Draw the latencies into this file (needs ingot[bench]).")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help=PROFILE)] = False,
+    batches: Annotated[str | None, typer.Option(help="With --profile: sequences of a decode step, as 1,64.")] = None,
+    context: Annotated[int, typer.Option(help="With --profile: keys of each sequence while decoding.")] = 200,
+    prefill: Annotated[
+        str | None, typer.Option(help="With --profile: prompts a step each, as 1024,4096; 0: none.")
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -106,6 +113,18 @@ def bench(
     from ..engines.manifest import Manifest
     from . import bench as benchmark
 
+    options: dict[str, Any] = {
+        "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens, "prefix_cache": prefix_cache,
+        "load_format": load_format,
+    }  # fmt: skip
+    if profile:
+        if rate is not None or file is not None or num_requests is not None:
+            raise typer.BadParameter("--profile makes its own load; leave out --rate, --file and --num-requests.")
+        sizes = _sizes("batches", batches) or ([concurrency] if concurrency else [])
+        prompts = None if prefill is None else _sizes("prefill", "" if prefill == "0" else prefill)
+        return _profile(engine, options, sizes, context, prompts, seed, plot, as_json)
+    if batches is not None or prefill is not None:
+        raise typer.BadParameter("--batches and --prefill belong to --profile; add it or leave them out.")
     if concurrency is None and rate is None:
         concurrency = 8
     for name, value in {"num-requests": num_requests, "concurrency": concurrency, "rate": rate}.items():
@@ -114,14 +133,10 @@ def bench(
     if file:
         jobs = benchmark.from_file(file, num_requests, output_len, seed)
     else:
-        vocab = Manifest.open(engine, verify=False).model.vocab_size
+        vocab = Manifest.read(engine).model.vocab_size
         jobs = benchmark.synthetic(num_requests or 64, input_len, output_len, vocab, seed, prefix_len)
     if plot:
         _check_plot(plot)
-    options: dict[str, Any] = {
-        "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens, "prefix_cache": prefix_cache,
-        "load_format": load_format,
-    }  # fmt: skip
     timings, seconds = asyncio.run(_load(engine, options, jobs, warmup, concurrency, rate, seed))
     figures = {"engine": str(engine), "concurrency": concurrency, "rate": rate, **benchmark.report(timings, seconds)}
     if as_json:
@@ -189,6 +204,47 @@ def _show(figures: dict[str, Any]) -> None:
     )
     if figures["failed"]:
         print(f"{figures['failed']} requests failed; the first: {figures['first_error']}", file=sys.stderr)
+
+
+def _sizes(name: str, text: str | None) -> list[int]:
+    """`"1,64"` -> [1, 64]."""
+    parts = [part for part in (text or "").split(",") if part]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise typer.BadParameter(f"--{name} is {text}, expected numbers above 0 such as 1,64.")
+    return [int(part) for part in parts]
+
+
+def _profile(
+    engine: Path, options: dict[str, Any], batches: list[int], context: int, prompts: list[int] | None, seed: int,
+    plot: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Print where the time of steps goes, and draw it."""
+    from rich.console import Console
+
+    from .capacity import ServeConfig
+    from .profiling.report import draw, show
+    from .profiling.run import profile
+
+    path = plot or Path("profile.png")
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"the folder of {path} does not exist.")
+    config = ServeConfig(**options | {"prefix_cache": False})
+    console = Console(stderr=True)
+    with console.status("profiling", spinner="dots") as status:
+        report = profile(
+            engine, config, batches=batches, context=context, prompts=prompts, seed=seed,
+            on_done=lambda title: status.update(f"done: {title}"),
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(report.describe(), indent=1))
+    else:
+        show(report, Console())
+    try:
+        draw(report, path)
+        print(f"drawn into {path}", file=sys.stderr)
+    except ImportError:
+        print("The profile is not drawn: it needs matplotlib; install it with `pip install 'ingot[bench]'`.",
+              file=sys.stderr)  # fmt: skip
 
 
 def _check_plot(path: Path) -> None:

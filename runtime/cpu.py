@@ -17,13 +17,14 @@ import torch
 from ..engines.dtypes import DTYPES
 from ..engines.manifest import Manifest
 from ..engines.step import LOGITS, TOKENS, k_pages, v_pages
-from ..engines.weights import load_graph, open_weights
+from ..engines.weights import load_graph, open_weights, random_weights
 from ..plugins import native
 from ..plugins.interpreter import Program
 from .batch import Batch
 from .capacity import ServeConfig, num_kv_pages
 from .engine import Engine
 from .executor import Logprobs, Result, Sampled, by_work
+from .request import SamplingParams
 from .sampler import Sampler, top_logprobs
 
 Graph = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
@@ -55,9 +56,9 @@ class CpuExecutor:
         assert config.max_num_seqs is not None
         self.config = config
         self.num_pages = next(iter(pools.values())).shape[0] if pools else 0
-        self._graph = graph
+        self.graph = graph
         self._pools = dict(pools)
-        self._sampler = sampler
+        self.sampler = sampler
         self._last_token = np.zeros(config.max_num_seqs, np.int32)
         self._queue: SimpleQueue[_Pending | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="ingot-executor", daemon=True)
@@ -70,13 +71,18 @@ class CpuExecutor:
         assert config.max_num_seqs is not None and config.page_size is not None
         kernels = native.load(engine.folder / engine.manifest.target)
         binders = kernels.binders if isinstance(kernels, native.Kernels) else None
-        program = Program(load_graph(engine.folder), open_weights(engine.folder), binders)
+        graph = load_graph(engine.folder)
+        weights = random_weights(graph) if config.load_format == "dummy" else open_weights(engine.folder)
+        program = Program(graph, weights, binders)
         sampler = Sampler(config.max_num_seqs, engine.manifest.model.vocab_size)
         return cls(program, pools(engine.manifest, num_kv_pages(engine.manifest, config), config.page_size), sampler,
                    config)  # fmt: skip
 
     def allocate(self, num_bytes: int) -> np.ndarray:
         return np.zeros(num_bytes, np.uint8)
+
+    def check(self, params: SamplingParams, num_stop_ids: int) -> None:
+        """Any number of anything."""
 
     def launch(self, batch: Batch) -> Sampled:
         pending = _Pending(batch)
@@ -103,9 +109,9 @@ class CpuExecutor:
         in_flight = np.flatnonzero(tokens < 0)
         tokens[in_flight] = self._last_token[-1 - tokens[in_flight]]
         for placement in batch.placements:
-            self._sampler.place(placement)
+            self.sampler.place(placement)
         inputs = {name: torch.from_numpy(array) for name, array in batch.inputs.items()}
-        logits = self._graph(inputs | self._pools)[LOGITS]  # [R, vocab]
+        logits = self.graph(inputs | self._pools)[LOGITS]  # [R, vocab]
 
         prompt_logprobs: list[list[Logprobs] | None] | None = [None] * batch.num_works if batch.scored else None
         for work, begin, token_ids, num in batch.scored:
@@ -116,7 +122,7 @@ class CpuExecutor:
             return Result([[] for _ in range(batch.num_works)], None, prompt_logprobs)
         if len(batch.sample_index) != logits.shape[0]:
             logits = logits[torch.from_numpy(batch.sample_index)]
-        tokens, found = self._sampler.sample(logits, batch.sample_rows, batch.sample_positions)
+        tokens, found = self.sampler.sample(logits, batch.sample_rows, batch.sample_positions)
         self._last_token[batch.sample_rows] = tokens
         return Result(*by_work(batch, tokens.tolist(), found), prompt_logprobs)
 

@@ -13,7 +13,7 @@ import numpy as np
 from .batch import Batch
 from .capacity import ServeConfig
 from .engine import Engine
-from .request import Logprob
+from .request import Logprob, SamplingParams
 
 Logprobs = dict[int, Logprob]
 
@@ -45,6 +45,10 @@ class Executor(Protocol):
 
     def allocate(self, num_bytes: int) -> np.ndarray:
         """[num_bytes] uint8 of zeros for an arena, of the kind that steps are read from quickest."""
+        ...
+
+    def check(self, params: SamplingParams, num_stop_ids: int) -> None:
+        """Raises RequestError for what its sampling cannot honour. num_stop_ids: tokens that may end the request."""
         ...
 
     def launch(self, batch: Batch) -> Sampled: ...

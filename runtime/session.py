@@ -35,18 +35,14 @@ class Session:
     """Opens the engine in `folder` and serves it until `close`. Raises EngineError if it cannot be opened."""
 
     def __init__(self, folder: Any, config: ServeConfig):
-        self.engine = Engine.open(folder)
-        model = self.engine.manifest.model
+        self.engine = Engine.open(folder, dummy=config.load_format == "dummy")
         max_len = model_len(self.engine.manifest, config)
         self.executor = executor = open_executor(self.engine, config)
-        config = executor.config
-        assert config.max_num_seqs and config.max_num_batched_tokens and config.page_size
-        pool = PagePool(executor.num_pages, config.page_size, config.prefix_cache)
-        self.limits = Limits(model.vocab_size, max_len, pool.capacity)
-        self.scheduler = Scheduler(
-            pool, config.max_num_seqs, config.max_num_batched_tokens, max_len, model.eos_token_ids
-        )
-        arena = Arena(config.max_num_seqs, config.max_num_batched_tokens, max_len, config.page_size, executor.allocate)
+        try:
+            arena = self._set_up(executor, max_len)
+        except BaseException:
+            executor.close()
+            raise
         self.failure: BaseException | None = None
         self._recorder = Recorder()
         self._open: dict[str, tuple[Stream, Answer]] = {}  # by the id of the scheduler's request
@@ -56,6 +52,17 @@ class Session:
         self._inbox: loop.Inbox = SimpleQueue()
         self._thread = threading.Thread(target=self._serve, args=(arena, executor), name="ingot-loop", daemon=True)
         self._thread.start()
+
+    def _set_up(self, executor: Executor, max_len: int) -> Arena:
+        config, model = executor.config, self.engine.manifest.model
+        assert config.max_num_seqs and config.max_num_batched_tokens and config.page_size
+        self.text = self.engine.text  # read meanwhile
+        pool = PagePool(executor.num_pages, config.page_size, config.prefix_cache)
+        self.limits = Limits(model.vocab_size, max_len, pool.capacity)
+        self.scheduler = Scheduler(
+            pool, config.max_num_seqs, config.max_num_batched_tokens, max_len, model.eos_token_ids
+        )
+        return Arena(config.max_num_seqs, config.max_num_batched_tokens, max_len, config.page_size, executor.allocate)
 
     def prepare(
         self,
@@ -68,18 +75,24 @@ class Session:
         """A checked stream, not yet submitted. Raises RequestError."""
         if not isinstance(params, SamplingParams):
             raise RequestError(f"The sampling parameters are {params!r}; they must be a SamplingParams.")
-        text, ids = tokens_of(prompt, self.engine.text, self.limits)
+        text, ids = tokens_of(prompt, self.text, self.limits)
         params.check_vocabulary(self.limits.vocab_size)
-        if params.stop_strings and self.engine.text is None:
+        ending = set(params.stop_token_ids or ())
+        if not params.ignore_eos:
+            ending |= self.scheduler.eos_token_ids
+        self.executor.check(params, len(ending))
+        if params.stop_strings and self.text is None:
             raise RequestError("This engine has no tokenizer, so stop strings cannot be found; use stop_token_ids.")
         number = str(next(self._numbers)) if request_id is None else request_id
-        return Stream(number, text, ids, params, priority, self.engine.text, listener)
+        return Stream(number, text, ids, params, priority, self.text, listener)
 
     def submit(self, streams: Sequence[Stream]) -> None:
-        """Hand over to the loop. A stream that the scheduler refuses fails with a RequestError of its own."""
+        """Hand over to the loop. A stream that the scheduler refuses fails with a RequestError of its own.
+
+        Raises EngineError as `check` does.
+        """
         with self._gate:
-            if self._closed:
-                raise EngineError("The engine is closed; open it again.")
+            self.check()
             self._inbox.put(lambda: self._add(streams))
 
     def cancel(self, request_id: str) -> None:
@@ -92,6 +105,13 @@ class Session:
     def healthy(self) -> bool:
         """Open, and no step has failed."""
         return self.failure is None and not self._closed
+
+    def check(self) -> None:
+        """Raises EngineError with the reason unless the engine is healthy."""
+        if self.failure is not None:
+            raise self._error()
+        if self._closed:
+            raise EngineError("The engine is closed; open it again.")
 
     def metrics(self) -> Metrics:
         """A snapshot of what the engine is doing."""
@@ -174,9 +194,8 @@ class Session:
         _tell(list(streams))
 
     def _error(self) -> EngineError:
-        error = EngineError(
-            f"The engine failed in a step ({type(self.failure).__name__}: {self.failure}); open it again."
-        )
+        mend = getattr(self.failure, "mend", "open it again")
+        error = EngineError(f"The engine failed in a step ({type(self.failure).__name__}: {self.failure}); {mend}.")
         error.__cause__ = self.failure
         return error
 
@@ -190,12 +209,16 @@ class Opened:
     @property
     def text(self) -> Text | None:
         """Tokenizer, chat template and decoder; None where the engine has no tokenizer."""
-        return self._session.engine.text
+        return self._session.text
 
     @property
     def healthy(self) -> bool:
         """Open, and no step has failed."""
         return self._session.healthy
+
+    def check(self) -> None:
+        """Raises EngineError with the reason unless the engine is healthy."""
+        self._session.check()
 
     @property
     def vocab_size(self) -> int:

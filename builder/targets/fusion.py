@@ -9,11 +9,23 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from ..passes import drop_dead
+from ..passes.graph import INGOT, attributes, dims, made_by, new, nodes, operand, replace
 from ..passes.verify import verify
 
 Fusion = Callable[[ir.Model], None]
 
-FUSIONS: tuple[Fusion, ...] = ()
+
+def gated_linears(model: ir.Model) -> None:
+    """Linear, GatedActivation -> GatedLinear: the product's gates and ups need not be written and read again."""
+    for node in nodes(model, "GatedActivation"):
+        x, y = operand(node), node.outputs[0]
+        product = made_by(x, "Linear", domain=INGOT)
+        if product is None or x.is_graph_output() or len(x.uses()) != 1:
+            continue
+        replace(y, new(node, "GatedLinear", product.inputs, dims(y), y.dtype, INGOT, **attributes(node)))
+
+
+FUSIONS: tuple[Fusion, ...] = (gated_linears,)
 
 
 def fuse(graph: ir.Graph) -> ir.Graph:

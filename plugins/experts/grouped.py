@@ -7,6 +7,7 @@ Linear the weight is the first operand of the tensor cores and the rows are the 
 import triton
 import triton.language as tl
 
+from ..gated_activation.activate import activate
 from ..pdl import begin
 
 
@@ -16,14 +17,8 @@ def gated(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.con
         gate = tl.minimum(gate, LIMIT)
         up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
         active = gate / (1.0 + tl.exp(-ALPHA * gate))
-    elif ACTIVATION == "silu":
-        active = gate / (1.0 + tl.exp(-gate))
-    elif ACTIVATION == "gelu":
-        active = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":  # (1 + tanh z) / 2 = sigmoid(2z)
-        active = gate / (1.0 + tl.exp(-1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)))
     else:
-        active = tl.maximum(gate, 0.0)
+        active = activate(gate, ACTIVATION)
     return active * up
 
 

@@ -10,23 +10,22 @@ import time
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from ...engines.dtypes import DTYPES
 from ...engines.errors import EngineError
 from ...engines.plan import FOLDER, Plan
 from ...engines.sampling import KINDS, MAX_LOGPROBS, PACKED, RESULTS, SAMPLE_POSITIONS, SAMPLE_ROWS
 from ...engines.step import LOGIT_ROWS, STEP_INPUTS, k_pages, v_pages
-from ...plugins.gpu import Gpu
+from ...plugins.gpu import Gpu, GpuFault, opening
 from ..batch import Batch, packed_size
 from ..capacity import ServeConfig, model_len
 from ..engine import Engine
 from ..executor import Logprobs, Result, by_work
-from ..request import Logprob
-from ..sampler import top_logprobs
+from ..request import Logprob, SamplingParams
 from .graphs import Graphs, arena_bytes, logits_of
-from .sampling import SamplingTables
-from .weights import load_weights
+from .logprobs import top_logprobs
+from .sampling import SamplingTables, check_params
+from .weights import Weights
 
 GRAPH_RESERVE = 64 << 20  # bytes left for graphs and for what the driver loads with kernels
 
@@ -39,35 +38,47 @@ class Results(NamedTuple):
 
 
 class CudaExecutor:
-    """Runs the plan of `engine` on the GPU at hand.
+    """Runs the plan of `engine` on the GPU at hand. opened: seconds that each part of opening took, weight bytes.
 
-    Raises EngineError: no GPU, one of another architecture, a plan for other sizes, too little memory.
+    Raises EngineError: no GPU, one of another architecture, a plan for other sizes, too little memory, damaged weights.
     """
 
     def __init__(self, engine: Engine, config: ServeConfig):
         began = time.perf_counter()
-        self._gpu = gpu = Gpu()
-        folder = engine.folder / FOLDER
-        self._plan = plan = Plan.open(folder)
-        _check(plan, engine, gpu, config)
-        self.config = config = config.with_defaults(plan.max_num_seqs, plan.max_num_batched_tokens, plan.page_size)
+        self._gpu = Gpu()
+        self.opened = {"gpu": time.perf_counter() - began}
+        try:
+            with opening():
+                self._open(engine, config)
+        except BaseException:
+            self._gpu.release()
+            raise
+
+    def _open(self, engine: Engine, config: ServeConfig) -> None:
+        """Everything is prepared while the weights arrive."""
+        gpu, began, folder = self._gpu, time.perf_counter(), engine.folder / FOLDER
         self._stream = gpu.stream()
-        weights, num_bytes = load_weights(gpu, engine.folder, dummy=config.load_format == "dummy")
-        loaded = time.perf_counter()
-        self._tables = SamplingTables(gpu, plan.max_num_seqs, plan.vocab_size, self._stream)
-        self._tables.reserve(KINDS["greedy"])
-        self._buffers = self._tables.addresses | self._allocate_buffers(plan)
-        arena = gpu.allocate(arena_bytes(plan), "the activations")
-        self.num_pages = _num_pages(engine, gpu, config, plan)
-        self._buffers |= self._allocate_pools(engine, self.num_pages)
-        self._arena = arena
-        self._graphs = Graphs(gpu, plan, folder, weights, self._buffers, arena, self._stream)
-        self._results = [self._allocate_results(plan) for _ in range(2)]
-        for bucket in range(len(plan.buckets)):
-            self._graphs.capture(bucket, "stage", "body", "head", "sample.greedy")
-        gpu.synchronise(self._stream)
-        ready = time.perf_counter()
-        self.opened = {"weights": loaded - began, "graphs": ready - loaded, "weight_bytes": num_bytes}
+        with Weights(gpu, engine, dummy=config.load_format == "dummy") as weights:
+            self._plan = plan = Plan.open(folder)
+            _check(plan, engine, gpu, config)
+            self.config = config = config.with_defaults(plan.max_num_seqs, plan.max_num_batched_tokens, plan.page_size)
+            planned = time.perf_counter()
+            self._tables = SamplingTables(gpu, plan.max_num_seqs, plan.vocab_size, self._stream)
+            self._tables.reserve(KINDS["greedy"])
+            self._buffers = self._tables.addresses | self._allocate_buffers(plan)
+            self._arena = gpu.allocate(arena_bytes(plan), "the activations")
+            self.num_pages = _num_pages(engine, gpu, config, plan, self._tables.bytes_of(KINDS["logprobs"]))
+            self._buffers |= self._allocate_pools(engine, self.num_pages)
+            self._graphs = Graphs(gpu, plan, folder, weights.addresses, self._buffers, self._arena, self._stream)
+            self._results = [self._allocate_results(plan) for _ in range(2)]
+            for bucket in range(len(plan.buckets)):
+                self._graphs.capture(bucket, "stage", "body", "head", "sample.greedy")
+            gpu.synchronise(self._stream)
+            captured = time.perf_counter()
+        self.opened |= {
+            "plan": planned - began, "graphs": captured - planned, "weights": time.perf_counter() - began,
+            "weight_bytes": weights.num_bytes,
+        }  # fmt: skip
 
     def allocate(self, num_bytes: int) -> np.ndarray:
         array = self._gpu.pinned(num_bytes)
@@ -91,10 +102,16 @@ class CudaExecutor:
             return Pending(self, batch, results, sample)
         return self._launch_scored(batch, bucket, sample, results)
 
+    def check(self, params: SamplingParams, num_stop_ids: int) -> None:
+        check_params(params, num_stop_ids)
+
     def close(self) -> None:
-        """Waits for the steps launched; the memory goes with the process' context."""
-        self._gpu.use()
-        self._gpu.synchronise(self._stream)
+        """Waits for the steps launched and gives the memory back."""
+        try:
+            self._gpu.use()
+            self._gpu.synchronise(self._stream)
+        except GpuFault:  # whoever waited for a step has heard of it
+            pass
         self._gpu.release()
 
     # -- results -------------------------------------------------------------------------------------------------------
@@ -154,19 +171,17 @@ class CudaExecutor:
         self, batch: Batch, bucket: int, begin: int, count: int, prompt_logprobs: list[list[Logprobs] | None]
     ) -> None:
         """Adds the log-probabilities of the scored rows among `begin .. begin + count`."""
-        dtype, vocab = DTYPES[self._plan.logits].torch, self._plan.vocab_size
+        dtype, vocab = DTYPES[self._plan.logits].numpy, self._plan.vocab_size
         logits_at = logits_of(self._plan.buckets[bucket], self._arena)
         for work, first, token_ids, number in batch.scored:
             low, high = max(first, begin), min(first + len(token_ids), begin + count)
             if low >= high:
                 continue
-            logits = torch.empty(high - low, vocab, dtype=dtype)
-            raw = logits.view(torch.uint8).numpy()
-            self._gpu.download(raw, logits_at + (low - begin) * raw.shape[1], self._stream)
+            logits = np.empty((high - low, vocab), dtype)
+            self._gpu.download(logits, logits_at + (low - begin) * vocab * dtype.itemsize, self._stream)
             self._gpu.synchronise(self._stream)
-            chosen = torch.from_numpy(token_ids[low - first : high - first])
-            found = top_logprobs(logits, chosen, np.full(high - low, number))
-            prompt_logprobs[work] = (prompt_logprobs[work] or []) + list(found)
+            found = top_logprobs(logits, token_ids[low - first : high - first], number)
+            prompt_logprobs[work] = (prompt_logprobs[work] or []) + found
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
@@ -238,12 +253,15 @@ def _check(plan: Plan, engine: Engine, gpu: Gpu, config: ServeConfig) -> None:
         )
 
 
-def _num_pages(engine: Engine, gpu: Gpu, config: ServeConfig, plan: Plan) -> int:
-    """Pages of the pool. Raises EngineError if a request of full length would not fit, with the numbers."""
-    manifest = engine.manifest
+def _num_pages(engine: Engine, gpu: Gpu, config: ServeConfig, plan: Plan, later: int) -> int:
+    """Pages of the pool; `later` bytes will be allocated while serving, besides what graphs and the driver take.
+
+    Raises EngineError if a request of full length would not fit, with the numbers.
+    """
+    manifest, reserve = engine.manifest, GRAPH_RESERVE + later
     page_bytes = manifest.kv_bytes_per_token * plan.page_size
     free, total = gpu.memory()
-    room = min(free, int(total * config.gpu_memory_utilization) - (total - free)) - GRAPH_RESERVE
+    room = min(free, int(total * config.gpu_memory_utilization) - (total - free)) - reserve
     if config.num_kv_pages is not None:
         num = config.num_kv_pages
     elif config.kv_cache_memory is not None:
@@ -261,6 +279,6 @@ def _num_pages(engine: Engine, gpu: Gpu, config: ServeConfig, plan: Plan) -> int
             f"The KV pool would have {num} pages of {page_bytes / 2**20:.2f} MiB, but {needed} are needed: {numbers}; "
             "ask for more, for a smaller max_model_len, or free some memory."
         )
-    if num * page_bytes > free - GRAPH_RESERVE:
+    if num * page_bytes > free - reserve:
         raise EngineError(f"{num} KV pages need {num * page_bytes / 2**30:.2f} GiB: {numbers}; ask for fewer.")
     return num

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ...engines.sampling import IN_PROMPT, KINDS, MAX_BIAS, MAX_STOP, TABLES, Kind
+from ...engines.errors import RequestError
+from ...engines.sampling import IN_PROMPT, KINDS, MAX_BIAS, MAX_LOGPROBS, MAX_STOP, TABLES, Kind
 from ...plugins.gpu import Gpu
 from ..placement import Placement, needs_history
+from ..request import SamplingParams
 
 
 class SamplingTables:
@@ -98,6 +100,20 @@ class SamplingTables:
         dtype, columns = TABLES[name]
         width = self._vocab_size if columns == -1 else max(1, columns)
         return self._num_rows * width * np.dtype(dtype).itemsize
+
+
+def check_params(params: SamplingParams, num_stop_ids: int) -> None:
+    """Raises RequestError for what does not fit into a row of the tables.
+
+    num_stop_ids: tokens that may end the request, the model's own included; they are masked for `min_tokens`.
+    """
+    for name, number, most in (
+        ("logit_bias", len(params.logit_bias or ()), MAX_BIAS),
+        ("stop_token_ids with min_tokens", num_stop_ids if params.min_tokens else 0, MAX_STOP),
+        ("logprobs", params.logprobs or 0, MAX_LOGPROBS),
+    ):
+        if number > most:
+            raise RequestError(f"{name} asks for {number} tokens; on a GPU a request may have at most {most} of them.")
 
 
 def _padded(values: list, size: int) -> np.ndarray:

@@ -107,6 +107,23 @@ def test_linear_splits_the_depth_where_the_weight_has_few_rows():
     assert any(len(tactic.launches) == 2 and tactic.workspace for tactic in found)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows,width,depth", [(1, 24, 70), (2, 20, 70), (5, 96, 64), (8, 33, 100), (70, 17, 40)])
+@pytest.mark.parametrize("activation,bias", [("silu", False), ("gelu_tanh", True), ("gelu", False), ("relu", True)])
+def test_gated_linear(dtype, rows, width, depth, activation, bias):
+    x, weight = torch.randn(rows, depth).to(dtype), (torch.randn(2 * width, depth) / depth**0.5).to(dtype)
+    inputs = [x, weight, torch.randn(2 * width).to(dtype) if bias else None]
+    names = [tactic.name for tactic in compare("GatedLinear", inputs, activation=activation)]
+    assert len(set(names)) == len(names) and {", then" in name for name in names} == {True, False}
+
+
+@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize("width,depth", [(8, 2048), (33, 100), *([(6144, 4096), (1030, 2056)] if GPU else [])])
+def test_few_rows(rows, width, depth):
+    x, weight = torch.randn(rows, depth).half(), (torch.randn(width, depth) / depth**0.5).half()
+    assert any(tactic.name.startswith("row") for tactic in compare("Linear", [x, weight, None]))
+
+
 def test_every_kernel_compiles_for_every_architecture():
     """The first tactics of a Llama-like layer in bf16."""
 
@@ -122,6 +139,8 @@ def test_every_kernel_compiles_for_every_architecture():
              (Tensor((4,), "int32"), Tensor((64,), "float32")), (bf16(4, 128),)),
         Site("GatedActivation", {"activation": "silu"}, (bf16(4, 28672),), (bf16(4, 14336),)),
         *(Site("Linear", {}, (bf16(rows, 4096), bf16(6144, 4096), None), (bf16(rows, 6144),)) for rows in (1, 16, 512)),
+        *(Site("GatedLinear", {"activation": "silu"}, (bf16(rows, 4096), bf16(28672, 4096), None), (bf16(rows, 14336),))
+          for rows in (1, 4, 16, 512)),
         Site("Linear", {}, (bf16(16, 4096), bf16(512, 4096), bf16(512)), (bf16(16, 512),)),
     ]  # fmt: skip
     kernels = {launch.kernel for site in sites for t in tactics_of(site.op)(site)[:2] for launch in t.launches}

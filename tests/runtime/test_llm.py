@@ -112,7 +112,7 @@ def break_the_graph(llm):
     def broken(self, inputs):
         raise ValueError("the graph broke")
 
-    llm._session.executor._graph.__class__ = type("Broken", (), {"__call__": broken})
+    llm._session.executor.graph.__class__ = type("Broken", (), {"__call__": broken})
 
 
 def test_a_step_that_fails_fails_every_request(llm):
