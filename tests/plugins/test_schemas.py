@@ -28,6 +28,7 @@ CASES = {
     "RMSNorm": (["x", "d", "x"], {"epsilon": 1e-5}, 2),
     "RotaryCosSin": (["positions", "inv_freq"], {"dtype": TensorProto.FLOAT16}, 1),
     "Rope": (["x", "cos_sin"], {"num_heads": 2, "head_dim": 8}, 1),
+    "GatedLinear": (["x", "w"], {"activation": "silu"}, 1),
     "GatedActivation": (["x"], {"activation": "silu"}, 1),
     "Experts": (["x", "index", "route", "gate_up", "down"], {"activation": "relu"}, 1),
     "PagedAttention": (
