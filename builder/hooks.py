@@ -106,7 +106,7 @@ def describe_experts(model: nn.Module) -> None:
 
 
 def _experts_attributes(name: str, module: Any) -> dict[str, Any]:
-    if not module.has_gate or module.has_post_expert_norm:
+    if not module.has_gate or getattr(module, "has_post_expert_norm", False):  # not in transformers 5.17
         what = "no gate" if not module.has_gate else "a norm after each expert"
         raise BuildError(f"the experts {name} ({type(module).__name__}) have {what}, which Experts cannot express")
     interleaved = not module.is_concatenated

@@ -39,6 +39,7 @@ _KERNELS = {
     "Relu": "elementwise",
     "Rope": "rope",
     "RotaryCosSin": "rotary_cos_sin",
+    "RotaryPagedAttention": "rotary_paged_attention",
     "Sample": "sample",
     "Sigmoid": "elementwise",
     "Softmax": "reduce",

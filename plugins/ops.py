@@ -6,7 +6,17 @@ from typing import NamedTuple
 
 import onnx.defs
 
-from . import experts, gated_activation, gated_linear, linear, paged_attention, rms_norm, rope, rotary_cos_sin
+from . import (
+    experts,
+    gated_activation,
+    gated_linear,
+    linear,
+    paged_attention,
+    rms_norm,
+    rope,
+    rotary_cos_sin,
+    rotary_paged_attention,
+)
 from .binder import Run
 
 
@@ -26,6 +36,7 @@ OPS: dict[str, Op] = {
     "RMSNorm": Op(rms_norm.SCHEMA, rms_norm.rms_norm),
     "Rope": Op(rope.SCHEMA, rope.rope),
     "RotaryCosSin": Op(rotary_cos_sin.SCHEMA, rotary_cos_sin.rotary_cos_sin),
+    "RotaryPagedAttention": Op(rotary_paged_attention.SCHEMA, rotary_paged_attention.rotary_paged_attention),
 }
 
 

@@ -80,11 +80,13 @@ def agree(a: torch.Tensor, b: torch.Tensor) -> bool:
 def tables_of(model: ir.Model, positions: ir.Value) -> set[ir.Value]:
     """Every value that depends on the positions and on constants and small buffers, and on nothing else."""
     tables = {positions}
+    fixed: set[ir.Value] = set()  # what is made of constants and buffers alone: inv_freq under another shape
     for node in model.graph:
         inputs = [value for value in node.inputs if value is not None]
-        if node.op_type in TABLE_OPS and any(value in tables for value in inputs):
-            if all(value in tables or constant_of(value) is not None or _is_buffer(value) for value in inputs):
-                tables.update(node.outputs)
+        if node.op_type in TABLE_OPS and inputs:
+            moving = {value for value in inputs if value in tables}
+            if all(v in moving or v in fixed or constant_of(v) is not None or _is_buffer(v) for v in inputs):
+                (tables if moving else fixed).update(node.outputs)
     return tables
 
 

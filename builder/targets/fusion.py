@@ -25,7 +25,22 @@ def gated_linears(model: ir.Model) -> None:
         replace(y, new(node, "GatedLinear", product.inputs, dims(y), y.dtype, INGOT, **attributes(node)))
 
 
-FUSIONS: tuple[Fusion, ...] = (gated_linears,)
+def rotary_attentions(model: ir.Model) -> None:
+    """Rope of a packed q|k|v, PagedAttention -> RotaryPagedAttention: keys are rotated on their way to the pool."""
+    for node in nodes(model, "PagedAttention"):
+        packed, y = operand(node), node.outputs[0]
+        rotation = made_by(packed, "Rope", domain=INGOT)
+        if rotation is None or node.inputs[1] is not None or packed.is_graph_output() or len(packed.uses()) != 1:
+            continue
+        options, attention = attributes(rotation), attributes(node)
+        heads = options.pop("num_heads"), options.pop("head_dim")
+        if heads != (attention["num_heads"] + attention["num_kv_heads"], attention["head_dim"]):
+            continue
+        inputs = [*rotation.inputs, *node.inputs[3:]]
+        replace(y, new(node, "RotaryPagedAttention", inputs, dims(y), y.dtype, INGOT, **attention, **options))
+
+
+FUSIONS: tuple[Fusion, ...] = (gated_linears, rotary_attentions)
 
 
 def fuse(graph: ir.Graph) -> ir.Graph:

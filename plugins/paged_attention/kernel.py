@@ -1,7 +1,8 @@
 """PagedAttention on the GPU: which launches run a node, and how wide they are.
 
 First every K and V of the step is written to its slot; launches of a stream are ordered, so all later reads see them.
-Then, in a bucket for decoding, the keys of each sequence are split over programs (`decode.py`); in any other bucket
+Then, in a bucket for decoding, the keys of each sequence are split over programs (`decode.py`), or, where there are
+sequences enough to fill the GPU, each is one tile of `chunk.py`; in any other bucket
 tiles of prompt tokens are attended (`chunk.py`), and rows of decoding either with them or, split, in a launch of their
 own. The number of splits is a guess at what fills the GPU and part of what the builder times.
 """
@@ -20,12 +21,15 @@ QUERY, KEY, VALUE, SLOTS, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS = 
 DECODE = ((64, 4, 3), (32, 4, 4), (128, 8, 3), (64, 4, 2))
 # (rows, BN, warps, stages) of chunks
 CHUNK = ((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (16, 64, 4, 3))
+# (rows, BN, warps, stages) of decode without a split: a program for each sequence and key head
+WHOLE = ((16, 64, 4, 3), (16, 64, 4, 2), (16, 32, 4, 4), (16, 128, 4, 2))
+SMALL_WHOLE = ((16, 32, 4, 2),)
 SMALL_DECODE = ((32, 4, 2), (16, 4, 2))  # fp32, which has no tensor cores at full precision: registers are the limit
 SMALL_CHUNK = ((32, 32, 4, 2), (16, 32, 4, 2))
 
 
 def tactics(site: Site) -> list[Tactic]:
-    """Decode buckets: splits of different widths. Others: tiles, with and without decode rows in a launch apart."""
+    """Decode buckets: splits of different widths, and none. Others: tiles, with and without decode rows apart."""
     shape = _Shape.of(site)
     small = shape.itemsize == 4
     decodes = [d for d in (SMALL_DECODE if small else DECODE) if shape.fits(shape.decode_rows, *d)]
@@ -36,9 +40,10 @@ def tactics(site: Site) -> list[Tactic]:
                 counters, launch, workspace = shape.decode(bn, warps, stages, programs)
                 name = f"decode {bn} warps{warps} stages{stages} programs{programs}"
                 found.append(Tactic(name, (shape.write(*counters), launch), workspace))
-        return found
+        whole = [c for c in (SMALL_WHOLE if small else WHOLE) if shape.fits(max(c[0], shape.bg), *c[1:])]
+        return found + [Tactic(_name("whole", c), shape.one_launch(*c)) for c in whole]
     chunks = [c for c in (SMALL_CHUNK if small else CHUNK) if shape.fits(max(c[0], shape.bg), *c[1:])]
-    found = [Tactic(_name("chunk", c), (shape.write(0, 0), shape.chunk(*c, skip_decode=False))) for c in chunks]
+    found = [Tactic(_name("chunk", c), shape.one_launch(*c)) for c in chunks]
     bn, warps, stages = decodes[0]
     counters, launch, workspace = shape.decode(bn, warps, stages, shape.programs(bn)[0])
     for c in chunks[:3]:
@@ -160,6 +165,10 @@ class _Shape:
         zeroed = Operand("workspace", offset) if counters else Operand("input", SLOTS)
         arguments: tuple[Operand | int, ...] = (*self.inputs(*source, SLOTS, K_PAGES, V_PAGES), zeroed, counters)
         return Launch(kernel, (self.tokens, 1, 1), arguments)
+
+    def one_launch(self, rows: int, bn: int, warps: int, stages: int) -> tuple[Launch, ...]:
+        """The write, and tiles of every sequence."""
+        return self.write(0, 0), self.chunk(rows, bn, warps, stages, skip_decode=False)
 
     def chunk(self, rows: int, bn: int, warps: int, stages: int, *, skip_decode: bool) -> Launch:
         tokens = max(1, rows // self.bg)

@@ -5,11 +5,31 @@ from onnx.shape_inference import InferenceContext
 from ..opschema import declare, elem_type, int_attribute, set_output, shape_of
 
 
-def _infer(context: InferenceContext) -> None:
+def infer(context: InferenceContext) -> None:
     query = shape_of(context, 0)
     width = int_attribute(context, "num_heads") * int_attribute(context, "v_head_dim")
     set_output(context, 0, elem_type(context, 0), query and [query[0], width])
 
+
+STEP = [
+    ("slots", "I", "[T] page * page_size + offset"),
+    ("query_start", "I", "[S+1]"),
+    ("kv_len", "I", "[S] keys of a sequence, this step's included"),
+    ("pages", "I", "[S, P]"),
+    ("k_pages", "T", "[num_pages, page_size, num_kv_heads, head_dim]"),
+    ("v_pages", "T", "[num_pages, page_size, num_kv_heads, v_head_dim]"),
+    ("sinks?", "T", "[num_heads] a logit that takes part in the softmax and has no value (gpt-oss)"),
+]
+ATTRIBUTES: list[tuple[str, str | int | float, str]] = [
+    ("layer", "int", "index of the KV pool"),
+    ("num_heads", "int", "query heads"),
+    ("num_kv_heads", "int", "key and value heads"),
+    ("head_dim", "int", "columns of a query or key head"),
+    ("v_head_dim", "int", "columns of a value head"),
+    ("scale", "float", "factor on the scores"),
+    ("window", 0, "a query sees keys with 0 <= pos_q - pos_k < window; 0: all"),
+    ("softcap", 0.0, "scores become softcap * tanh(score / softcap); 0: off"),
+]
 
 SCHEMA = declare(
     "PagedAttention",
@@ -20,24 +40,9 @@ SCHEMA = declare(
         ("query", "T", "[T, num_heads*head_dim], or packed q|k|v"),
         ("key?", "T", "[T, num_kv_heads*head_dim]"),
         ("value?", "T", "[T, num_kv_heads*v_head_dim]"),
-        ("slots", "I", "[T] page * page_size + offset"),
-        ("query_start", "I", "[S+1]"),
-        ("kv_len", "I", "[S] keys of a sequence, this step's included"),
-        ("pages", "I", "[S, P]"),
-        ("k_pages", "T", "[num_pages, page_size, num_kv_heads, head_dim]"),
-        ("v_pages", "T", "[num_pages, page_size, num_kv_heads, v_head_dim]"),
-        ("sinks?", "T", "[num_heads] a logit that takes part in the softmax and has no value (gpt-oss)"),
+        *STEP,
     ],
     outputs=[("y", "T", "[T, num_heads*v_head_dim]")],
-    attributes=[
-        ("layer", "int", "index of the KV pool"),
-        ("num_heads", "int", "query heads"),
-        ("num_kv_heads", "int", "key and value heads"),
-        ("head_dim", "int", "columns of a query or key head"),
-        ("v_head_dim", "int", "columns of a value head"),
-        ("scale", "float", "factor on the scores"),
-        ("window", 0, "a query sees keys with 0 <= pos_q - pos_k < window; 0: all"),
-        ("softcap", 0.0, "scores become softcap * tanh(score / softcap); 0: off"),
-    ],
-    infer=_infer,
+    attributes=ATTRIBUTES,
+    infer=infer,
 )

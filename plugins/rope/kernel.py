@@ -13,18 +13,15 @@ BLOCK = 512
 
 
 @triton.jit
-def rope_kernel(
-    x, table, y,
-    WIDTH: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, OFFSET: tl.constexpr,
-    INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr = False,
+def rotated(
+    x, table, row, column,
+    WIDTH: tl.constexpr, TURNED: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, OFFSET: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    begin(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """Some columns of a row [WIDTH] of x, heads before column TURNED rotated; zeros past WIDTH."""
     inside = column < WIDTH
     j = column % HEAD_DIM - OFFSET  # among the rotated columns of its head
-    turned = (column < HEADS * HEAD_DIM) & (j >= 0) & (j < ROTARY)
+    turned = (column < TURNED) & (j >= 0) & (j < ROTARY)
     HALF: tl.constexpr = ROTARY // 2
     if INTERLEAVED:
         first, pair = j % 2 == 0, j // 2
@@ -39,8 +36,21 @@ def rope_kernel(
     sine = tl.load(table + row * ROTARY + HALF + pair, mask=inside & turned, other=0.0).to(tl.float32)
     a = (own.to(tl.float32) * cosine).to(C).to(tl.float32)
     b = (other * sine).to(C).to(tl.float32)
-    rotated = tl.where(first, a - b, a + b).to(C).to(y.dtype.element_ty)
-    tl.store(y + row * WIDTH + column, tl.where(turned, rotated, own), mask=inside)
+    return tl.where(turned, tl.where(first, a - b, a + b).to(C).to(own.dtype), own)
+
+
+@triton.jit
+def rope_kernel(
+    x, table, y,
+    WIDTH: tl.constexpr, TURNED: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, OFFSET: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
+):  # fmt: skip
+    begin(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = rotated(x, table, row, column, WIDTH, TURNED, HEAD_DIM, ROTARY, OFFSET, INTERLEAVED)
+    tl.store(y + row * WIDTH + column, value, mask=column < WIDTH)
 
 
 def tactics(site: Site) -> list[Tactic]:
@@ -49,10 +59,11 @@ def tactics(site: Site) -> list[Tactic]:
     assert x is not None and table is not None
     rows, width = x.shape
     block = min(BLOCK, triton.next_power_of_2(width))
+    a = site.attributes
     constants = {
-        "WIDTH": width, "HEADS": site.attributes["num_heads"], "HEAD_DIM": site.attributes["head_dim"],
-        "ROTARY": table.shape[1], "OFFSET": site.attributes["rotary_offset"],
-        "INTERLEAVED": bool(site.attributes["interleaved"]), "BLOCK": block,
+        "WIDTH": width, "TURNED": a["num_heads"] * a["head_dim"], "HEAD_DIM": a["head_dim"],
+        "ROTARY": table.shape[1], "OFFSET": a["rotary_offset"],
+        "INTERLEAVED": bool(a["interleaved"]), "BLOCK": block,
     }  # fmt: skip
     signature = (("x", POINTERS[x.dtype]), ("table", POINTERS[table.dtype]), ("y", POINTERS[x.dtype]))
     kernel = Kernel("rope.kernel:rope_kernel", signature, tuple(constants.items()), divisible=("x", "table", "y"))

@@ -45,3 +45,41 @@ def test_a_product_and_its_activation_become_one():
 @pytest.mark.parametrize("options", [dict(shared=True), dict(between="Tanh")])
 def test_a_product_that_others_read_stays(options):
     assert "GatedLinear" not in ops(fuse(mlp(**options)))
+
+
+def attention(rotated=3, packed=True):
+    """q|k|v of 2 + 1 heads of 4 -> Rope of `rotated` heads -> PagedAttention, packed or not."""
+    register_schemas()
+    kinds = {"x": 12, "cos_sin": 4, "k": 4, "v": 4}
+    values = {name: ir.Value(name=name, shape=ir.Shape(["T", width]), type=ir.TensorType(ir.DataType.FLOAT))
+              for name, width in kinds.items()}  # fmt: skip
+    shapes = {"slots": ["T"], "query_start": ["S+1"], "kv_len": ["S"], "pages": ["S", "P"]}
+    for name, shape in shapes.items():
+        values[name] = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.INT32))
+    for name in ("k_pages", "v_pages"):
+        values[name] = ir.Value(name=name, shape=ir.Shape(["N", 16, 1, 4]), type=ir.TensorType(ir.DataType.FLOAT))
+    step = [values[name] for name in (*shapes, "k_pages", "v_pages")]
+    rope = ir.node("Rope", [values["x"], values["cos_sin"]], {"num_heads": rotated, "head_dim": 4, "interleaved": 1},
+                   domain="ingot")  # fmt: skip
+    between = rope.outputs[0]
+    between.shape, between.type = ir.Shape(["T", 12]), ir.TensorType(ir.DataType.FLOAT)
+    keys = [None, None] if packed else [values["k"], values["v"]]
+    options = dict(layer=0, num_heads=2 if packed else 3, num_kv_heads=1, head_dim=4, v_head_dim=4, scale=0.5)
+    node = ir.node("PagedAttention", [between, *keys, *step], options, domain="ingot")
+    y = node.outputs[0]
+    y.name, y.shape, y.type = "y", ir.Shape(["T", 4 * options["num_heads"]]), ir.TensorType(ir.DataType.FLOAT)
+    return ir.Graph([v for v in values.values() if packed or v.name], [y], nodes=[rope, node],
+                    opset_imports={"": 23, "ingot": 1}, name="attention")  # fmt: skip
+
+
+def test_keys_are_rotated_on_their_way_to_the_pool():
+    (node,) = fuse(attention())
+    assert node.op_type == "RotaryPagedAttention"
+    names = "x cos_sin slots query_start kv_len pages k_pages v_pages".split()
+    assert [value.name for value in node.inputs] == names
+    assert node.attributes["interleaved"].value == 1 and node.attributes["num_heads"].value == 2
+
+
+@pytest.mark.parametrize("options", [dict(rotated=2), dict(packed=False)])
+def test_a_rotation_of_other_heads_stays(options):
+    assert ops(fuse(attention(**options))) == ["Rope", "PagedAttention"]

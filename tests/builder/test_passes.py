@@ -2,12 +2,14 @@
 
 from collections import Counter
 
+import onnx_ir as ir
 import pytest
 import torch
 from families import FAMILIES
 from ingot.builder import gate
 from ingot.builder.export import export
 from ingot.builder.passes import PASSES, optimise
+from ingot.builder.passes.regions import tables_of
 from ingot.builder.weights import attach
 from ingot.engines.errors import BuildError
 
@@ -93,6 +95,23 @@ def test_bf16_fuses_as_well(family):
     more = {"Cast": casts_of_layer} if casts_of_layer else {}
     assert kinds(layer_ops(graph)) == kinds([layer | more for layer in layers])
     assert graph.graph.num_nodes() == num_nodes + casts
+
+
+def test_frequencies_under_another_shape_make_tables():
+    """torch 2.11 leaves the view of `inv_freq` in the graph, 2.13 folds it."""
+    model = ir.from_onnx_text("""<ir_version: 10, opset_import: ["" : 23]>
+        g (int32[T] positions, float[T, 4] x) => (float[T, 4] y)
+        <float[4] inv_freq = {1.0, 0.5, 0.25, 0.125}, int64[2] column = {4, 1}, int64[2] row = {1, -1}> {
+            angle = Cast <to = 1> (positions)
+            frequency = Reshape (inv_freq, column)
+            across = Reshape (angle, row)
+            angles = MatMul (frequency, across)
+            turned = Transpose <perm = [1, 0]> (angles)
+            cosine = Cos (turned)
+            y = Mul (x, cosine)
+        }""")
+    tables = {value.name for value in tables_of(model, model.graph.inputs[0])}
+    assert tables == {"positions", "angle", "across", "angles", "turned", "cosine"}
 
 
 def test_the_graph_is_verified_after_each_pass(monkeypatch):

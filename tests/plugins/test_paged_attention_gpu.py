@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 from ingot.builder.targets.cubin import Cubin, compile_all
-from ingot.plugins import OPS
+from ingot.plugins import OPS, tactics_of
 from ingot.plugins.paged_attention.kernel import shared_memory, tactics
 from ingot.plugins.tactic import Device, Site, Tensor
 from triton_run import DEVICE, described, run_tactic
@@ -77,29 +77,42 @@ class Case:
             "layer": 0, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "v_head_dim": v_dim,
             "scale": dim**-0.5, "window": 0, "softcap": 0.0, **options,
         }  # fmt: skip
-        self.dtype = dtype
+        self.op, self.dtype = "PagedAttention", dtype
         self.max_query = 1 if max(new) == 1 and total == len(new) + spare else None
+
+    def rotated(self, rotary, table, **rotation):
+        """The same, packed, with the rotation of queries and keys in the op: `rotary` columns by a table of a type."""
+        assert self.inputs[1] is None
+        angles = torch.rand(len(self.inputs[0]), rotary // 2) * 7
+        self.inputs[1:3] = [torch.cat((angles.cos(), angles.sin()), 1).to(table)]
+        self.op, self.attributes = "RotaryPagedAttention", self.attributes | rotation
+        return self
 
     def check(self, device=None, take=slice(None)):
         """Each tactic writes the same pool and the same attention as the reference; returns the tactics."""
         copies = [None if x is None else x.clone() for x in self.inputs]
-        expected = OPS["PagedAttention"].reference(*copies, **self.attributes)
+        expected = OPS[self.op].reference(*copies, **self.attributes)
         output = described(expected)
-        site = Site("PagedAttention", self.attributes, tuple(map(described, self.inputs)), (output,),
+        site = Site(self.op, self.attributes, tuple(map(described, self.inputs)), (output,),
                     device or Device(), self.max_query)  # fmt: skip
-        found = tactics(site)
+        found = tactics_of(self.op)(site)
         assert found and len({tactic.name for tactic in found}) == len(found)
         for tactic in found[take]:
             inputs = [None if x is None else x.to(DEVICE, copy=True) for x in self.inputs]
             (y,) = run_tactic(tactic, inputs, [output])
             error = (y.cpu()[: self.real].float() - expected[: self.real].float()).abs().max()
             assert error < TOLERANCE[self.dtype], f"{tactic.name}: {error}"  # false for NaN
-            for ours, theirs in zip(inputs[7:9], copies[7:9], strict=True):
+            for ours, theirs in zip(inputs[-3:-1], copies[-3:-1], strict=True):
                 ours, theirs = ours.cpu().flatten(0, 1)[1:], theirs.flatten(0, 1)[1:]  # slot 0 holds any padded token
                 assert torch.equal(ours.nan_to_num(123.0), theirs.nan_to_num(123.0)), f"{tactic.name}: pool"
         return found
 
 
+# a table of the activation's type or fp32; all of a head, or part of it at an offset; halves or neighbours
+ROTATIONS = [
+    (20, None, dict(interleaved=0, rotary_offset=0)),
+    (12, torch.float32, dict(interleaved=1, rotary_offset=8)),
+]
 FEW_SMS = Device(90, 8)  # a GPU so small that a small test splits as a large one would
 
 
@@ -109,7 +122,8 @@ def test_decode(dtype, options):
     case = Case([150, 3, 37], [1, 1, 1], 6, 2, 20, 12, 8, dtype, packed=True, spare=1, options=options)
     assert case.max_query == 1
     found = case.check(FEW_SMS)
-    assert all(len(tactic.launches) == 2 and tactic.workspace for tactic in found)
+    assert all(len(tactic.launches) == 2 for tactic in found)
+    assert {bool(tactic.workspace) for tactic in found} == {True, False}, "with splits and without"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,6 +133,15 @@ def test_chunks_and_decode_rows(dtype, options):
     assert case.max_query is None
     found = case.check(FEW_SMS, slice(None))
     assert any(len(tactic.launches) == 3 for tactic in found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotary,table,rotation", ROTATIONS)
+@pytest.mark.parametrize("past,new", [([150, 3, 37], [1, 1, 1]), ([0, 29, 41], [9, 1, 21])], ids=["decode", "mixed"])
+def test_rotation_on_the_way(dtype, rotary, table, rotation, past, new):
+    case = Case(past, new, 6, 2, 20, 12, 8, dtype, packed=True, spare=2, options={"window": 30})
+    found = case.rotated(rotary, table or dtype, **rotation).check(FEW_SMS)
+    assert min(len(tactic.launches) for tactic in found) == 2, "no launch for the rotation alone"
 
 
 @pytest.mark.parametrize("heads,kv_heads,dim,v_dim", [(5, 5, 16, 16), (7, 1, 8, 24), (20, 1, 17, 5)])

@@ -23,6 +23,7 @@ def test_registers_twice_without_error():
 
 
 PAGED = ["q", "", "", "slots", "query_start", "kv_len", "pages", "k_pages", "v_pages"]
+ATTENTION = {"layer": 0, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "v_head_dim": 6, "scale": 1.0}
 CASES = {
     "Linear": (["x", "w"], {}, 1),
     "RMSNorm": (["x", "d", "x"], {"epsilon": 1e-5}, 2),
@@ -31,11 +32,8 @@ CASES = {
     "GatedLinear": (["x", "w"], {"activation": "silu"}, 1),
     "GatedActivation": (["x"], {"activation": "silu"}, 1),
     "Experts": (["x", "index", "route", "gate_up", "down"], {"activation": "relu"}, 1),
-    "PagedAttention": (
-        PAGED,
-        {"layer": 0, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "v_head_dim": 6, "scale": 1.0},
-        1,
-    ),
+    "RotaryPagedAttention": (["q", "cos_sin", *PAGED[3:]], ATTENTION, 1),
+    "PagedAttention": (PAGED, ATTENTION, 1),
 }
 
 
