@@ -49,7 +49,8 @@ def pieces(args: argparse.Namespace, llm: LLM) -> list[int]:
 
 
 def prompts_of(tokens: list[int], num: int, longest: int) -> list[list[int]]:
-    """From all over the text, all lengths from 1 on different while they fit."""
+    """From all over the text, lengths from 1 to `longest`, or to the text's own."""
+    longest = min(longest, len(tokens))
     lengths = [1 + 2 * i % longest for i in range(num)]
     starts = [i * (len(tokens) - longest) // num for i in range(num)]
     return [tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
@@ -115,14 +116,19 @@ def main() -> None:
     models = [Manifest.open(folder).model for folder in (args.cpu, args.cuda)]
     if len({(m.model_type, m.dtype, m.vocab_size, m.max_model_len) for m in models}) != 1:
         parser.error("the engines are of different models or dtypes")
+    most = models[0].max_model_len - 1
+    if not 1 <= args.new_tokens <= most:
+        parser.error(f"--new-tokens is {args.new_tokens}, expected 1 to {most}")
     options: dict[str, Any] = dict(prefix_cache=False, kv_cache_memory=args.kv_mib << 20)
     with LLM(args.cuda, **options) as llm:
         tokens = pieces(args, llm)
         longest = min(144, models[0].max_model_len - args.new_tokens)
         prompts = prompts_of(tokens, args.prompts, longest)
         width = min(WINDOW, models[0].max_model_len - 1)
-        windows = [tokens[i : i + width] for i in range(0, min(args.tokens, len(tokens) - 1), width)]
-        windows = [window for window in windows if len(window) > 1]
+        scored = tokens[: max(0, args.tokens)]
+        windows = [window for i in range(0, len(scored), width) if len(window := scored[i : i + width]) > 1]
+        if not windows:
+            parser.error(f"the loss would be that of {len(scored)} tokens, but it needs at least 2 tokens")
         gpu = say(llm, prompts, windows, args.new_tokens)
     with LLM(args.cpu, **options) as llm:
         cpu = say(llm, prompts, windows, args.new_tokens)

@@ -16,12 +16,13 @@ from typing import Any
 
 FOLDER = "cuda"
 PLAN_FILE = "plan.json"
+ZEROS = "zeros"  # a buffer of `Plan.zeros` bytes, zero before and after every launch
 
 
 @dataclass(frozen=True)
 class Argument:
-    """A pointer. kind: `weight` (name: of the initialiser), `input` (name: of the graph input, or of a buffer of
-    `sampling.py`), `arena` (offset in bytes)."""
+    """A pointer, `offset` bytes behind a start. kind: `weight` (name: of the initialiser), `input` (name: of the graph
+    input, of a buffer of `sampling.py`, or ZEROS) or `arena`."""
 
     kind: str
     name: str = ""
@@ -80,6 +81,7 @@ class Bucket:
     """Launches for at most `tokens` tokens of `sequences` sequences and `rows` rows of logits.
 
     max_query: most query tokens of a sequence, 1 in a bucket for decoding, else 0 (any number).
+    max_context: most keys of a sequence, 0: any number.
     arena: bytes needed; logits: offset of [rows, vocab] in it.
     """
 
@@ -87,6 +89,7 @@ class Bucket:
     sequences: int
     rows: int
     max_query: int
+    max_context: int
     arena: int
     logits: int
     parts: dict[str, tuple[Launch, ...]]  # stage, body, head, and sample.KIND
@@ -97,7 +100,7 @@ class Plan:
     """A compiled graph. capability: 90 for 9.0; max_pages: columns of the page table; logits: their element type.
 
     nodes: names of the graph's nodes. tactics: what was chosen, a dictionary for each site: op, attributes,
-    inputs and outputs ([shape, type, cold] each, see `plugins/tactic.py`), tactic, us.
+    inputs and outputs ([shape, type, cold] each, see `plugins/tactic.py`), tactic, us. zeros: bytes of ZEROS.
     """
 
     capability: int
@@ -109,6 +112,7 @@ class Plan:
     cubins: tuple[Cubin | Gemm, ...]
     buckets: tuple[Bucket, ...]
     tactics: tuple[dict[str, Any], ...] = ()
+    zeros: int = 0
 
     @property
     def max_num_seqs(self) -> int:
@@ -120,11 +124,16 @@ class Plan:
         """Tokens that a step may have."""
         return max(bucket.tokens for bucket in self.buckets)
 
-    def bucket(self, num_tokens: int, num_sequences: int) -> int:
-        """Number of the smallest bucket for a step. Every sequence of a step has a token at least."""
+    def bucket(self, num_tokens: int, num_sequences: int, max_context: int) -> int:
+        """Number of the smallest bucket for a step whose longest sequence has `max_context` keys.
+
+        Every sequence of a step has a token at least; of equal buckets the one for shorter contexts comes first.
+        """
         decoding = num_tokens == num_sequences
         for i, bucket in enumerate(self.buckets):
-            if (bucket.max_query == 1) == decoding and bucket.tokens >= num_tokens:
+            if (bucket.max_query == 1) != decoding or bucket.tokens < num_tokens:
+                continue
+            if not bucket.max_context or bucket.max_context >= max_context:
                 return i
         raise ValueError(f"no bucket holds {num_tokens} tokens of {num_sequences} sequences")
 
@@ -159,7 +168,7 @@ def _unpack_bucket(fields: dict[str, Any]) -> Bucket:
 
 
 def _pack(launch: Launch) -> list[Any]:
-    arguments = [f"{a.kind[0]}{a.name or a.offset}" if isinstance(a, Argument) else a for a in launch.arguments]
+    arguments = [f"{a.kind[0]}{a.offset}:{a.name}" if isinstance(a, Argument) else a for a in launch.arguments]
     return [launch.cubin, launch.node, launch.site, *launch.grid, *arguments]
 
 
@@ -169,5 +178,5 @@ def _unpack(fields: list[Any]) -> Launch:
 
 
 def _argument(text: str) -> Argument:
-    kind = {"w": "weight", "i": "input", "a": "arena"}[text[0]]
-    return Argument(kind, offset=int(text[1:])) if kind == "arena" else Argument(kind, text[1:])
+    offset, _, name = text[1:].partition(":")
+    return Argument({"w": "weight", "i": "input", "a": "arena"}[text[0]], name, int(offset))

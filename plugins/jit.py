@@ -6,6 +6,7 @@ An engine holds cubins and needs no compiler; this needs one, and on a machine w
 
 import importlib
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,21 +35,30 @@ def launch(
 
     inputs: in the order of the op's schema, None where absent. workspace: uint8, at least `tactic.workspace` bytes.
     """
+    zeros = _zeros(workspace.device, tactic.zeros)
     for each in tactic.launches:
         arguments: list[Any] = []
         kinds = ["*u8"] * 5 if isinstance(each.kernel, Gemm) else [kind for _, kind in each.kernel.signature]
         for argument, kind in zip(each.arguments, kinds, strict=True):
             if not isinstance(argument, Operand):
                 arguments.append(argument)
-            elif argument.kind == "workspace":
+            elif argument.kind in ("workspace", "zeros"):
                 element = ELEMENTS[kind]
-                rest = workspace[argument.index :]
+                rest = (workspace if argument.kind == "workspace" else zeros)[argument.index :]
                 arguments.append(rest[: rest.numel() // element.itemsize * element.itemsize].view(element))
             else:
                 operand = (inputs if argument.kind == "input" else outputs)[argument.index]
                 assert operand is not None, f"{each.kernel} is given an absent input"
-                arguments.append(operand)
+                arguments.append(
+                    operand.view(-1)[argument.offset // operand.itemsize :] if argument.offset else operand
+                )
         launch_kernel(each.kernel, each.grid, arguments)
+
+
+@cache
+def _zeros(device: torch.device, num_bytes: int) -> torch.Tensor:
+    """Made once: launches leave it as it is."""
+    return torch.zeros(max(num_bytes, 16), dtype=torch.uint8, device=device)
 
 
 def launch_kernel(kernel: Kernel | Gemm, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:

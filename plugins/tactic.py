@@ -46,7 +46,9 @@ class Site:
     inputs: tuple[Tensor | None, ...]
     outputs: tuple[Tensor, ...]
     device: Device = field(default_factory=Device)
+    # of a node that reads the page table, None for any number (and for other nodes):
     max_query: int | None = None  # most query tokens of a sequence in this bucket; 1 in a bucket for decoding
+    max_context: int | None = None  # most keys of a sequence in this bucket
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,13 @@ class Gemm:
 
 @dataclass(frozen=True)
 class Operand:
-    """A pointer argument. kind: `input`, `output` (index: of the op's schema) or `workspace` (index: byte offset)."""
+    """A pointer argument. kind: `input`, `output` (index: of the op's schema; offset: bytes behind its start),
+    `workspace` (index: byte offset) or `zeros` (index: byte offset), memory that every launch leaves as it finds it,
+    all zeros."""
 
     kind: str
     index: int
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,11 +105,13 @@ class Launch:
 
 @dataclass(frozen=True)
 class Tactic:
-    """One way to run a node: launches in order, on `workspace` bytes that hold nothing between nodes."""
+    """One way to run a node: launches in order, on `workspace` bytes that hold nothing between nodes, and on `zeros`
+    bytes that hold zeros."""
 
     name: str
     launches: tuple[Launch, ...]
     workspace: int = 0
+    zeros: int = 0
 
 
 POINTERS = {

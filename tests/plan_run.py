@@ -4,7 +4,7 @@ import math
 
 import torch
 from ingot.engines.dtypes import DTYPES
-from ingot.engines.plan import Argument
+from ingot.engines.plan import ZEROS, Argument
 from ingot.plugins import jit
 
 
@@ -12,7 +12,8 @@ class PlanRun:
     """A bucket of `plan` over weights and graph inputs by name; `kernels` are the plan's, in order."""
 
     def __init__(self, plan, kernels, bucket, inputs):
-        self.plan, self.kernels, self.bucket, self.inputs = plan, list(kernels), bucket, inputs
+        self.plan, self.kernels, self.bucket = plan, list(kernels), bucket
+        self.inputs = inputs | {ZEROS: torch.zeros(max(plan.zeros, 16), dtype=torch.uint8)}
         self.arena = torch.full((bucket.arena + 16,), 0xFF, dtype=torch.uint8)  # NaN in any float
 
     def __call__(self, parts=("body", "head")):
@@ -31,10 +32,10 @@ class PlanRun:
     def _value(self, argument, kind):
         if not isinstance(argument, Argument):
             return argument
-        if argument.kind != "arena":
-            return self.inputs[argument.name]
         element = jit.ELEMENTS[kind]
-        rest = self.arena[argument.offset :]
+        if argument.kind != "arena" and argument.name != ZEROS:
+            return self.inputs[argument.name]
+        rest = (self.arena if argument.kind == "arena" else self.inputs[ZEROS])[argument.offset :]
         return rest[: rest.numel() // element.itemsize * element.itemsize].view(element)
 
 

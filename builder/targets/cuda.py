@@ -58,7 +58,9 @@ def make_plan(
         fuse(graph), device, config.page_size, -(-max_model_len // config.page_size), config.max_num_seqs,
         lambda site: choices[key_of(site)].tactic,
     )  # fmt: skip
-    sizes = bucket_sizes(config.max_num_seqs, min(config.max_num_batched_tokens, max_model_len * config.max_num_seqs))
+    sizes = bucket_sizes(
+        config.max_num_seqs, min(config.max_num_batched_tokens, max_model_len * config.max_num_seqs), max_model_len
+    )
     found = candidates(planner, sizes)
     choices |= timed(found, gpu) if gpu else likeliest(found, device)
     buckets = tuple(planner.plan(each) for each in sizes)
@@ -77,6 +79,7 @@ def make_plan(
     plan = Plan(
         device.capability, planner.vocab_size, config.page_size, planner.max_pages, planner.logits_dtype,
         planner.nodes, tuple(cubins), buckets, tuple(choices[key].describe() for key in planner.planned),
+        planner.zeros,
     )  # fmt: skip
     plan.save(folder)
     return plan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from ...engines.dtypes import DTYPES
 from ...engines.errors import BuildError
-from ...engines.plan import Argument, Bucket, Launch
+from ...engines.plan import ZEROS, Argument, Bucket, Launch
 from ...engines.sampling import (
     KINDS,
     LAST_TOKEN,
@@ -37,17 +37,22 @@ STAGING, SAMPLING = -2, -1  # in the place of a node's number
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a bucket holds at most; `max_query` is 1 for decoding, 0 for any step."""
+    """What a bucket holds at most; `max_query` is 1 for decoding, 0 for any step; `max_context` is 0 for any."""
 
     tokens: int
     sequences: int
     rows: int
     max_query: int
+    max_context: int = 0
 
 
-def bucket_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> list[Sizes]:
+SHORT = 1024  # keys of a sequence: decoding has buckets for contexts up to it, and others
+
+
+def bucket_sizes(max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> list[Sizes]:
     """Decoding by powers of two up to 16, then in steps that waste a quarter at most; steps with prompts likewise."""
-    decode = [Sizes(n, n, n, 1) for n in _ladder(1, max_num_seqs)]
+    contexts = [SHORT, 0] if max_model_len > 2 * SHORT else [0]
+    decode = [Sizes(n, n, n, 1, context) for n in _ladder(1, max_num_seqs) for context in contexts]
     mixed = [Sizes(n, max_num_seqs, max_num_seqs, 0) for n in _ladder(16, max_num_batched_tokens)]
     return decode + mixed
 
@@ -74,7 +79,8 @@ class Work:
 
 def key_of(site: Site) -> Hashable:
     """Sites that are equal in this are one."""
-    return site.op, tuple(sorted(site.attributes.items())), site.inputs, site.outputs, site.max_query
+    most = site.max_query, site.max_context
+    return site.op, tuple(sorted(site.attributes.items())), site.inputs, site.outputs, most
 
 
 @dataclass
@@ -90,6 +96,7 @@ class Planner:
     kernels: dict[Kernel | Gemm, int] = field(default_factory=dict)
     nodes: tuple[str, ...] = ()
     planned: dict[Hashable, int] = field(default_factory=dict)
+    zeros: int = 0  # bytes that the tactics of any bucket want to be zero
 
     def __post_init__(self) -> None:
         self.nodes = tuple(node.name or f"{node.op_type}.{i}" for i, node in enumerate(self.graph))
@@ -117,7 +124,9 @@ class Planner:
                 part = "head"  # and everything behind it
             shapes = tuple(None if value is None else self.tensor(value, sizes) for value in inputs)
             outputs = tuple(self.tensor(value, sizes) for value in node.outputs)
-            site = Site(node.op_type, attributes, shapes, outputs, self.device, sizes.max_query or None)
+            site = Site(node.op_type, attributes, shapes, outputs, self.device)
+            if any(value is not None and value.name == PAGES for value in inputs):
+                site = replace(site, max_query=sizes.max_query or None, max_context=sizes.max_context or None)
             work.append(Work(part, i, site, inputs, tuple(node.outputs)))
         return work + [self._sampling(name, kind, sizes) for name, kind in KINDS.items()]
 
@@ -182,6 +191,7 @@ class Planner:
         parts: dict[str, list[Launch]] = {each.part: [] for each in work}
         for each, tactic, workspace in zip(work, tactics, workspaces, strict=True):
             site = self.planned.setdefault(key_of(each.site), len(self.planned))
+            self.zeros = max(self.zeros, tactic.zeros)
             for launch in tactic.launches:
                 cubin = self.kernels.setdefault(launch.kernel, len(self.kernels))
                 arguments = tuple(
@@ -190,7 +200,7 @@ class Planner:
                 )
                 parts[each.part].append(Launch(cubin, each.node, site, launch.grid, arguments))
         return Bucket(
-            sizes.tokens, sizes.sequences, sizes.rows, sizes.max_query, arena, offsets[self._logits],
+            sizes.tokens, sizes.sequences, sizes.rows, sizes.max_query, sizes.max_context, arena, offsets[self._logits],
             {name: tuple(launches) for name, launches in parts.items()},
         )  # fmt: skip
 
@@ -219,13 +229,15 @@ class Planner:
     def _argument(self, work: Work, operand: Operand, offsets: Mapping[ir.Value, int], workspace: int) -> Argument:
         if operand.kind == "workspace":
             return Argument("arena", offset=workspace + operand.index)
+        if operand.kind == "zeros":
+            return Argument("input", ZEROS, operand.index)
         value = (work.inputs if operand.kind == "input" else work.outputs)[operand.index]
         assert value is not None, f"{work.site.op}: a tactic reads an input that is absent"
         if isinstance(value, str):
-            return Argument("input", value)
+            return Argument("input", value, operand.offset)
         if value in offsets:
-            return Argument("arena", offset=offsets[value])
-        return Argument("input" if value in self._inputs else "weight", value.name or "")
+            return Argument("arena", offset=offsets[value] + operand.offset)
+        return Argument("input" if value in self._inputs else "weight", value.name or "", operand.offset)
 
     def _dim(self, name: str, axis: int) -> Any:
         value = next(value for value in self.graph.inputs if value.name == name)

@@ -42,7 +42,8 @@ class Choice:
             "op": self.site.op, "attributes": dict(self.site.attributes),
             "inputs": [t and [t.shape, t.dtype, t.cold] for t in self.site.inputs],
             "outputs": [[t.shape, t.dtype, t.cold] for t in self.site.outputs],
-            "max_query": self.site.max_query, "tactic": self.tactic.name, "us": self.microseconds,
+            "max_query": self.site.max_query, "max_context": self.site.max_context,
+            "tactic": self.tactic.name, "us": self.microseconds,
             "of": self.num_timed,
         }  # fmt: skip
 

@@ -19,8 +19,9 @@ from ...plugins.gpu import Address, Gpu, Launchable
 from ...plugins.tactic import Operand, Site, Tactic, Tensor
 from .cubin import Binary, Cubin, Source
 
-CONTEXT = 512  # keys of a sequence in a bucket for decoding
-LONG = 1 << 17  # keys of all sequences together, in a second step of long contexts
+CONTEXTS = 256, 768  # keys of a sequence in a bucket for decoding short contexts
+LONG = 1 << 17  # keys of all sequences together where contexts may be long
+LONGEST = 1 << 15  # keys of one sequence among short ones
 SLOTS = {"PagedAttention": 3, "RotaryPagedAttention": 2}  # first of slots, query_start, kv_len, pages, k_pages
 REPLAYS = 5
 GRAPH_MS = 2.0  # a graph runs at least this long, within the bounds below
@@ -38,14 +39,15 @@ class Timer:
         self._pinned = gpu.pinned(64 << 20)
         self._size = 0
         self._region = 0
+        self._zeros = (0, 0)  # address, bytes
         self._generator = np.random.default_rng(0)
 
     def __enter__(self) -> Timer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._region:
-            self.gpu.free(self._region)
+        for address in filter(None, (self._region, self._zeros[0])):
+            self.gpu.free(address)
 
     def microseconds(self, site: Site, tactic: Tactic, cubins: Mapping[Source, Binary]) -> float:
         """The time of one run of the tactic: over several steps the geometric mean, so that each counts the same."""
@@ -57,6 +59,7 @@ class Timer:
         spare = 4 * self.gpu.l2_bytes
         copies = max(1, min(MOST, -(-spare // max(1, operands.cold_bytes)))) if operands.cold_bytes else 1
         self._reserve(operands.fixed_bytes + copies * operands.cold_bytes)
+        self._reserve_zeros(tactic.zeros)
         for offset, array in operands.arrays(self._generator):
             self._write(self._region + offset, array)
         self.gpu.synchronise(self._stream)
@@ -65,7 +68,7 @@ class Timer:
             for i in range(times):
                 for launch in tactic.launches:
                     arguments = [
-                        Address(self._region + operands.offset(a, i % copies)) if isinstance(a, Operand) else a
+                        self._address(operands, a, i % copies) if isinstance(a, Operand) else a
                         for a in launch.arguments
                     ]
                     function = self._functions.get(launch.kernel)
@@ -77,6 +80,18 @@ class Timer:
         once = self._replay(lambda: run(1), 2)
         times = int(min(MOST, max(FEWEST, GRAPH_MS / max(once, 1e-3))))
         return 1000 * self._replay(lambda: run(times), REPLAYS) / times
+
+    def _address(self, operands: _Operands, operand: Operand, copy: int) -> Address:
+        if operand.kind == "zeros":
+            return Address(self._zeros[0] + operand.index)
+        return Address(self._region + operands.offset(operand, copy))
+
+    def _reserve_zeros(self, num_bytes: int) -> None:
+        if num_bytes > self._zeros[1]:
+            if self._zeros[0]:
+                self.gpu.free(self._zeros[0])
+            self._zeros = self.gpu.allocate(num_bytes, "counters to time kernels with"), num_bytes
+            self.gpu.fill(self._zeros[0], num_bytes, 0, self._stream)
 
     def _load(self, binary: Binary) -> Launchable:
         if isinstance(binary, Cubin):
@@ -148,21 +163,33 @@ class Step:
 
 
 def steps(site: Site) -> list[Step | None]:
-    """The steps to time a site on, the commonest first: for attention decode rows of CONTEXT keys and of many more, or
-    one prompt that fills the bucket; None where the op reads no step."""
+    """The steps to time a site on; None where the op reads no step.
+
+    Attention: decode rows of CONTEXTS; where contexts may be long, all of them long, and one long one among short ones;
+    where there may be prompts, one that fills the bucket, and one that fills half of it behind a long context and short
+    ones.
+    """
     if site.op not in SLOTS:
         return [None]
     table, query = site.inputs[SLOTS[site.op] + 3], site.inputs[0]
     assert table is not None and query is not None
     tokens, (sequences, width) = query.shape[0], table.shape
-    longest = width * _pool(site).shape[1]
+    longest = min(width * _pool(site).shape[1], site.max_context or LONGEST)
+    short, long = ((min(context, longest),) * sequences for context in (CONTEXTS[0], LONG // sequences))
+    skewed = (longest, *short[1:])
     if site.max_query == 1:
-        contexts = [min(CONTEXT, longest), min(LONG // sequences, longest)]
-        contexts = contexts[: 2 if contexts[1] > 2 * contexts[0] else 1]
-        return [Step((1,) * sequences, (context,) * sequences) for context in contexts]
-    each = min(tokens, longest)
-    counts = tuple(min(each, max(0, tokens - i * each)) for i in range(sequences))
-    return [Step(counts, counts)]
+        lengths = [(min(context, longest),) * sequences for context in CONTEXTS] if site.max_context else [long, skewed]
+        return [Step((1,) * sequences, each) for each in lengths]
+    half = tokens // 2
+    return [_prompts(tokens, longest, sequences), _prompts(half, longest, sequences, skewed[: tokens - half])]
+
+
+def _prompts(tokens: int, longest: int, sequences: int, decoding: tuple[int, ...] = ()) -> Step:
+    """`tokens` of prompts, as few as hold them, behind rows of decoding of these lengths; padded sequences last."""
+    counts = [min(longest, tokens - done) for done in range(0, tokens, longest)]
+    counts = counts[: max(0, sequences - len(decoding))]
+    padding = (0,) * (sequences - len(decoding) - len(counts))
+    return Step((1,) * len(decoding) + (*counts, *padding), decoding + (*counts, *padding))
 
 
 def _pool(site: Site) -> Tensor:
@@ -197,7 +224,7 @@ class _Operands:
         if operand.kind == "workspace":
             return self._workspace + operand.index
         cold, offset = self._at[operand.kind, operand.index]
-        return self.fixed_bytes + copy * self.cold_bytes + offset if cold else offset
+        return (self.fixed_bytes + copy * self.cold_bytes if cold else 0) + offset + operand.offset
 
     def arrays(self, generator: np.random.Generator) -> list[tuple[int, np.ndarray]]:
         """Integers that the kernels index with, (offset, values)."""

@@ -1,9 +1,11 @@
 """GatedLinear on the GPU: in one launch by Linear's kernels, which end in the activation, or in two.
 
-The one launch reads as much and writes a quarter; the two may use what only Linear has, cuBLASLt above all.
+The one launch reads as much and writes a quarter; the two may use what only Linear has, cuBLASLt above all. Where there
+are many rows they take turns over blocks of rows, so that what is between them stays in the L2 cache.
 """
 
 from dataclasses import replace
+from math import prod
 
 from ..gated_activation.activate import ACTIVATIONS
 from ..gated_activation.kernel import tactics as activations
@@ -12,6 +14,8 @@ from ..linear.kernel import tactics as products
 from ..tactic import Launch, Operand, Site, Tactic, Tensor
 
 OWN_PRODUCTS = 2  # of Linear's own kernels that are also tried in two launches
+BLOCKS = (512, 1024)  # rows
+BLOCK_ALGORITHMS = 2
 
 
 def tactics(site: Site) -> list[Tactic]:
@@ -26,13 +30,46 @@ def tactics(site: Site) -> list[Tactic]:
     (second,) = activations(activation)
     fused = own(site, site.attributes["activation"])
     mine = [tactic.name for tactic in own(product)][OWN_PRODUCTS:]
-    return fused + [_both(each, second, between) for each in products(product) if each.name not in mine]
+    both = [_both(each, second, between) for each in products(product) if each.name not in mine]
+    return fused + both + [tactic for rows in BLOCKS for tactic in _in_blocks(site, rows)]
+
+
+def _in_blocks(site: Site, rows: int) -> list[Tactic]:
+    """Two launches for each block of `rows` rows, by the likeliest algorithms of cuBLASLt."""
+    x, y = site.inputs[0], site.outputs[0]
+    assert x is not None
+    if x.shape[0] <= rows or x.shape[0] % rows or not site.device.cublas:
+        return []
+    block = replace(
+        site,
+        inputs=(replace(x, shape=(rows, x.shape[1])), *site.inputs[1:]),
+        outputs=(replace(y, shape=(rows, y.shape[1])),),
+    )
+    found = [tactic for tactic in tactics(block) if tactic.name.startswith("cublas")][:BLOCK_ALGORITHMS]
+    return [
+        _repeated(tactic, x.shape[0] // rows, _num_bytes(block.inputs[0]), _num_bytes(block.outputs[0]), rows)
+        for tactic in found
+    ]
+
+
+def _repeated(tactic: Tactic, times: int, x_bytes: int, y_bytes: int, rows: int) -> Tactic:
+    """The launches `times` over, each on the next block of x and y."""
+
+    def moved(launch: Launch, i: int) -> Launch:
+        step = {"input": x_bytes, "output": y_bytes}
+        arguments = [
+            replace(a, offset=i * step[a.kind]) if isinstance(a, Operand) and a.kind in step and a.index == 0 else a
+            for a in launch.arguments
+        ]
+        return replace(launch, arguments=tuple(arguments))
+
+    launches = tuple(moved(launch, i) for i in range(times) for launch in tactic.launches)
+    return replace(tactic, name=f"{tactic.name}, by {rows} rows", launches=launches)
 
 
 def _both(first: Tactic, second: Tactic, between: Tensor) -> Tactic:
     """The product into the workspace, its own workspace behind that, then the activation."""
-    rows, width = between.shape
-    size = -(-rows * width * (4 if between.dtype == "float32" else 2) // 256) * 256
+    size = -(-_num_bytes(between) // 256) * 256
 
     def moved(launch: Launch, kind: str) -> Launch:
         """What the launch had as `kind` is at the start of the workspace."""
@@ -46,3 +83,7 @@ def _both(first: Tactic, second: Tactic, between: Tensor) -> Tactic:
 
     launches = [moved(each, "output") for each in first.launches] + [moved(each, "input") for each in second.launches]
     return Tactic(f"{first.name}, then {second.name}", tuple(launches), size + first.workspace)
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return prod(tensor.shape) * (4 if tensor.dtype == "float32" else 2)

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ..pdl import begin
 from .attend import LOWEST, attend, finish
+from .own import columns, own_key
 
 UNIT = tl.constexpr(16)  # keys are dealt out in units of so many
 
@@ -63,18 +64,22 @@ def merge(
 
 @triton.jit
 def decode_kernel(
-    query, query_start, kv_len, pages, k_pages, v_pages, sinks, y, parts, tops, totals, arrived, sequences,
-    BS: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, PAGE: tl.constexpr,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    query, key, value, table, slots, query_start, kv_len, pages, k_pages, v_pages, sinks, y, parts, tops, totals,
+    arrived, sequences,
+    BS: tl.constexpr, STRIDE: tl.constexpr, KEY_AT: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_AT: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr, TURNED: tl.constexpr, ROTARY: tl.constexpr, OFFSET: tl.constexpr,
+    INTERLEAVED: tl.constexpr, OWN: tl.constexpr, WIDTH: tl.constexpr, NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    PAGE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, CHUNK: tl.constexpr, LEAST: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (key heads, programs).
 
     STRIDE: elements of a query row; WIDTH: of a row of the page table; BS: at least `sequences`; LEAST: units of a
-    share. What a program leaves lies in place 2 * program, + 1 if the sequence begins in its share; `arrived` counts,
-    for each program, the shares of the sequence that begins in its share and ends in another's.
+    share. OWN: the newest key is not in the pool yet (`own.py`). What a program leaves lies in place 2 * program, + 1
+    if the sequence begins in its share; `arrived` counts, for each program, the shares of the sequence that begins in
+    its share and ends in another's, and is zero again in the end.
     """
     begin(PDL)
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
@@ -104,16 +109,23 @@ def decode_kernel(
         if num_units > 0:
             row = tl.load(query_start + s).to(tl.int64)
             length = tl.load(kv_len + s)
-            q = tl.load(
-                query + row * STRIDE + head[:, None] * D + d[None, :],
-                mask=(g < GROUP)[:, None] & (d < D)[None, :], other=0.0,
+            q = columns(
+                query, table, row, head[:, None] * D + d[None, :], (g < GROUP)[:, None] & (d < D)[None, :],
+                STRIDE, TURNED, D, ROTARY, OFFSET, INTERLEAVED,
             )  # fmt: skip
-            acc = tl.zeros([BM, BDV], tl.float32)
-            top = tl.full([BM], LOWEST, tl.float32)
-            total = tl.zeros([BM], tl.float32)
+            if OWN:
+                acc, top, total = own_key(
+                    q, key, value, table, slots, k_pages, v_pages, row, kv_head, until <= stop, KEY_AT, KEY_STRIDE,
+                    VALUE_AT, VALUE_STRIDE, TURNED, ROTARY, OFFSET, INTERLEAVED, NUM_KV_HEADS, D, DV, BD, BDV, BM,
+                    SCALE, SOFTCAP,
+                )  # fmt: skip
+            else:
+                acc = tl.zeros([BM, BDV], tl.float32)
+                top = tl.full([BM], LOWEST, tl.float32)
+                total = tl.zeros([BM], tl.float32)
             position = tl.zeros([BM], tl.int32) + (length - 1)
             start = first + (at - begins) * UNIT
-            end = tl.minimum(first + (tl.minimum(until, stop) - begins) * UNIT, length)
+            end = tl.minimum(first + (tl.minimum(until, stop) - begins) * UNIT, length - OWN)
             acc, top, total = attend(
                 q, acc, top, total, position, pages + s.to(tl.int64) * WIDTH, k_pages, v_pages, kv_head, start, end,
                 end, NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, 0, True,
@@ -136,6 +148,7 @@ def decode_kernel(
                         parts, tops, totals, sinks, y, row, kv_head, leader, num_shares, programs,
                         NUM_HEADS, GROUP, BG, DV, BDV, SINKS, CHUNK,
                     )  # fmt: skip
+                    tl.store(arrived + kv_head * programs + leader, 0)
         at = tl.minimum(until, stop)
         begins = until
         s += 1

@@ -1,10 +1,10 @@
 """PagedAttention on the GPU: which launches run a node, and how wide they are.
 
-First every K and V of the step is written to its slot; launches of a stream are ordered, so all later reads see them.
-Then, in a bucket for decoding, the keys of each sequence are split over programs (`decode.py`), or, where there are
-sequences enough to fill the GPU, each is one tile of `chunk.py`; in any other bucket
-tiles of prompt tokens are attended (`chunk.py`), and rows of decoding either with them or, split, in a launch of their
-own. The number of splits is a guess at what fills the GPU and part of what the builder times.
+In a bucket for decoding one launch writes the new keys and values and attends: either the keys of all sequences are
+split over programs (`decode.py`), or each sequence has its own (`whole.py`). In any other bucket every K and V of the
+step is written to its slot first; launches of a stream are ordered, so all later reads see them. Then tiles of prompt
+tokens are attended (`chunk.py`), and rows of decoding either with them or, split, in a launch of their own. The number
+of splits is a guess at what fills the GPU and part of what the builder times.
 """
 
 import math
@@ -16,49 +16,87 @@ import triton
 from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic
 
 QUERY, KEY, VALUE, SLOTS, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS = range(10)
+TABLE = 10  # of a rotation, which is not PagedAttention's own input
+STEP_INPUTS = (
+    QUERY,
+    KEY,
+    VALUE,
+    TABLE,
+    SLOTS,
+    QUERY_START,
+    KV_LEN,
+    PAGES,
+    K_PAGES,
+    V_PAGES,
+    SINKS,
+)  # of decode kernels
+STEP_NAMES = (
+    "query",
+    "key",
+    "value",
+    "table",
+    "slots",
+    "query_start",
+    "kv_len",
+    "pages",
+    "k_pages",
+    "v_pages",
+    "sinks",
+)
 
 # (BN, warps, stages) of decode; BN keys are in flight per stage
-DECODE = ((64, 4, 3), (32, 4, 4), (128, 8, 3), (64, 4, 2))
+DECODE = ((64, 4, 2), (128, 4, 3), (32, 4, 4), (32, 2, 4))
+# (BN, warps, stages) of decode without a split: a program for each sequence and key head
+WHOLE = ((64, 4, 2), (64, 4, 3), (32, 4, 4), (128, 4, 2))
 # (rows, BN, warps, stages) of chunks
-CHUNK = ((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (16, 64, 4, 3))
-# (rows, BN, warps, stages) of decode without a split: a program for each sequence and key head
-WHOLE = ((16, 64, 4, 3), (16, 64, 4, 2), (16, 32, 4, 4), (16, 128, 4, 2))
-SMALL_WHOLE = ((16, 32, 4, 2),)
+CHUNK = ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (256, 64, 16, 3), (128, 128, 8, 2), (64, 32, 4, 3),
+         (16, 64, 4, 3))  # fmt: skip
+APART = 5  # of the chunks that are also tried with rows of decoding apart
 SMALL_DECODE = ((32, 4, 2), (16, 4, 2))  # fp32, which has no tensor cores at full precision: registers are the limit
 SMALL_CHUNK = ((32, 32, 4, 2), (16, 32, 4, 2))
 
 
-def tactics(site: Site) -> list[Tactic]:
-    """Decode buckets: splits of different widths, and none. Others: tiles, with and without decode rows apart."""
-    shape = _Shape.of(site)
+@dataclass(frozen=True)
+class Rotation:
+    """Rope of queries and keys on their way: columns turned of a head, their offset, and the type of the table."""
+
+    rotary: int
+    offset: int
+    interleaved: bool
+    table: str
+
+
+def tactics(site: Site, rotation: Rotation | None = None) -> list[Tactic]:
+    """Decode buckets: splits of different widths, and none. Others: tiles, with and without decode rows apart.
+
+    rotation: of a packed query; in buckets for decoding only.
+    """
+    shape = _Shape.of(site, rotation)
     small = shape.itemsize == 4
     decodes = [d for d in (SMALL_DECODE if small else DECODE) if shape.fits(shape.decode_rows, *d)]
     if site.max_query == 1:
         found = []
-        for bn, warps, stages in decodes:
-            for programs in shape.programs(bn):
-                counters, launch, workspace = shape.decode(bn, warps, stages, programs)
-                name = f"decode {bn} warps{warps} stages{stages} programs{programs}"
-                found.append(Tactic(name, (shape.write(*counters), launch), workspace))
-        whole = [c for c in (SMALL_WHOLE if small else WHOLE) if shape.fits(max(c[0], shape.bg), *c[1:])]
-        return found + [Tactic(_name("whole", c), shape.one_launch(*c)) for c in whole]
+        for d in decodes:
+            for programs in shape.programs(d[0]):
+                launch, workspace, zeros = shape.decode(*d, programs, own=True)
+                name = "decode {} warps{} stages{} programs{}".format(*d, programs)
+                found.append(Tactic(name, (launch,), workspace, zeros))
+        wholes = [w for w in (SMALL_DECODE if small else WHOLE) if shape.fits(shape.decode_rows, *w)]
+        return found + [Tactic("whole {} warps{} stages{}".format(*w), (shape.whole(*w),)) for w in wholes]
     chunks = [c for c in (SMALL_CHUNK if small else CHUNK) if shape.fits(max(c[0], shape.bg), *c[1:])]
-    found = [Tactic(_name("chunk", c), shape.one_launch(*c)) for c in chunks]
-    bn, warps, stages = decodes[0]
-    counters, launch, workspace = shape.decode(bn, warps, stages, shape.programs(bn)[0])
-    for c in chunks[:3]:
-        launches = (shape.write(*counters), shape.chunk(*c, skip_decode=True), launch)
-        found.append(Tactic(f"{_name('chunk', c)}, decode {bn}", launches, workspace))
+    named = [("chunk {}x{} warps{} stages{}".format(*c), c) for c in chunks]
+    found = [Tactic(name, (shape.write(), shape.chunk(*c, skip_decode=False))) for name, c in named]
+    d = decodes[0]
+    launch, workspace, zeros = shape.decode(*d, shape.programs(d[0])[0], own=False)
+    for name, c in named[:APART]:
+        launches = (shape.write(), shape.chunk(*c, skip_decode=True), launch)
+        found.append(Tactic(f"{name}, decode {d[0]}", launches, workspace, zeros))
     return found
 
 
 def shared_memory(capability: int) -> int:
     """Bytes of shared memory that a program may have: CUDA C++ Programming Guide, compute capabilities."""
     return {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(capability, 99) << 10
-
-
-def _name(kind: str, config: tuple[int, int, int, int]) -> str:
-    return "{} {}x{} warps{} stages{}".format(kind, *config)
 
 
 def _block(size: int) -> int:
@@ -81,15 +119,16 @@ class _Shape:
     dv: int
     dtype: str
     itemsize: int
+    rotation: Rotation | None
 
     @classmethod
-    def of(cls, site: Site) -> "_Shape":
+    def of(cls, site: Site, rotation: Rotation | None) -> "_Shape":
         query, pages, k_pages = site.inputs[QUERY], site.inputs[PAGES], site.inputs[K_PAGES]
         assert query is not None and pages is not None and k_pages is not None
         a, (sequences, width) = site.attributes, pages.shape
         return cls(
             site, query.shape[0], sequences, width, k_pages.shape[1], a["num_heads"], a["num_kv_heads"], a["head_dim"],
-            a["v_head_dim"], query.dtype, 4 if query.dtype == "float32" else 2,
+            a["v_head_dim"], query.dtype, 4 if query.dtype == "float32" else 2, rotation,
         )  # fmt: skip
 
     @property
@@ -111,7 +150,8 @@ class _Shape:
     @property
     def reach(self) -> int:
         """Most keys that a query can see."""
-        return min(self.width * self.page, self.site.attributes["window"] or math.inf)  # type: ignore[return-value]
+        bounds = self.site.attributes["window"], self.site.max_context
+        return int(min(self.width * self.page, *(bound or math.inf for bound in bounds)))
 
     def fits(self, rows: int, bn: int, warps: int, stages: int) -> bool:
         """Whether the operands of a program fit its shared memory, and its accumulator the registers."""
@@ -121,18 +161,33 @@ class _Shape:
 
     def constants(self) -> dict[str, Any]:
         a = self.site.attributes
-        row = self.heads * self.d
-        packed_row = row + self.kv_heads * (self.d + self.dv)
         return {
-            "STRIDE": packed_row if self.packed else row, "WIDTH": self.width, "NUM_HEADS": self.heads,
+            "STRIDE": self.strides()["STRIDE"], "WIDTH": self.width, "NUM_HEADS": self.heads,
             "NUM_KV_HEADS": self.kv_heads, "D": self.d, "DV": self.dv, "BD": _block(self.d), "BDV": _block(self.dv),
             "PAGE": self.page, "SCALE": a["scale"], "SOFTCAP": a["softcap"], "WINDOW": a["window"],
             "SINKS": self.site.inputs[SINKS] is not None,
         }  # fmt: skip
 
+    def strides(self) -> dict[str, int]:
+        """Where queries, keys and values lie."""
+        row, k_width, v_width = self.heads * self.d, self.kv_heads * self.d, self.kv_heads * self.dv
+        if self.packed:
+            total = row + k_width + v_width
+            return {"STRIDE": total, "KEY_AT": row, "KEY_STRIDE": total, "VALUE_AT": row + k_width,
+                    "VALUE_STRIDE": total}  # fmt: skip
+        return {"STRIDE": row, "KEY_AT": 0, "KEY_STRIDE": k_width, "VALUE_AT": 0, "VALUE_STRIDE": v_width}
+
+    def own_constants(self) -> dict[str, Any]:
+        """Of `own.py`."""
+        turned = (self.heads + self.kv_heads) * self.d
+        r = self.rotation or Rotation(0, 0, False, self.dtype)
+        return {**self.strides(), "TURNED": turned, "ROTARY": r.rotary, "OFFSET": r.offset,
+                "INTERLEAVED": r.interleaved}  # fmt: skip
+
     def signature(self, *names: str) -> tuple[tuple[str, str], ...]:
         types = {"slots": "*i32", "query_start": "*i32", "kv_len": "*i32", "pages": "*i32", "arrived": "*i32"}
-        types |= {"parts": "*fp32", "tops": "*fp32", "totals": "*fp32", "sequences": "i32", "counters": "i32"}
+        types |= {"parts": "*fp32", "tops": "*fp32", "totals": "*fp32", "sequences": "i32"}
+        types |= {"table": POINTERS[self.rotation.table]} if self.rotation else {}
         return tuple((name, types.get(name, POINTERS[self.dtype])) for name in names)
 
     def kernel(
@@ -146,29 +201,21 @@ class _Shape:
         )
 
     def inputs(self, *indices: int) -> tuple[Operand, ...]:
-        # an absent sinks is never read: any pointer will do
-        absent = {SINKS} if self.site.inputs[SINKS] is None else set()
+        # what is absent is never read, or is in the query: its pointer will do
+        absent = {i for i, tensor in enumerate(self.site.inputs) if tensor is None}
+        absent |= set() if self.rotation else {TABLE}
         return tuple(Operand("input", QUERY if i in absent else i) for i in indices)
 
-    def write(self, counters: int, offset: int) -> Launch:
-        """K and V to their slots; `counters` int32 zeros at byte `offset` of the workspace."""
-        row, k_width, v_width = self.heads * self.d, self.kv_heads * self.d, self.kv_heads * self.dv
-        total = row + k_width + v_width
-        constants = {
-            "KEY_AT": row if self.packed else 0, "KEY_STRIDE": total if self.packed else k_width, "K_WIDTH": k_width,
-            "VALUE_AT": row + k_width if self.packed else 0, "VALUE_STRIDE": total if self.packed else v_width,
-            "V_WIDTH": v_width, "BLOCK": triton.next_power_of_2(max(k_width, v_width)),
+    def write(self) -> Launch:
+        """K and V to their slots."""
+        k_width, v_width = self.kv_heads * self.d, self.kv_heads * self.dv
+        places = {name: number for name, number in self.strides().items() if name != "STRIDE"}
+        constants = places | {
+            "K_WIDTH": k_width, "V_WIDTH": v_width, "BLOCK": triton.next_power_of_2(max(k_width, v_width))
         }  # fmt: skip
-        names = ("key", "value", "slots", "k_pages", "v_pages", "arrived", "counters")
+        names = ("key", "value", "slots", "k_pages", "v_pages")
         kernel = self.kernel("write:write_kernel", names, constants, 4, 1)
-        source = (QUERY, QUERY) if self.packed else (KEY, VALUE)
-        zeroed = Operand("workspace", offset) if counters else Operand("input", SLOTS)
-        arguments: tuple[Operand | int, ...] = (*self.inputs(*source, SLOTS, K_PAGES, V_PAGES), zeroed, counters)
-        return Launch(kernel, (self.tokens, 1, 1), arguments)
-
-    def one_launch(self, rows: int, bn: int, warps: int, stages: int) -> tuple[Launch, ...]:
-        """The write, and tiles of every sequence."""
-        return self.write(0, 0), self.chunk(rows, bn, warps, stages, skip_decode=False)
+        return Launch(kernel, (self.tokens, 1, 1), self.inputs(KEY, VALUE, SLOTS, K_PAGES, V_PAGES))
 
     def chunk(self, rows: int, bn: int, warps: int, stages: int, *, skip_decode: bool) -> Launch:
         tokens = max(1, rows // self.bg)
@@ -189,29 +236,29 @@ class _Shape:
         wanted = (max(1, min(most, n * self.site.device.num_sms // self.kv_heads)) for n in (2, 3, 4, 1))
         return list(dict.fromkeys(wanted))
 
-    def decode(self, bn: int, warps: int, stages: int, programs: int) -> tuple[tuple[int, int], Launch, int]:
-        """((counters, their offset), launch, workspace bytes)."""
+    def whole(self, bn: int, warps: int, stages: int) -> Launch:
+        constants = {**self.own_constants(), **self.constants(), "BM": self.decode_rows, "BN": bn}
+        kernel = self.kernel("whole:whole_kernel", (*STEP_NAMES, "y"), constants, warps, stages)
+        return Launch(kernel, (self.kv_heads, self.sequences, 1), (*self.inputs(*STEP_INPUTS), Operand("output", 0)))
+
+    def decode(self, bn: int, warps: int, stages: int, programs: int, *, own: bool) -> tuple[Launch, int, int]:
+        """(launch, bytes of workspace, bytes of zeros)."""
         counters = self.kv_heads * programs
         parts = 2 * counters * self.group
         at_tops = _aligned(4 * parts * self.dv)
         at_totals = at_tops + _aligned(4 * parts)
-        at_arrived = at_totals + _aligned(4 * parts)
         constants = {
-            "BS": max(256, triton.next_power_of_2(self.sequences)), **self.constants(), "BM": self.decode_rows,
-            "BN": bn, "BG": self.bg, "LEAST": max(1, 2 * bn // 16),
+            "BS": max(256, triton.next_power_of_2(self.sequences)), **self.own_constants(), "OWN": own,
+            **self.constants(), "BM": self.decode_rows, "BN": bn, "BG": self.bg, "LEAST": max(1, 2 * bn // 16),
             "CHUNK": max(1, min(16, 4096 // (self.bg * _block(self.dv)))),
         }  # fmt: skip
-        names = (
-            "query", "query_start", "kv_len", "pages", "k_pages", "v_pages", "sinks", "y", "parts", "tops", "totals",
-            "arrived", "sequences",
-        )  # fmt: skip
+        names = (*STEP_NAMES, "y", "parts", "tops", "totals", "arrived", "sequences")
         kernel = self.kernel("decode:decode_kernel", names, constants, warps, stages)
         arguments: tuple[Operand | int, ...] = (
-            *self.inputs(QUERY, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS), Operand("output", 0),
-            *(Operand("workspace", at) for at in (0, at_tops, at_totals, at_arrived)), self.sequences,
+            *self.inputs(*STEP_INPUTS), Operand("output", 0),
+            *(Operand("workspace", at) for at in (0, at_tops, at_totals)), Operand("zeros", 0), self.sequences,
         )  # fmt: skip
-        launch = Launch(kernel, (self.kv_heads, programs, 1), arguments)
-        return (counters, at_arrived), launch, at_arrived + _aligned(4 * counters)
+        return Launch(kernel, (self.kv_heads, programs, 1), arguments), at_totals + _aligned(4 * parts), 4 * counters
 
 
 def _aligned(num_bytes: int) -> int:

@@ -8,25 +8,15 @@ import triton.language as tl
 
 from ..pdl import begin
 
-ZEROS = tl.constexpr(128)
-
-
-@triton.jit
-def zero(arrived, counters):
-    """Zeroes a decode launch's counters, each program some of them."""
-    for start in range(tl.program_id(0) * ZEROS, counters, tl.num_programs(0) * ZEROS):
-        i = start + tl.arange(0, ZEROS)
-        tl.store(arrived + i, tl.zeros([ZEROS], tl.int32), mask=i < counters)
-
 
 @triton.jit
 def write_kernel(
-    key, value, slots, k_pages, v_pages, arrived, counters,
+    key, value, slots, k_pages, v_pages,
     KEY_AT: tl.constexpr, KEY_STRIDE: tl.constexpr, K_WIDTH: tl.constexpr, VALUE_AT: tl.constexpr,
     VALUE_STRIDE: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Copies K and V of a token to its slot, one program a token; zeroes the counters."""
+    """Copies K and V of a token to its slot, one program a token."""
     begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
@@ -35,4 +25,3 @@ def write_kernel(
     v = tl.load(value + token * VALUE_STRIDE + VALUE_AT + i, mask=i < V_WIDTH, other=0.0)
     tl.store(k_pages + slot * K_WIDTH + i, k, mask=i < K_WIDTH)
     tl.store(v_pages + slot * V_WIDTH + i, v, mask=i < V_WIDTH)
-    zero(arrived, counters)

@@ -1,16 +1,18 @@
-"""RotaryPagedAttention on the GPU: PagedAttention's tactics, with one launch that rotates and writes K and V.
+"""RotaryPagedAttention on the GPU: PagedAttention's tactics on what is rotated on the way.
 
-The rotated queries go to the workspace, rotated keys and the values straight to their slots; what attends is
-PagedAttention's own.
+In buckets for decoding its kernels rotate what they read. In others one launch rotates and writes K and V: the rotated
+queries go to the workspace, rotated keys and the values straight to their slots; what attends is PagedAttention's own.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import triton
 import triton.language as tl
 
+from ..paged_attention.kernel import TABLE as ROTATION_TABLE
+from ..paged_attention.kernel import VALUE, Rotation
 from ..paged_attention.kernel import tactics as attentions
-from ..paged_attention.write import zero
 from ..pdl import begin
 from ..rope.kernel import rotated
 from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic, Tensor
@@ -21,12 +23,12 @@ X, TABLE, SLOTS, K_PAGES, V_PAGES = 0, 1, 2, 6, 7
 
 @triton.jit
 def rotate_kernel(
-    x, table, slots, query, k_pages, v_pages, arrived, counters,
+    x, table, slots, query, k_pages, v_pages,
     WIDTH: tl.constexpr, Q_WIDTH: tl.constexpr, K_WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr,
     OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Grid (tokens, column blocks): columns of one token, rotated, to where they belong; zeroes the counters."""
+    """Grid (tokens, column blocks): columns of one token, rotated, to where they belong."""
     begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
@@ -36,46 +38,64 @@ def rotate_kernel(
     tl.store(query + token * Q_WIDTH + column, value, mask=column < Q_WIDTH)
     tl.store(k_pages + slot * K_WIDTH + column - Q_WIDTH, value, mask=(column >= Q_WIDTH) & (column < KEYS))
     tl.store(v_pages + slot * (WIDTH - KEYS) + column - KEYS, value, mask=(column >= KEYS) & (column < WIDTH))
-    if tl.program_id(1) == 0:
-        zero(arrived, counters)
 
 
 def tactics(site: Site) -> list[Tactic]:
-    """PagedAttention's, on queries in the workspace; each begins with its write, which the rotation replaces."""
+    """PagedAttention's, on packed rows that it rotates itself or on queries in the workspace."""
+    return _decoding(site) if site.max_query == 1 else _rotated_first(site)
+
+
+def _decoding(site: Site) -> list[Tactic]:
     x, table, *step = site.inputs
     assert x is not None and table is not None
     a = site.attributes
-    tokens = x.shape[0]
-    queries, keys, values = (
-        Tensor((tokens, width), x.dtype)
-        for width in (
-            a["num_heads"] * a["head_dim"],
-            a["num_kv_heads"] * a["head_dim"],
-            a["num_kv_heads"] * a["v_head_dim"],
-        )
-    )
-    inner = Site("PagedAttention", a, (queries, keys, values, *step), site.outputs, site.device, site.max_query)
-    size = -(-tokens * queries.shape[1] * (4 if x.dtype == "float32" else 2) // 256) * 256
+    inner = replace(site, op="PagedAttention", inputs=(x, None, None, *step))
+    rotation = Rotation(table.shape[1], a["rotary_offset"], bool(a["interleaved"]), table.dtype)
 
-    def moved(operand: Operand | int | float) -> Operand | int | float:
-        """PagedAttention's query is the start of the workspace; its step is one input earlier than there."""
-        if not isinstance(operand, Operand) or operand.kind == "output":
+    def moved(operand: Operand) -> Operand:
+        """The step is one input earlier than in PagedAttention, and the table behind x."""
+        if operand.kind != "input" or operand.index <= VALUE:
             return operand
+        return Operand("input", TABLE if operand.index == ROTATION_TABLE else operand.index - 1)
+
+    return [_with(tactic, tactic.launches, moved) for tactic in attentions(inner, rotation)]
+
+
+def _rotated_first(site: Site) -> list[Tactic]:
+    """PagedAttention's tactics begin with its write, which the rotation replaces."""
+    x, table, *step = site.inputs
+    assert x is not None and table is not None
+    a, tokens = site.attributes, x.shape[0]
+    widths = (a["num_heads"] * a["head_dim"], a["num_kv_heads"] * a["head_dim"], a["num_kv_heads"] * a["v_head_dim"])
+    parts = (Tensor((tokens, width), x.dtype) for width in widths)
+    inner = replace(site, op="PagedAttention", inputs=(*parts, *step))
+    size = -(-tokens * widths[0] * (4 if x.dtype == "float32" else 2) // 256) * 256
+
+    def moved(operand: Operand) -> Operand:
+        """PagedAttention's query is the start of the workspace; its keys and values are read from the pool alone."""
         if operand.kind == "workspace":
             return Operand("workspace", size + operand.index)
-        return Operand("workspace", 0) if operand.index == 0 else Operand("input", operand.index - 1)
+        if operand.kind != "input":
+            return operand
+        return Operand("workspace", 0) if operand.index <= VALUE else Operand("input", operand.index - 1)
 
-    found = []
-    for tactic in attentions(inner):
-        write, *rest = tactic.launches
-        *_, zeroed, counters = (moved(argument) for argument in write.arguments)
-        launches = [_rotate(site, zeroed, counters)]
-        launches += [replace(each, arguments=tuple(moved(argument) for argument in each.arguments)) for each in rest]
-        found.append(Tactic(tactic.name, tuple(launches), size + tactic.workspace))
-    return found
+    rotate = _rotate(site)
+    return [
+        replace(found, launches=(rotate, *found.launches), workspace=size + tactic.workspace)
+        for tactic in attentions(inner)
+        for found in [_with(tactic, tactic.launches[1:], moved)]
+    ]
 
 
-def _rotate(site: Site, zeroed: Operand | int | float, counters: Operand | int | float) -> Launch:
+def _with(tactic: Tactic, launches: Sequence[Launch], moved: Callable[[Operand], Operand]) -> Tactic:
+    """The tactic of these launches, their operands moved."""
+    return replace(tactic, launches=tuple(
+        replace(each, arguments=tuple(moved(a) if isinstance(a, Operand) else a for a in each.arguments))
+        for each in launches
+    ))  # fmt: skip
+
+
+def _rotate(site: Site) -> Launch:
     x, table = site.inputs[:2]
     assert x is not None and table is not None
     a, (tokens, width) = site.attributes, x.shape
@@ -88,7 +108,7 @@ def _rotate(site: Site, zeroed: Operand | int | float, counters: Operand | int |
     pointer = POINTERS[x.dtype]
     signature = (
         ("x", pointer), ("table", POINTERS[table.dtype]), ("slots", "*i32"), ("query", pointer), ("k_pages", pointer),
-        ("v_pages", pointer), ("arrived", "*i32"), ("counters", "i32"),
+        ("v_pages", pointer),
     )  # fmt: skip
     kernel = Kernel(
         "rotary_paged_attention.kernel:rotate_kernel",
@@ -98,5 +118,5 @@ def _rotate(site: Site, zeroed: Operand | int | float, counters: Operand | int |
     )
     inputs = (Operand("input", i) for i in (X, TABLE, SLOTS))
     pools = (Operand("input", i) for i in (K_PAGES, V_PAGES))
-    arguments = (*inputs, Operand("workspace", 0), *pools, zeroed, counters)
+    arguments = (*inputs, Operand("workspace", 0), *pools)
     return Launch(kernel, (tokens, triton.cdiv(width, block), 1), arguments)

@@ -13,9 +13,9 @@ import numpy as np
 
 from ...engines.dtypes import DTYPES
 from ...engines.errors import EngineError
-from ...engines.plan import FOLDER, Plan
+from ...engines.plan import FOLDER, ZEROS, Plan
 from ...engines.sampling import KINDS, MAX_LOGPROBS, PACKED, RESULTS, SAMPLE_POSITIONS, SAMPLE_ROWS
-from ...engines.step import LOGIT_ROWS, STEP_INPUTS, k_pages, v_pages
+from ...engines.step import KV_LEN, LOGIT_ROWS, STEP_INPUTS, TOKENS, k_pages, v_pages
 from ...plugins.gpu import Gpu, GpuFault, opening
 from ..batch import Batch, packed_size
 from ..capacity import ServeConfig, model_len
@@ -91,7 +91,8 @@ class CudaExecutor:
             self._tables.place(placement)
         self._buffers |= self._tables.addresses
         self._gpu.upload(self._buffers[PACKED], batch.packed, self._stream)
-        bucket = self._graphs.bucket(len(batch.inputs["tokens"]), batch.num_works)
+        longest = int(batch.inputs[KV_LEN].max())
+        bucket = self._plan.bucket(len(batch.inputs[TOKENS]), batch.num_works, longest)
         sample = f"sample.{self._tables.kind_of(batch.sample_rows)}"
         self._results.reverse()
         results = self._results[0]
@@ -194,7 +195,11 @@ class CudaExecutor:
         sizes |= {LOGIT_ROWS: rows, SAMPLE_ROWS: rows, SAMPLE_POSITIONS: rows}
         sizes |= {PACKED: packed_size(sequences, tokens, plan.max_pages)}
         sizes |= {name: rows * (MAX_LOGPROBS if columns else 1) for name, (_, columns) in RESULTS.items()}
-        return {name: self._gpu.allocate(4 * size, "the tensors of a step") for name, size in sizes.items()}
+        sizes |= {ZEROS: -(-plan.zeros // 4)}
+        buffers = {name: self._gpu.allocate(4 * size, "the tensors of a step") for name, size in sizes.items() if size}
+        if ZEROS in buffers:
+            self._gpu.fill(buffers[ZEROS], plan.zeros, 0, self._stream)
+        return buffers
 
     def _allocate_pools(self, engine: Engine, num_pages: int) -> dict[str, int]:
         manifest, pools = engine.manifest, {}

@@ -27,10 +27,6 @@ class Graphs:
         self._functions: dict[int, Launchable] = {}
         self._graphs: dict[tuple[int, tuple[str, ...]], Any] = {}
 
-    def bucket(self, num_tokens: int, num_sequences: int) -> int:
-        """Number of the smallest bucket for a step."""
-        return self._plan.bucket(num_tokens, num_sequences)
-
     def replay(self, bucket: int, *parts: str) -> None:
         """Enqueues these parts of a bucket, in order."""
         self._gpu.replay(self.capture(bucket, *parts), self._stream)
@@ -62,7 +58,7 @@ class Graphs:
     def _resolve(self, argument: Argument) -> Address:
         if argument.kind == "arena":
             return Address(self._arena + argument.offset)
-        return Address(self._addresses[argument.kind][argument.name])
+        return Address(self._addresses[argument.kind][argument.name] + argument.offset)
 
     def _load(self, launch: Launch) -> None:
         """Loads what a launch runs, for loading cannot be captured."""

@@ -18,7 +18,7 @@ from ...plugins.interpreter import Launch, Program, Values
 from ...plugins.tactic import Site, Tensor
 from ..cpu import CpuExecutor
 from ..session import Session
-from .floor import Ceilings
+from .floor import Ceilings, Load
 from .table import Traced, Unit
 from .workload import Watched, replaced
 
@@ -31,9 +31,9 @@ class CpuTracer:
         self.ceilings = measure(dtype)
         self._steps: list[Traced] = []
 
-    def bucket(self, num_tokens: int, num_sequences: int) -> int:
+    def bucket(self, load: Load) -> int:
         """Steps are not padded."""
-        return num_tokens
+        return load.tokens
 
     @contextmanager
     def record(self, session: Session) -> Iterator[None]:

@@ -16,7 +16,7 @@ from ...engines.errors import EngineError
 from ...engines.plan import FOLDER, Cubin, Plan
 from ...plugins.tactic import Site, Tensor
 from ..session import Session
-from .floor import Ceilings
+from .floor import Ceilings, Load
 from .table import Traced, Unit
 from .trace import Event, TraceError, align, exclusive, split
 from .workload import Watched
@@ -51,9 +51,9 @@ class CudaTracer:
         self._events: list[Event] = []
         self._expected = cache(self._expect)
 
-    def bucket(self, num_tokens: int, num_sequences: int) -> int:
+    def bucket(self, load: Load) -> int:
         """Tokens that a step is padded to."""
-        return self._plan.buckets[self._plan.bucket(num_tokens, num_sequences)].tokens
+        return self._plan.buckets[self._number(load)].tokens
 
     @contextmanager
     def record(self, session: Session) -> Iterator[None]:
@@ -79,7 +79,7 @@ class CudaTracer:
         failed: TraceError | None = None
         for step, events in zip(steps[len(found) :], recorded, strict=True):
             load = step.load
-            expected = self._expected(self._plan.bucket(load.tokens, len(load.queries)))
+            expected = self._expected(self._number(load))
             try:
                 found.append(read_step(events, *expected))
             except TraceError as error:
@@ -90,6 +90,9 @@ class CudaTracer:
                 f"the profiler recorded {len(recorded)} of {len(steps)} steps; another profiler may be running."
             )
         return found
+
+    def _number(self, load: Load) -> int:
+        return self._plan.bucket(load.tokens, len(load.queries), max(load.keys))
 
     def _expect(self, number: int) -> _Expected:
         plan = self._plan
@@ -133,7 +136,8 @@ def site_of(tactic: dict[str, Any]) -> Site:
     inputs, outputs = (
         tuple(t and Tensor(tuple(t[0]), t[1], t[2]) for t in tactic[kind]) for kind in ("inputs", "outputs")
     )
-    return Site(tactic["op"], tactic["attributes"], inputs, outputs, max_query=tactic["max_query"])
+    bounds = {name: tactic[name] for name in ("max_query", "max_context")}
+    return Site(tactic["op"], tactic["attributes"], inputs, outputs, **bounds)
 
 
 def measure(dtype: torch.dtype) -> Ceilings:

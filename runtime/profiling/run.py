@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from ...engines.errors import RequestError
 from ...engines.manifest import Manifest
 from ..capacity import ServeConfig
 from ..session import Session
-from .floor import Ceilings
+from .floor import Ceilings, Load
 from .report import Report
 from .table import Profile, Traced, summarise
 from .workload import Watched, Workload, watched
@@ -27,7 +28,7 @@ class Tracer(Protocol):
     device: str
     ceilings: Ceilings
 
-    def bucket(self, num_tokens: int, num_sequences: int) -> int: ...
+    def bucket(self, load: Load) -> int: ...
 
     def record(self, session: Session) -> AbstractContextManager[None]: ...
 
@@ -51,7 +52,7 @@ def profile(
     the title of each load that is profiled. Raises EngineError and RequestError.
     """
     tracer = open_tracer(engine)
-    session = Session(engine, config)
+    session = Session(engine, replace(config, prefix_cache=False))  # the same prompts come twice
     try:
         served = session.executor.config
         assert served.max_num_seqs and served.max_num_batched_tokens
@@ -74,7 +75,7 @@ def profile(
         for load, steps in zip(loads, plain, strict=True):
             with watched(session.executor) as watch, tracer.record(session):
                 load.run(session, seed)
-            bucket = tracer.bucket(load.tokens, load.sequences)
+            bucket = tracer.bucket(watch.steps[load.steady(watch.steps)[0]].load)
             profiles.append(summarise(load, steps, watch.steps, tracer.traced(watch.steps), tracer.ceilings, bucket))
             on_done(profiles[-1].title)
         return Report(str(engine), tracer.device, tracer.ceilings, tuple(profiles))

@@ -40,7 +40,9 @@ def planned(family):
     optimise(graph)
     planner = Planner(graph.graph, Device(90, 8), PAGE_SIZE, WIDTH, 6, first_tactic)
     buckets = tuple(planner.plan(sizes) for sizes in SIZES)
-    plan = Plan(90, planner.vocab_size, PAGE_SIZE, WIDTH, planner.logits_dtype, planner.nodes, (), buckets)
+    plan = Plan(
+        90, planner.vocab_size, PAGE_SIZE, WIDTH, planner.logits_dtype, planner.nodes, (), buckets, (), planner.zeros
+    )
     return graph, planner, plan
 
 
@@ -115,10 +117,13 @@ def test_disjoint_lives_share_a_place():
     assert offsets[0] == offsets[1] and total == 1024 + 256
 
 
-@given(st.integers(1, 600), st.integers(16, 9000))
-def test_buckets_hold_every_step(max_num_seqs, max_num_batched_tokens):
-    sizes = bucket_sizes(max_num_seqs, max_num_batched_tokens)
-    decode = [s.tokens for s in sizes if s.max_query == 1]
+@given(st.integers(1, 600), st.integers(16, 9000), st.integers(1, 9000))
+def test_buckets_hold_every_step(max_num_seqs, max_num_batched_tokens, max_model_len):
+    sizes = bucket_sizes(max_num_seqs, max_num_batched_tokens, max_model_len)
+    decode = [s.tokens for s in sizes if s.max_query == 1 and not s.max_context]
+    short = [s for s in sizes if s.max_context]
+    assert [s.tokens for s in short] == (decode if max_model_len > 2048 else [])
+    assert all(s.max_query == 1 and s.max_context == 1024 for s in short)
     mixed = [s.tokens for s in sizes if s.max_query == 0]
     assert decode == sorted(set(decode)) and decode[-1] == max_num_seqs
     assert mixed == sorted(set(mixed)) and mixed[-1] == max_num_batched_tokens

@@ -122,7 +122,7 @@ def test_decode(dtype, options):
     case = Case([150, 3, 37], [1, 1, 1], 6, 2, 20, 12, 8, dtype, packed=True, spare=1, options=options)
     assert case.max_query == 1
     found = case.check(FEW_SMS)
-    assert all(len(tactic.launches) == 2 for tactic in found)
+    assert all(len(tactic.launches) == 1 for tactic in found)
     assert {bool(tactic.workspace) for tactic in found} == {True, False}, "with splits and without"
 
 
@@ -141,7 +141,8 @@ def test_chunks_and_decode_rows(dtype, options):
 def test_rotation_on_the_way(dtype, rotary, table, rotation, past, new):
     case = Case(past, new, 6, 2, 20, 12, 8, dtype, packed=True, spare=2, options={"window": 30})
     found = case.rotated(rotary, table or dtype, **rotation).check(FEW_SMS)
-    assert min(len(tactic.launches) for tactic in found) == 2, "no launch for the rotation alone"
+    least = min(len(tactic.launches) for tactic in found)
+    assert least == (1 if case.max_query == 1 else 2), "no launch for the rotation alone"
 
 
 @pytest.mark.parametrize("heads,kv_heads,dim,v_dim", [(5, 5, 16, 16), (7, 1, 8, 24), (20, 1, 17, 5)])
