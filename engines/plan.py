@@ -124,12 +124,13 @@ class Plan:
         """Tokens that a step may have."""
         return max(bucket.tokens for bucket in self.buckets)
 
-    def bucket(self, num_tokens: int, num_sequences: int, max_context: int) -> int:
+    def bucket(self, num_tokens: int, num_sequences: int, max_context: int, apart: bool = True) -> int:
         """Number of the smallest bucket for a step whose longest sequence has `max_context` keys.
 
         Every sequence of a step has a token at least; of equal buckets the one for shorter contexts comes first.
+        apart: no sequence reads what another one writes in this step, which buckets for decoding rely on.
         """
-        decoding = num_tokens == num_sequences
+        decoding = apart and num_tokens == num_sequences
         for i, bucket in enumerate(self.buckets):
             if (bucket.max_query == 1) != decoding or bucket.tokens < num_tokens:
                 continue

@@ -33,8 +33,13 @@ class Product:
         self._factors = np.array([1, 0], np.float32)
         self._bias = gemm.bias
 
-    def launch(self, grid: tuple[int, int, int], stream: int, arguments: Sequence[int | float | Address]) -> None:
-        """Enqueues the product; arguments are x, weight, bias (any pointer where there is none), y and workspace."""
+    def launch(
+        self, grid: tuple[int, int, int], stream: int, arguments: Sequence[int | float | Address], *, apart: bool = True
+    ) -> None:
+        """Enqueues the product; arguments are x, weight, bias (any pointer where there is none), y and workspace.
+
+        It always starts when all before it is done.
+        """
         x, weight, bias, y, workspace = (a.value or 0 if isinstance(a, Address) else 0 for a in arguments)
         if self._bias:
             _set(self._descriptor, "BIAS_POINTER", np.uint64(bias))

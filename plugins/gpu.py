@@ -17,6 +17,7 @@ import numpy as np
 from ..engines.errors import EngineError
 from .tactic import Device
 
+Grid = tuple[int, int, int]
 Address = ctypes.c_void_p  # a pointer among the arguments of a launch
 _SCALARS: dict[type, Any] = {int: ctypes.c_int32, float: ctypes.c_float}
 OLDEST_DRIVER = 12030  # CUDA 12.3: from it on graphs hold launches that depend on each other programmatically
@@ -29,7 +30,9 @@ NOT_LOADABLE = (200, 209, 218, 222, 300, 500)
 class Launchable(Protocol):
     """What a launch of a plan runs: a kernel or a product."""
 
-    def launch(self, grid: tuple[int, int, int], stream: int, arguments: Sequence[int | float | Address]) -> None: ...
+    def launch(
+        self, grid: Grid, stream: int, arguments: Sequence[int | float | Address], *, apart: bool = False
+    ) -> None: ...
 
 
 class GpuFault(RuntimeError):
@@ -288,21 +291,30 @@ class Function:
 
     def __init__(self, driver: Any, check: Callable[[tuple], Any], handle: Any, num_warps: int, shared: int, pdl: bool):
         self._driver, self._check, self._handle = driver, check, handle
-        self._config = config = driver.CUlaunchConfig()
+        self._apart, self._joined = (self._configure(num_warps, shared, early) for early in (False, pdl))
+
+    def _configure(self, num_warps: int, shared: int, early: bool) -> Any:
+        config = self._driver.CUlaunchConfig()
         config.blockDimX, config.blockDimY, config.blockDimZ = 32 * num_warps, 1, 1
         config.sharedMemBytes = shared
-        if pdl:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        if early:
+            attribute = self._driver.CUlaunchAttribute()
+            attribute.id = self._driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1
             config.attrs, config.numAttrs = [attribute], 1
+        return config
 
-    def launch(self, grid: tuple[int, int, int], stream: int, arguments: Sequence[int | float | Address]) -> None:
-        """Enqueues a Triton kernel: integers are passed in 32 bits, and two null pointers behind everything."""
+    def launch(
+        self, grid: Grid, stream: int, arguments: Sequence[int | float | Address], *, apart: bool = False
+    ) -> None:
+        """Enqueues a Triton kernel: integers are passed in 32 bits, and two null pointers behind everything.
+
+        apart: it starts when all before it is done, whatever the kernel could do earlier.
+        """
         both = (*arguments, Address(), Address())
         values: list[Any] = [a if isinstance(a, Address) else _SCALARS[type(a)](a) for a in both]
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        config = self._config
+        config = self._apart if apart else self._joined
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.hStream = stream
         self._check(self._driver.cuLaunchKernelEx(config, self._handle, ctypes.addressof(pointers), 0))

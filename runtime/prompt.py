@@ -31,7 +31,7 @@ def split(prompts: Any) -> list[Prompt]:
         return [prompts]
     if not isinstance(prompts, Sequence):
         raise RequestError(f"The prompt is {prompts!r}; it must be text, a list of token ids, or a list of those.")
-    if prompts and all(isinstance(item, Integral) for item in prompts):
+    if prompts and all(issubclass(kind, Integral) for kind in set(map(type, prompts))):
         return [prompts]
     return list(prompts)
 
@@ -71,10 +71,11 @@ def check_length(num: int, limits: Limits) -> None:
 
 
 def _ids(prompt: Any, vocab_size: int) -> list[int]:
-    if not isinstance(prompt, Sequence) or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in prompt):
+    kinds = set(map(type, prompt)) if isinstance(prompt, Sequence) else {str}  # of few types, however long a prompt is
+    if not all(issubclass(kind, Integral) and kind is not bool for kind in kinds):
         raise RequestError(f"The prompt is {str(prompt)[:60]!r}; it must be text or a list of token ids.")
-    ids = [int(i) for i in prompt]
-    for token in ids:
-        if not 0 <= token < vocab_size:
-            raise RequestError(f"The prompt holds token {token}; the model's tokens are 0 to {vocab_size - 1}.")
+    ids = list(map(int, prompt))
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        token = next(token for token in ids if not 0 <= token < vocab_size)
+        raise RequestError(f"The prompt holds token {token}; the model's tokens are 0 to {vocab_size - 1}.")
     return ids

@@ -20,6 +20,7 @@ from ...plugins.tactic import Operand, Site, Tactic, Tensor
 from .cubin import Binary, Cubin, Source
 
 CONTEXTS = 256, 768  # keys of a sequence in a bucket for decoding short contexts
+SPREAD = 64  # keys by which sequences differ: equal lengths of whole pages suit some splits better than any real step
 LONG = 1 << 17  # keys of all sequences together where contexts may be long
 LONGEST = 1 << 15  # keys of one sequence among short ones
 SLOTS = {"PagedAttention": 3, "RotaryPagedAttention": 2}  # first of slots, query_start, kv_len, pages, k_pages
@@ -56,8 +57,8 @@ class Timer:
     def on_step(self, site: Site, tactic: Tactic, cubins: Mapping[Source, Binary], step: Step | None) -> float:
         """Microseconds of one run on `step`, launch gaps included: median over replays of a graph."""
         operands = _Operands(site, tactic, step)
-        spare = 4 * self.gpu.l2_bytes
-        copies = max(1, min(MOST, -(-spare // max(1, operands.cold_bytes)))) if operands.cold_bytes else 1
+        spare = 4 * self.gpu.l2_bytes  # read between two runs on the same copy
+        copies = min(MOST, 1 - (-spare // operands.cold_bytes)) if operands.cold_bytes else 1
         self._reserve(operands.fixed_bytes + copies * operands.cold_bytes)
         self._reserve_zeros(tactic.zeros)
         for offset, array in operands.arrays(self._generator):
@@ -175,11 +176,15 @@ def steps(site: Site) -> list[Step | None]:
     assert table is not None and query is not None
     tokens, (sequences, width) = query.shape[0], table.shape
     longest = min(width * _pool(site).shape[1], site.max_context or LONGEST)
-    short, long = ((min(context, longest),) * sequences for context in (CONTEXTS[0], LONG // sequences))
+
+    def lengths_about(context: int) -> tuple[int, ...]:
+        return tuple(max(1, min(context, longest) - 29 * i % SPREAD) for i in range(sequences))
+
+    short = lengths_about(CONTEXTS[0])
     skewed = (longest, *short[1:])
     if site.max_query == 1:
-        lengths = [(min(context, longest),) * sequences for context in CONTEXTS] if site.max_context else [long, skewed]
-        return [Step((1,) * sequences, each) for each in lengths]
+        several = [*map(lengths_about, CONTEXTS)] if site.max_context else [lengths_about(LONG // sequences), skewed]
+        return [Step((1,) * sequences, lengths) for lengths in several]
     half = tokens // 2
     return [_prompts(tokens, longest, sequences), _prompts(half, longest, sequences, skewed[: tokens - half])]
 

@@ -40,16 +40,11 @@ def _in_blocks(site: Site, rows: int) -> list[Tactic]:
     assert x is not None
     if x.shape[0] <= rows or x.shape[0] % rows or not site.device.cublas:
         return []
-    block = replace(
-        site,
-        inputs=(replace(x, shape=(rows, x.shape[1])), *site.inputs[1:]),
-        outputs=(replace(y, shape=(rows, y.shape[1])),),
-    )
+    some_x, some_y = (replace(each, shape=(rows, each.shape[1])) for each in (x, y))
+    block = replace(site, inputs=(some_x, *site.inputs[1:]), outputs=(some_y,))
     found = [tactic for tactic in tactics(block) if tactic.name.startswith("cublas")][:BLOCK_ALGORITHMS]
-    return [
-        _repeated(tactic, x.shape[0] // rows, _num_bytes(block.inputs[0]), _num_bytes(block.outputs[0]), rows)
-        for tactic in found
-    ]
+    times = x.shape[0] // rows
+    return [_repeated(tactic, times, _num_bytes(some_x), _num_bytes(some_y), rows) for tactic in found]
 
 
 def _repeated(tactic: Tactic, times: int, x_bytes: int, y_bytes: int, rows: int) -> Tactic:
@@ -82,7 +77,7 @@ def _both(first: Tactic, second: Tactic, between: Tensor) -> Tactic:
         return replace(launch, arguments=tuple(arguments))
 
     launches = [moved(each, "output") for each in first.launches] + [moved(each, "input") for each in second.launches]
-    return Tactic(f"{first.name}, then {second.name}", tuple(launches), size + first.workspace)
+    return Tactic(f"{first.name}, then {second.name}", tuple(launches), size + first.workspace, first.zeros)
 
 
 def _num_bytes(tensor: Tensor) -> int:

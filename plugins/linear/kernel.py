@@ -9,6 +9,8 @@ from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic, Tensor
 from .library import FEWEST_ROWS, products
 from .row import MOST_ROWS
 
+Shape = tuple[int, int, int, int, int]
+
 SHARED = 227 << 10  # bytes that the programs on a multiprocessor of capability 9.0 share
 
 # (BN, BK, warps) of the row kernel: a warp loads 256 numbers at a time
@@ -33,27 +35,30 @@ def tactics(site: Site) -> list[Tactic]:
 
 
 def own(site: Site, activation: str = "") -> list[Tactic]:
-    """The kernels of this folder. With an activation, rows of the weight are gates, then ups, and nothing is split."""
+    """The kernels of this folder. With an activation, rows of the weight are gates, then ups."""
     x, weight = site.inputs[:2]
     assert x is not None and weight is not None
     rows, found = x.shape[0], []
     if rows <= MOST_ROWS:
         found += [_row(site, activation, *shape) for shape in ROW]
-    if x.dtype == "float32":
-        tiles = [(shape, 1) for shape in SMALL_TILES]
-    elif rows <= FEW_ROWS:
-        bm = max(16, triton.next_power_of_2(rows))
-        tiles = [((bm, *shape), parts) for shape in FEW for parts in _parts(site, (bm, *shape))]
-    elif rows <= SOME_ROWS:
-        some = [shape for shape in SOME if shape[0] <= triton.next_power_of_2(rows)]
-        tiles = [(shape, parts) for shape in some for parts in _parts(site, shape)]
-    else:
-        tiles = [(shape, 1) for shape in MANY]
-    found += [_tiles(site, activation, *shape, parts) for shape, parts in tiles if parts == 1 or not activation]
+    found += [_tiles(site, activation, shape, parts) for shape, parts in _shapes(site)]
     return list({tactic.name: tactic for tactic in found}.values())
 
 
-def _parts(site: Site, shape: tuple[int, int, int, int, int]) -> list[int]:
+def _shapes(site: Site) -> list[tuple[Shape, int]]:
+    """Tiles for the rows of a site, and into how many parts the depth is split."""
+    x = site.inputs[0]
+    assert x is not None
+    if x.dtype == "float32":
+        return [(shape, 1) for shape in SMALL_TILES]
+    rows, power = x.shape[0], triton.next_power_of_2(x.shape[0])
+    if rows > SOME_ROWS:
+        return [(shape, 1) for shape in MANY]
+    fitting = [(max(16, power), *shape) for shape in FEW] if rows <= FEW_ROWS else [s for s in SOME if s[0] <= power]
+    return [(shape, parts) for shape in fitting for parts in _parts(site, shape)]
+
+
+def _parts(site: Site, shape: Shape) -> list[int]:
     """Shares of the depth to try: one, and as many as fill the GPU with one or with all programs that fit."""
     x, weight = site.inputs[:2]
     assert x is not None and weight is not None
@@ -71,52 +76,44 @@ def _row(site: Site, activation: str, bn: int, bk: int, warps: int) -> Tactic:
     rows, (width, depth) = x.shape[0], weight.shape
     bk = min(bk, max(16, triton.next_power_of_2(depth)))
     columns, block = (width // 2, bn // 2) if activation else (width, bn)
+    programs = triton.cdiv(columns, block)
     constants = (("M", rows), ("N", width), ("K", depth), ("BM", triton.next_power_of_2(rows)), ("BN", bn), ("BK", bk),
                  ("BIAS", bias is not None), ("EVEN", columns % block == 0 and depth % bk == 0),
                  ("ACTIVATION", activation))  # fmt: skip
-    kernel = Kernel("linear.row:linear_row_kernel", _signature(x.dtype, x.dtype), constants, num_warps=warps,
+    kernel = Kernel("linear.row:linear_row_kernel", _signature(x.dtype), constants, num_warps=warps,
                     divisible=_aligned(weight))  # fmt: skip
-    launch = Launch(kernel, (triton.cdiv(columns, block), 1, 1), (*_operands(bias), Operand("output", 0)))
+    launch = Launch(kernel, (programs, 1, 1), (*_operands(bias), Operand("output", 0)))
     return Tactic(f"row {bn}x{bk}", (launch,))
 
 
-def _tiles(site: Site, activation: str, bm: int, bn: int, bk: int, warps: int, stages: int, parts: int) -> Tactic:
+def _tiles(site: Site, activation: str, shape: Shape, parts: int) -> Tactic:
     x, weight, bias = site.inputs
     assert x is not None and weight is not None
-    rows, (width, depth) = x.shape[0], weight.shape
+    (bm, bn, bk, warps, stages), rows, (width, depth) = shape, x.shape[0], weight.shape
     share = triton.cdiv(triton.cdiv(depth, parts), bk) * bk
     parts = triton.cdiv(depth, share)
     columns, block = (width // 2, bn // 2) if activation else (width, bn)
-    lines = min(share, bk * stages) * 2 // 128
-    constants = (("N", width), ("K", depth), ("BM", bm), ("BN", bn), ("BK", bk), ("DEPTH", share), ("GROUP", 8),
-                 ("BIAS", bias is not None and parts == 1), ("EVEN", columns % block == 0 and depth % bk == 0),
+    tiles = triton.cdiv(rows, bm) * triton.cdiv(columns, block)
+    lines = min(share, bk * stages) * 2 // 128  # what is in flight a moment later
+    constants = (("N", width), ("K", depth), ("BM", bm), ("BN", bn), ("BK", bk), ("DEPTH", share), ("PARTS", parts),
+                 ("GROUP", 8), ("BIAS", bias is not None), ("EVEN", columns % block == 0 and depth % bk == 0),
                  ("ACTIVATION", activation), ("AHEAD", 1 << lines.bit_length() >> 1))  # fmt: skip
-    signature = (*_signature(x.dtype, "float32" if parts > 1 else x.dtype), ("M", "i32"))
+    signature = (*_signature(x.dtype), ("parts", "*fp32"), ("arrived", "*i32"), ("M", "i32"))
     kernel = Kernel("linear.tile:linear_kernel", signature, constants, warps, stages, divisible=_aligned(weight))
-    grid = (triton.cdiv(rows, bm) * triton.cdiv(columns, block), parts, 1)
-    operands, output = _operands(bias), Operand("output", 0)
+    # a single part needs neither room nor counters: any pointer will do
+    room = (Operand("workspace", 0), Operand("zeros", 0)) if parts > 1 else (Operand("output", 0),) * 2
+    launch = Launch(kernel, (tiles, parts, 1), (*_operands(bias), Operand("output", 0), *room, rows))
     name = f"{bm}x{bn}x{bk} warps{warps} stages{stages} parts{parts}"
-    if parts == 1:
-        return Tactic(name, (Launch(kernel, grid, (*operands, output, rows)),))
-    add = Kernel(
-        "linear.tile:add_parts_kernel",
-        (("parts", "*fp32"), ("bias", POINTERS[x.dtype]), ("y", POINTERS[x.dtype]), ("size", "i32")),
-        (("N", width), ("PARTS", parts), ("BLOCK", 512), ("BIAS", bias is not None)),
-        divisible=("parts", "y", *(("size",) if rows * width % 16 == 0 else ())),
-    )
-    second = Launch(add, (triton.cdiv(rows * width, 512), 1, 1),
-                    (Operand("workspace", 0), operands[2], output, rows * width))  # fmt: skip
-    first = Launch(kernel, grid, (*operands, Operand("workspace", 0), rows))
-    return Tactic(name, (first, second), workspace=4 * parts * rows * width)
+    split = {"workspace": 4 * parts * rows * width, "zeros": 4 * tiles} if parts > 1 else {}
+    return Tactic(name, (launch,), **split)
 
 
 def _operands(bias: Tensor | None) -> tuple[Operand, ...]:
     return Operand("input", 0), Operand("input", 1), Operand("input", 2 if bias else 1)
 
 
-def _signature(dtype: str, target: str) -> tuple[tuple[str, str], ...]:
-    pointer = POINTERS[dtype]
-    return (("x", pointer), ("weight", pointer), ("bias", pointer), ("y", POINTERS[target]))
+def _signature(dtype: str) -> tuple[tuple[str, str], ...]:
+    return tuple((name, POINTERS[dtype]) for name in ("x", "weight", "bias", "y"))
 
 
 def _aligned(weight: Tensor) -> tuple[str, ...]:

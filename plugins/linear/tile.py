@@ -1,15 +1,16 @@
 """Some or many rows by a weight: tiles on tensor cores, the weight as the first operand, the rows as the second.
 
 So 16 rows of x fill an instruction and a weight is read once for all rows of a tile. Where a weight has too few rows to
-occupy the GPU its depth is split, and a second launch adds the parts, in order, so that results do not vary from run to
-run. Weights are asked for before the kernels ahead are done, since no kernel writes them.
+occupy the GPU its depth is split: each program leaves its part in the workspace, and the one that arrives last adds
+them up in order (results do not vary from run to run). Weights are asked for before the kernels ahead are done, since
+no kernel writes them.
 """
 
 import triton
 import triton.language as tl
 
 from ..gated_activation.activate import gate
-from ..pdl import begin, launch_next, wait
+from ..pdl import launch_next, wait
 
 
 @triton.jit
@@ -22,30 +23,45 @@ def prefetch(pointers):
 
 
 @triton.jit
+def block_of(program, blocks_m, BLOCKS_N: tl.constexpr, GROUP: tl.constexpr):
+    """(column block, row block): programs of GROUP neighbouring column blocks take all row blocks in turn, so that
+    their weights stay in the L2 cache."""
+    first = program // (GROUP * blocks_m) * GROUP
+    size = tl.minimum(BLOCKS_N - first, GROUP)
+    return first + program % (GROUP * blocks_m) % size, program % (GROUP * blocks_m) // size
+
+
+@triton.jit
+def arrived_last(arrived, PARTS: tl.constexpr):
+    """Whether all PARTS are there: asked by each program when it has stored its own. `arrived` is zero again then."""
+    tl.debug_barrier()  # all threads have stored before one of them says so
+    last = tl.atomic_add(arrived, 1, sem="acq_rel") == PARTS - 1
+    tl.store(arrived, 0, mask=last)
+    return last
+
+
+@triton.jit
 def linear_kernel(
-    x, weight, bias, y, M,
+    x, weight, bias, y, parts, arrived, M,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    DEPTH: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, ACTIVATION: tl.constexpr,
-    AHEAD: tl.constexpr,
+    DEPTH: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
+    ACTIVATION: tl.constexpr, AHEAD: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
     """y [M, N] = x weight^T + bias; with an ACTIVATION, rows of the weight are gates, then ups, and y is [M, N / 2].
 
-    DEPTH: of a part, a multiple of BK; several parts are y [parts, M, N]. EVEN: blocks divide N and K, so that only
-    rows need masks. AHEAD: lines of 128 bytes of each row of the weight to ask for in advance, a power of two.
+    DEPTH: of a part, a multiple of BK. With several PARTS `parts` [PARTS, M, N] is room for them and `arrived` counts,
+    for each tile, those that are there; it is zero again in the end. EVEN: blocks divide N and K, so that only rows
+    need masks. AHEAD: lines of 128 bytes of each row of the weight to ask for in advance, a power of two.
     """
     launch_next(PDL)
     GATED: tl.constexpr = ACTIVATION != ""
     WIDTH: tl.constexpr = N // 2 if GATED else N  # columns of y
     BW: tl.constexpr = BN // 2 if GATED else BN
-    # programs of GROUP neighbouring column blocks take all row blocks in turn: their weights stay in the L2 cache
-    blocks_m = tl.cdiv(M, BM)
-    BLOCKS_N: tl.constexpr = (WIDTH + BW - 1) // BW
     program = tl.program_id(0)
-    first = program // (GROUP * blocks_m) * GROUP
-    size = tl.minimum(BLOCKS_N - first, GROUP)
-    left = (first + program % (GROUP * blocks_m) % size) * BW
-    m = program % (GROUP * blocks_m) // size * BM + tl.arange(0, BM)
+    block_n, block_m = block_of(program, tl.cdiv(M, BM), (WIDTH + BW - 1) // BW, GROUP)
+    left = block_n * BW
+    m = block_m * BM + tl.arange(0, BM)
     part = tl.program_id(1)
     j = tl.arange(0, BN)
     if GATED:  # eight gates, their eight ups, ..: a thread that has a gate in an accumulator has its up, too
@@ -74,6 +90,16 @@ def linear_kernel(
             w = tl.load(w_at + start, mask=inside[:, None] & deep[None, :], other=0.0)
             t = tl.load(x_at + start, mask=(m[None, :] < M) & deep[:, None], other=0.0)
         acc = tl.dot(w, t, acc, input_precision="ieee")
+    if PARTS > 1:
+        size = tl.cast(M, tl.int64) * N  # one row is a constant
+        place = m[None, :].to(tl.int64) * N + n[:, None]
+        there = (m[None, :] < M) & inside[:, None]
+        tl.store(parts + part * size + place, acc, mask=there)
+        if not arrived_last(arrived + program, PARTS):
+            return
+        acc = tl.zeros([BN, BM], tl.float32)
+        for each in tl.static_range(PARTS):
+            acc += tl.load(parts + each * size + place, mask=there, other=0.0, cache_modifier=".cg")
     if BIAS:
         acc += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[:, None]
     out = acc.to(y.dtype.element_ty)
@@ -82,19 +108,5 @@ def linear_kernel(
         gates, ups = tl.split(tl.permute(pairs, [0, 2, 3, 1]))
         out = tl.reshape(gate(gates, ups, ACTIVATION, y.dtype.element_ty), [BW, BM])
     i = left + tl.arange(0, BW)
-    y_at = y + part.to(tl.int64) * M * WIDTH + m[:, None].to(tl.int64) * WIDTH + i[None, :]
+    y_at = y + m[:, None].to(tl.int64) * WIDTH + i[None, :]
     tl.store(y_at, tl.trans(out), mask=(m[:, None] < M) & (i[None, :] < WIDTH))
-
-
-@triton.jit
-def add_parts_kernel(parts, bias, y, size, N: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-                     BIAS: tl.constexpr, PDL: tl.constexpr = False):  # fmt: skip
-    begin(PDL)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < size
-    total = tl.zeros([BLOCK], tl.float32)
-    for part in tl.static_range(PARTS):
-        total += tl.load(parts + part * size + i, mask=inside, other=0.0)
-    if BIAS:
-        total += tl.load(bias + i % N, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + i, total.to(y.dtype.element_ty), mask=inside)

@@ -8,7 +8,7 @@ the sequences that begin at or before a tile is one vector load. Tiles past thei
 import triton
 import triton.language as tl
 
-from ..pdl import begin
+from ..pdl import launch_next, wait
 from .attend import LOWEST, attend, finish
 
 
@@ -22,7 +22,7 @@ def chunk_kernel(
     PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (key heads, T // TOKENS + S). SKIP_DECODE: sequences with one query token are left to `decode_kernel`."""
-    begin(PDL)
+    launch_next(PDL)
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     kv_head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the last tiles of a prompt see most keys: they go first
@@ -32,9 +32,10 @@ def chunk_kernel(
     row = tl.load(query_start + s)
     num_queries = tl.load(query_start + s + 1) - row
     offset = (tile - row // TOKENS - s) * TOKENS  # of the tile's first token in its sequence's share of the step
+    length = tl.load(kv_len + s)
+    wait(PDL)
     if offset >= num_queries or (SKIP_DECODE and num_queries == 1):
         return
-    length = tl.load(kv_len + s)
 
     r = tl.arange(0, TOKENS * BG)
     token = offset + r // BG

@@ -9,7 +9,7 @@ and total in the workspace, and the one that arrives last merges them in order (
 import triton
 import triton.language as tl
 
-from ..pdl import begin
+from ..pdl import launch_next, wait
 from .attend import LOWEST, attend, finish
 from .own import columns, own_key
 
@@ -77,11 +77,12 @@ def decode_kernel(
     """Grid (key heads, programs).
 
     STRIDE: elements of a query row; WIDTH: of a row of the page table; BS: at least `sequences`; LEAST: units of a
-    share. OWN: the newest key is not in the pool yet (`own.py`). What a program leaves lies in place 2 * program, + 1
-    if the sequence begins in its share; `arrived` counts, for each program, the shares of the sequence that begins in
-    its share and ends in another's, and is zero again in the end.
+    share. OWN: the newest key is not in the pool yet (`own.py`).
+
+    What a program leaves lies in place 2 * program, + 1 if the sequence begins in its share; `arrived` counts, for each
+    program, the shares of the sequence that begins in its share and ends in another's, and is zero again in the end.
     """
-    begin(PDL)
+    launch_next(PDL)
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     kv_head = tl.program_id(0)
     mine = tl.program_id(1)
@@ -93,10 +94,11 @@ def decode_kernel(
     share = tl.maximum(tl.cdiv(num_units, programs), LEAST)
     at = mine * share
     stop = tl.minimum(at + share, num_units)
-    if at >= stop:
-        return
     s = tl.sum((ends <= at).to(tl.int32), 0)
     begins = tl.sum(tl.where(each == s, ends - units, 0), 0)  # the unit at which sequence s begins
+    wait(PDL)
+    if at >= stop:
+        return
 
     g = tl.arange(0, BM)
     d = tl.arange(0, BD)
@@ -123,12 +125,13 @@ def decode_kernel(
                 acc = tl.zeros([BM, BDV], tl.float32)
                 top = tl.full([BM], LOWEST, tl.float32)
                 total = tl.zeros([BM], tl.float32)
-            position = tl.zeros([BM], tl.int32) + (length - 1)
             start = first + (at - begins) * UNIT
             end = tl.minimum(first + (tl.minimum(until, stop) - begins) * UNIT, length - OWN)
+            page_row = pages + s.to(tl.int64) * WIDTH
+            position = tl.zeros([BM], tl.int32) + (length - 1)
             acc, top, total = attend(
-                q, acc, top, total, position, pages + s.to(tl.int64) * WIDTH, k_pages, v_pages, kv_head, start, end,
-                end, NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, 0, True,
+                q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, start, end, end,
+                NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, 0, True,
             )  # fmt: skip
             if (at == begins) & (until <= stop):
                 out = finish(acc, top, total, sinks, head, g < GROUP, SINKS)

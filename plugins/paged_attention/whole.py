@@ -7,7 +7,7 @@ why plans have it in buckets for short contexts (`decode.py` deals keys out even
 import triton
 import triton.language as tl
 
-from ..pdl import begin
+from ..pdl import launch_next, wait
 from .attend import attend, finish
 from .own import columns, own_key
 
@@ -24,13 +24,19 @@ def whole_kernel(
     PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (key heads, sequences). Sequences that have not one query token are left out."""
-    begin(PDL)
+    launch_next(PDL)
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     kv_head = tl.program_id(0)
     s = tl.program_id(1)
     row = tl.load(query_start + s)
+    num_queries = tl.load(query_start + s + 1) - row
     length = tl.load(kv_len + s)
-    if tl.load(query_start + s + 1) - row != 1:
+    page_row = pages + s.to(tl.int64) * WIDTH
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(length - WINDOW, 0)
+    wait(PDL)
+    if num_queries != 1:
         return
     row = row.to(tl.int64)
     g = tl.arange(0, BM)
@@ -45,13 +51,10 @@ def whole_kernel(
         q, key, value, table, slots, k_pages, v_pages, row, kv_head, True, KEY_AT, KEY_STRIDE, VALUE_AT, VALUE_STRIDE,
         TURNED, ROTARY, OFFSET, INTERLEAVED, NUM_KV_HEADS, D, DV, BD, BDV, BM, SCALE, SOFTCAP,
     )  # fmt: skip
-    first = 0
-    if WINDOW > 0:
-        first = tl.maximum(length - WINDOW, 0)
     position = tl.zeros([BM], tl.int32) + (length - 1)
     acc, top, total = attend(
-        q, acc, top, total, position, pages + s.to(tl.int64) * WIDTH, k_pages, v_pages, kv_head, first, length - 1,
-        length - 1, NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, 0, True,
+        q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, first, length - 1, length - 1,
+        NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, 0, True,
     )  # fmt: skip
     out = finish(acc, top, total, sinks, head, g < GROUP, SINKS)
     place = (row * NUM_HEADS + head)[:, None] * DV + dv[None, :]

@@ -92,7 +92,9 @@ class CudaExecutor:
         self._buffers |= self._tables.addresses
         self._gpu.upload(self._buffers[PACKED], batch.packed, self._stream)
         longest = int(batch.inputs[KV_LEN].max())
-        bucket = self._plan.bucket(len(batch.inputs[TOKENS]), batch.num_works, longest)
+        # a request that was just admitted may have got pages that another one fills in this very step
+        apart = not batch.placements
+        bucket = self._plan.bucket(len(batch.inputs[TOKENS]), batch.num_works, longest, apart)
         sample = f"sample.{self._tables.kind_of(batch.sample_rows)}"
         self._results.reverse()
         results = self._results[0]

@@ -1,8 +1,12 @@
-"""The plan's buckets as CUDA graphs: each sequence of parts is captured when it is first needed."""
+"""The plan's buckets as CUDA graphs: each sequence of parts is captured when it is first needed.
+
+Kernels of a part may start while the ones before them end (`plugins/pdl.py`); a part starts when the one before it is
+done, so that its kernels can rely on all of that: step tensors above all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +39,17 @@ class Graphs:
         """The graph of these parts."""
         graph = self._graphs.get((bucket, parts))
         if graph is None:
-            launches = [launch for part in parts for launch in self._plan.buckets[bucket].parts[part]]
-            for launch in launches:
+            found = [self._plan.buckets[bucket].parts[part] for part in parts]
+            for launch in (launch for part in found for launch in part):
                 self._load(launch)
-            graph = self._gpu.capture(lambda: self._enqueue(launches), self._stream)
+            graph = self._gpu.capture(lambda: self._enqueue(found), self._stream)
             self._graphs[bucket, parts] = graph
         return graph
 
-    def run(self, launches: list[Launch]) -> None:
-        """Enqueues launches one by one, not as a graph."""
-        for launch in launches:
-            self._load(launch)
-        self._enqueue(launches)
-
-    def _enqueue(self, launches: list[Launch]) -> None:
-        for launch in launches:
-            self._functions[launch.cubin].launch(launch.grid, self._stream, self._arguments(launch))
+    def _enqueue(self, parts: Sequence[Sequence[Launch]]) -> None:
+        for part in parts:
+            for i, launch in enumerate(part):
+                self._functions[launch.cubin].launch(launch.grid, self._stream, self._arguments(launch), apart=i == 0)
 
     def _arguments(self, launch: Launch) -> list[int | float | Address]:
         return [self._resolve(a) if isinstance(a, Argument) else a for a in launch.arguments]

@@ -53,8 +53,9 @@ class Row:
 class Profile:
     """A step of one load, the mean of `num_steps`; microseconds.
 
-    context: keys of a sequence. bucket: tokens that the step was padded to. wall_us: from the step's first kernel to
-    the next step's while decoding, to its own last one for a prompt. host_us: of the loop's thread, waiting left out.
+    context: keys of a sequence. bucket: tokens that the step was padded to. wall_us: the median time from the step's
+    first kernel to the next step's while decoding (now and then a profiler stops to write), to its own last one for a
+    prompt. host_us: of the loop's thread, waiting left out.
     untraced_us: a step's time seen from the loop, without the profiler.
     """
 
@@ -130,7 +131,7 @@ def summarise(
         phase="decode" if workload.decoding else "prefill", sequences=workload.sequences, tokens=load.tokens,
         context=round(mean(load.keys)), bucket=bucket, num_steps=len(kept),
         rows=tuple(sorted(found.values(), key=lambda row: -row.us)), summed_us=mean(each.summed for each in kept),
-        wall_us=mean(walls), host_us=1e6 * median(_host(plain, workload)), untraced_us=1e6 * _period(plain, workload),
+        wall_us=median(walls), host_us=1e6 * median(_host(plain, workload)), untraced_us=1e6 * _period(plain, workload),
     )  # fmt: skip
 
 
