@@ -226,6 +226,11 @@ class Opened:
         return self._session.limits.vocab_size
 
     @property
+    def max_model_len(self) -> int:
+        """Tokens that a request may have, its answer included."""
+        return self._session.limits.max_model_len
+
+    @property
     def num_kv_tokens(self) -> int:
         """Tokens whose keys and values the pool holds."""
         return self._session.limits.kv_capacity
