@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig
@@ -35,13 +34,6 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     length: int
-
-    def external(self) -> ir.ExternalTensor:
-        """An onnx_ir tensor over the bytes in the file."""
-        return ir.ExternalTensor(
-            self.file.name, self.offset, self.length, self.dtype.onnx, shape=ir.Shape(self.shape), name=self.name,
-            base_dir=self.file.parent,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,7 +70,8 @@ class Checkpoint:
         return checkpoint
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as stored, over a memory map of its file. Raises BuildError if there is no such tensor."""
+        """The tensor as stored, over a memory map of its file that lives as long as the tensor, so that what was read
+        is not resident any longer. Raises BuildError if there is no such tensor."""
         if name not in self.stored:
             raise BuildError(f"{self.path} has no tensor '{name}'; download the checkpoint again")
         with safe_open(self.stored[name].file, framework="pt") as file:

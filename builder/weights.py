@@ -1,8 +1,10 @@
 """For each initialiser of an exported graph, where its data come from: the load plan.
 
-A tensor stored as wanted is an `ir.ExternalTensor` into the safetensors file; one that must be cast, or put together
-(experts stored one by one), is an `ir.LazyTensor` that does so when read. Renaming and fusing follow transformers' own
-conversion mapping, so that a plan loads what `from_pretrained` would. Invariant: making a plan reads no weight.
+Each is an `ir.LazyTensor` that reads, casts or puts together (experts stored one by one) what is stored, anew whenever
+it is asked. An `ir.ExternalTensor` would keep its file mapped, and pages once read stay resident: all weights in the
+end, where now it is four (tests/builder/test_weights.py). Renaming and fusing follow transformers' own conversion
+mapping, so that a plan loads what `from_pretrained` would. Invariant: making a plan reads no weight, and reading one
+keeps nothing.
 """
 
 from collections import defaultdict
@@ -24,7 +26,7 @@ from ..plugins.dtypes import TORCH_DTYPES
 from .checkpoint import Checkpoint
 from .empty_model import empty_model
 
-LoadPlan = dict[str, ir.TensorProtocol]
+LoadPlan = dict[str, ir.LazyTensor]
 Read = Callable[[str], torch.Tensor]
 
 
@@ -113,14 +115,10 @@ def _targets(
             yield name, name, None, ""
 
 
-def _stored(
-    checkpoint: Checkpoint, name: str, target: str, like: torch.Tensor, dtype: torch.dtype
-) -> ir.TensorProtocol:
+def _stored(checkpoint: Checkpoint, name: str, target: str, like: torch.Tensor, dtype: torch.dtype) -> ir.LazyTensor:
     stored = checkpoint.stored[name]
     _check_shape(checkpoint, target, stored.shape, like.shape)
     wanted = dtype if stored.dtype.torch.is_floating_point else stored.dtype.torch
-    if stored.dtype.torch == wanted:
-        return stored.external()
     return _lazy(target, stored.shape, wanted, partial(checkpoint.tensor, name))
 
 
@@ -144,7 +142,7 @@ def _fused(checkpoint: Checkpoint, model: PreTrainedModel, first: str, fusion: _
 
 
 def _lazy(name: str, shape: tuple[int, ...], dtype: torch.dtype, load: Callable[[], torch.Tensor]) -> ir.LazyTensor:
-    """A tensor that is loaded, and cast to `dtype`, each time it is read; nothing is kept."""
+    """A tensor that is loaded, and cast to `dtype` if it is of another, each time it is read; nothing is kept."""
 
     def evaluate() -> ir.TensorProtocol:
         return ir.tensor(load().to(dtype), name=name)

@@ -83,8 +83,14 @@ def pack(graph: ir.Graph, parts: Sequence[Part], like: ir.Value) -> ir.Value:
     value = ir.Value(name=_unique(graph, _name(parts)), shape=ir.Shape((length, *tail)), type=like.type)
 
     def assemble() -> ir.Tensor:
-        pieces = [part.numpy(tail, dtype) for part in parts]
-        return ir.Tensor(pieces[0] if len(pieces) == 1 else np.concatenate(pieces), dtype=dtype, name=value.name)
+        if len(parts) == 1:
+            return ir.Tensor(first.numpy(tail, dtype), dtype=dtype, name=value.name)
+        whole, start = np.empty((length, *tail), dtype.numpy()), 0
+        for part in parts:  # one by one, so that no two stored tensors are in memory
+            end = start + len(part.rows)
+            whole[start:end] = part.numpy(tail, dtype)
+            start = end
+        return ir.Tensor(whole, dtype=dtype, name=value.name)
 
     value.const_value = ir.LazyTensor(assemble, dtype, ir.Shape((length, *tail)), name=value.name)
     value.meta[PARTS] = tuple(parts)

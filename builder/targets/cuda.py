@@ -1,7 +1,7 @@
 """The cuda target: a plan of launches per bucket, its kernels compiled to cubins for one compute capability.
 
-With a GPU of that capability at hand the tactics of each site are timed on it; without one the likeliest is taken, and
-the manifest says so.
+With a GPU of that capability at hand the tactics of each site are timed on it; without one the likeliest is taken, by
+what was measured on another machine, and the manifest says so.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from ...plugins.tactic import Device
 from . import Compile, cubin
 from .fusion import fuse
 from .planner import Planner, bucket_sizes, key_of
+from .table import default_table
 from .tactics import Choice, candidates, likeliest, timed
+from .timing_cache import TimingCache
 
 if TYPE_CHECKING:
     from .. import BuildConfig
@@ -36,12 +38,14 @@ SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}  # multiprocessors
 def begin(config: BuildConfig) -> Iterator[Compile]:
     """Looks for a GPU first, so that a build that cannot be made ends before the export."""
     gpu, device, how = _device(config)
+    cache = TimingCache.of(gpu) if gpu else None
 
     def compile(graph: ir.Model, model: ModelInfo, folder: Path) -> dict[str, Any]:
         """Write plan and cubins into `folder/cuda`; returns what the manifest says about them."""
-        plan = make_plan(graph.graph, model.max_model_len, folder / FOLDER, device, config, gpu)
+        plan = make_plan(graph.graph, model.max_model_len, folder / FOLDER, device, config, gpu, cache)
+        cached = f"; {cache.num_hits} of {cache.num_sites} sites from the timing cache" if cache else ""
         return {
-            "capability": device.capability, "gpu": gpu.name if gpu else None, "tactics": how,
+            "capability": device.capability, "gpu": gpu.name if gpu else None, "tactics": how + cached,
             "max_num_seqs": plan.max_num_seqs, "max_num_batched_tokens": plan.max_num_batched_tokens,
             "page_size": plan.page_size, "buckets": len(plan.buckets), "cubins": len(plan.cubins),
         }  # fmt: skip
@@ -50,8 +54,9 @@ def begin(config: BuildConfig) -> Iterator[Compile]:
 
 
 def make_plan(
-    graph: ir.Graph, max_model_len: int, folder: Path, device: Device, config: BuildConfig, gpu: Gpu | None
-) -> Plan:
+    graph: ir.Graph, max_model_len: int, folder: Path, device: Device, config: BuildConfig, gpu: Gpu | None,
+    cache: TimingCache | None = None,
+) -> Plan:  # fmt: skip
     """Compile `graph` into `folder` and return the plan saved there. Raises BuildError for what nothing can run."""
     choices: dict[Any, Choice] = {}
     planner = Planner(
@@ -62,7 +67,7 @@ def make_plan(
         config.max_num_seqs, min(config.max_num_batched_tokens, max_model_len * config.max_num_seqs), max_model_len
     )
     found = candidates(planner, sizes)
-    choices |= timed(found, gpu) if gpu else likeliest(found, device)
+    choices |= timed(found, gpu, cache) if gpu else likeliest(found, device, default_table(device.capability))
     buckets = tuple(planner.plan(each) for each in sizes)
 
     compiled = {kernel: cubin for choice in choices.values() for kernel, cubin in choice.cubins.items()}
@@ -97,9 +102,13 @@ def _device(config: BuildConfig) -> tuple[Gpu | None, Device, str]:
         device = replace(gpu.device, cublas=not missing)
     except EngineError as error:
         capability = asked or 90
-        return None, Device(capability, SMS[capability]), f"not timed: {error}"
+        return None, Device(capability, SMS[capability]), _untimed(str(error).rstrip("."), capability)
     if asked is not None and asked != gpu.device.capability:
-        return None, Device(asked, SMS[asked]), f"not timed: the GPU here is a {gpu.name}"
+        return None, Device(asked, SMS[asked]), _untimed(f"the GPU here is a {gpu.name}", asked)
     if not config.tune:
-        return None, device, "not timed: --no-tune"
+        return None, device, _untimed("--no-tune", device.capability)
     return gpu, device, f"timed on {gpu.name}" + (f", without cuBLASLt: {missing}" if missing else "")
+
+
+def _untimed(why: str, capability: int) -> str:
+    return f"not timed: {why}; {default_table(capability).describe()}"

@@ -1,20 +1,30 @@
-"""Which tactic runs a site: the fastest on the GPU at hand, or the likeliest where there is none."""
+"""Which tactic runs a site: the fastest on the GPU at hand, or the likeliest where there is none.
+
+Timing is a matter of a minute for a large model, so times are kept on disk (`timing_cache.py`): a site that is in the
+cache is not timed, and of its tactics only the fastest is compiled. Where nothing is timed, what was measured elsewhere
+puts the tactics in order (`table.py`), and the first that this architecture can run is taken.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ...engines.errors import BuildError
 from ...plugins import tactics_of
 from ...plugins.gpu import Gpu
-from ...plugins.tactic import Device, Site, Tactic
-from .cubin import Binary, Source, compile_all
+from ...plugins.tactic import Device, Gemm, Site, Tactic
+from .cubin import Binary, Cubin, Source, compile_all
 from .planner import Planner, Sizes, key_of
+from .table import Table
 from .timing import Timer
+from .timing_cache import Times, TimingCache
 
 UNTIMED = ("Unpack", "Sample")  # microseconds that depend on what the host packed and requests ask for
+MOST_DESCRIBED = 4  # of the times of a site in the plan
+
+Compiled = Mapping[Source, Binary | BuildError]
 
 
 @dataclass(frozen=True)
@@ -25,27 +35,39 @@ class Candidates:
     node: str
     tactics: list[Tactic]
 
+    @property
+    def names(self) -> list[str]:
+        return [tactic.name for tactic in self.tactics]
+
 
 @dataclass(frozen=True)
 class Choice:
-    """The tactic of a site with its cubins. microseconds: timed with cold weights; None: it was not timed."""
+    """The tactic of a site with its cubins. ranking: microseconds with cold weights of each tactic that runs, the
+    fastest first; empty: they were not timed."""
 
     site: Site
     tactic: Tactic
     cubins: Mapping[Source, Binary]
-    microseconds: float | None = None
-    num_timed: int = 0
+    ranking: tuple[tuple[Tactic, float], ...] = ()
 
     def describe(self) -> dict[str, Any]:
-        """For the plan: what runs where, and how fast."""
-        return {
-            "op": self.site.op, "attributes": dict(self.site.attributes),
-            "inputs": [t and [t.shape, t.dtype, t.cold] for t in self.site.inputs],
-            "outputs": [[t.shape, t.dtype, t.cold] for t in self.site.outputs],
-            "max_query": self.site.max_query, "max_context": self.site.max_context,
-            "tactic": self.tactic.name, "us": self.microseconds,
-            "of": self.num_timed,
-        }  # fmt: skip
+        """For the plan: what runs where, how fast (`us`), of how many, and the `times` of the best few."""
+        us = round(self.ranking[0][1], 2) if self.ranking else None
+        return self._site() | {"tactic": self.tactic.name, "us": us, "of": len(self.ranking), "times": self._times()}
+
+    def _site(self) -> dict[str, Any]:
+        """All its fields but the device, which the plan is for."""
+        found = {field.name: getattr(self.site, field.name) for field in fields(Site) if field.name != "device"}
+        tensors = {kind: [t and [t.shape, t.dtype, t.cold] for t in found[kind]] for kind in ("inputs", "outputs")}
+        return found | tensors | {"attributes": dict(self.site.attributes)}
+
+    def _times(self) -> dict[str, float]:
+        """The best tactics; one of our own is among them, since cuBLASLt's are not offered without a GPU."""
+        best = list(self.ranking[:MOST_DESCRIBED])
+        own = [each for each in self.ranking if not any(isinstance(e.kernel, Gemm) for e in each[0].launches)]
+        if own and own[0] not in best:
+            best[-1] = own[0]
+        return {tactic.name: round(us, 2) for tactic, us in best}
 
 
 def candidates(planner: Planner, sizes: Iterable[Sizes]) -> dict[Hashable, Candidates]:
@@ -69,53 +91,90 @@ def candidates(planner: Planner, sizes: Iterable[Sizes]) -> dict[Hashable, Candi
     return found
 
 
-def likeliest(found: Mapping[Hashable, Candidates], device: Device) -> dict[Hashable, Choice]:
-    """The first tactic of each site that compiles."""
+def likeliest(
+    found: Mapping[Hashable, Candidates], device: Device, table: Table | None = None
+) -> dict[Hashable, Choice]:
+    """The first tactic of each site, in the order of the table, that runs on the architecture."""
     chosen: dict[Hashable, Choice] = {}
     rank = 0
     compiled: dict[Source, Binary | BuildError] = {}
+    order = {key: table.order(each.site, each.tactics) if table else each.tactics for key, each in found.items()}
     while missing := {key: each for key, each in found.items() if key not in chosen}:
         for each in missing.values():
             if rank == len(each.tactics):
                 raise _nothing_compiles(each, compiled)
-        kernels = {launch.kernel for each in missing.values() for launch in each.tactics[rank].launches}
-        compiled |= compile_all(kernels - compiled.keys(), device.capability)
+        compiled |= _compile([order[key][rank] for key in missing], device.capability, compiled)
         for key, each in missing.items():
-            cubins = _cubins(each.tactics[rank], compiled)
+            tactic = order[key][rank]
+            cubins = _cubins(tactic, compiled)
             if cubins is not None:
-                chosen[key] = Choice(each.site, each.tactics[rank], cubins)
+                chosen[key] = Choice(each.site, tactic, cubins)
         rank += 1
     return chosen
 
 
-def timed(found: Mapping[Hashable, Candidates], gpu: Gpu) -> dict[Hashable, Choice]:
-    """The fastest tactic of each site on `gpu`."""
+def timed(found: Mapping[Hashable, Candidates], gpu: Gpu, cache: TimingCache | None = None) -> dict[Hashable, Choice]:
+    """The fastest tactic of each site on `gpu`; what the cache does not know is timed and added to it."""
+    capability = gpu.device.capability
     chosen = likeliest({key: each for key, each in found.items() if each.site.op in UNTIMED}, gpu.device)
-    kernels = {
-        launch.kernel
-        for each in found.values()
-        if each.site.op not in UNTIMED
-        for tactic in each.tactics
-        for launch in tactic.launches
-    }
-    compiled = compile_all(kernels, gpu.device.capability)
+    asked = {key: each for key, each in found.items() if each.site.op not in UNTIMED}
+    if cache:
+        known = {key: times for key, each in asked.items() if (times := cache.read(each.site, each.names))}
+        winners = [_ranking(asked[key].tactics, times)[0][0] for key, times in known.items()]
+        compiled = _compile(winners, capability)
+        for key, times in known.items():
+            if choice := _fastest(asked[key], times, compiled):
+                chosen[key] = choice
+        cache.num_sites += len(asked)
+        cache.num_hits += len(asked.keys() & chosen.keys())
+    missing = {key: each for key, each in asked.items() if key not in chosen}
+    if not missing:
+        return chosen
+    compiled = _compile([tactic for each in missing.values() for tactic in each.tactics], capability)
     with Timer(gpu) as timer:
-        for key, each in found.items():
-            if each.site.op in UNTIMED:
-                continue
-            times: list[tuple[float, int, Tactic, dict[Source, Binary]]] = []
+        for key, each in missing.items():
+            times = []
             for tactic in each.tactics:
                 cubins = _cubins(tactic, compiled)
-                if cubins is not None:
-                    times.append((timer.microseconds(each.site, tactic, cubins), len(times), tactic, cubins))
-            if not times:
+                times.append(None if cubins is None else round(timer.microseconds(each.site, tactic, cubins), 3))
+            choice = _fastest(each, times, compiled)
+            if choice is None:
                 raise _nothing_compiles(each, compiled)
-            us, _, tactic, cubins = min(times, key=lambda entry: entry[:2])
-            chosen[key] = Choice(each.site, tactic, cubins, round(us, 2), len(times))
+            chosen[key] = choice
+            if cache:
+                cache.write(each.site, each.names, times)
     return chosen
 
 
-def _cubins(tactic: Tactic, compiled: Mapping[Source, Binary | BuildError]) -> dict[Source, Binary] | None:
+def _compile(tactics: Iterable[Tactic], capability: int, done: Collection[Source] = ()) -> dict[Source, Any]:
+    """What the tactics launch, compiled; a cubin that asks for more memory than a program has there is an error."""
+    from ...plugins.paged_attention.kernel import shared_memory
+
+    sources = dict.fromkeys(launch.kernel for tactic in tactics for launch in tactic.launches)
+    compiled = compile_all([source for source in sources if source not in done], capability)
+    limit = shared_memory(capability)
+    for source, binary in compiled.items():
+        if isinstance(binary, Cubin) and binary.shared > limit:
+            compiled[source] = BuildError(
+                f"{binary.name} needs {binary.shared} bytes of shared memory, a program on sm_{capability} has {limit}"
+            )
+    return compiled
+
+
+def _ranking(tactics: Iterable[Tactic], times: Times) -> list[tuple[Tactic, float]]:
+    """The tactics that run with their times, the fastest first, of equal ones the likelier."""
+    both = [(tactic, us) for tactic, us in zip(tactics, times, strict=True) if us is not None]
+    return sorted(both, key=lambda entry: entry[1])
+
+
+def _fastest(each: Candidates, times: Times, compiled: Compiled) -> Choice | None:
+    """None: nothing runs, or the fastest does not compile."""
+    ranking = _ranking(each.tactics, times)
+    cubins = _cubins(ranking[0][0], compiled) if ranking else None
+    return None if cubins is None else Choice(each.site, ranking[0][0], cubins, tuple(ranking))
+
+
+def _cubins(tactic: Tactic, compiled: Compiled) -> dict[Source, Binary] | None:
     """The cubins of a tactic, None if one of its kernels did not compile."""
     cubins = {}
     for launch in tactic.launches:
@@ -126,7 +185,7 @@ def _cubins(tactic: Tactic, compiled: Mapping[Source, Binary | BuildError]) -> d
     return cubins
 
 
-def _nothing_compiles(each: Candidates, compiled: Mapping[Source, Binary | BuildError]) -> BuildError:
+def _nothing_compiles(each: Candidates, compiled: Compiled) -> BuildError:
     errors = [compiled[launch.kernel] for tactic in each.tactics for launch in tactic.launches]
     first = next(str(error) for error in errors if isinstance(error, BuildError))
     return BuildError(f"no kernel for node '{each.node}' ({each.site.op}) compiles: {first}")

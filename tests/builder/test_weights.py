@@ -1,5 +1,9 @@
 """The load plan gives what `from_pretrained` loads: stored as is, cast, tied, or put together from single experts."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import onnx_ir as ir
 import pytest
 import torch
@@ -7,6 +11,7 @@ from families import FAMILIES
 from ingot.builder.checkpoint import Checkpoint
 from ingot.builder.empty_model import empty_model
 from ingot.builder.export import export
+from ingot.builder.passes import optimise
 from ingot.builder.weights import attach, load_plan
 from ingot.engines.errors import BuildError
 from ingot.plugins.dtypes import to_torch
@@ -60,10 +65,69 @@ def test_eleven_experts_are_in_numerical_order(tmp_path):
     assert torch.equal(to_torch(plan_of(tmp_path, torch.float32)[name]), model.state_dict()[name])
 
 
-def test_stored_as_is_points_into_the_file(tmp_path):
+WRITE_WEIGHTS = """
+import sys
+from pathlib import Path
+import onnx_ir as ir
+import torch
+from ingot.builder.checkpoint import Checkpoint
+from ingot.builder.empty_model import empty_model
+from ingot.builder.passes.packed_weights import pack, parts_of
+from ingot.builder.weights import attach, load_plan
+from ingot.engines.weights import save_graph
+
+def peak():
+    # not ru_maxrss, which starts at what the process that called exec had
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) << 10
+
+def graph_of(checkpoint, dtype):
+    plan = load_plan(checkpoint, empty_model(checkpoint.config, dtype), dtype)
+    weights = [ir.Value(name=n, type=ir.TensorType(t.dtype), shape=t.shape) for n, t in plan.items() if "proj" in n]
+    graph = ir.Graph([], [], nodes=[], initializers=weights, opset_imports={"": 23}, name="g")
+    attach(ir.Model(graph, ir_version=10), plan)
+    for gate in [weight for weight in weights if "gate_proj" in weight.name]:
+        up = graph.initializers[gate.name.replace("gate_proj", "up_proj")]
+        for weight in (gate, up):
+            graph.initializers.pop(weight.name)
+        pack(graph, [*parts_of(gate), *parts_of(up)], gate)
+    return ir.Model(graph, ir_version=10)
+
+folder = Path(sys.argv[1])
+graphs = [graph_of(Checkpoint.open(str(folder)), dtype) for dtype in (torch.bfloat16, torch.float16)]
+before = peak()
+for graph in graphs:
+    save_graph(graph, folder)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure memory")
+def test_weights_written_are_not_kept(tmp_path):
+    """24 tensors of 8 MiB, two thirds packed in pairs, as stored and cast: at no time are more than six resident."""
+    tensor, num_layers = 8 << 20, 8
+    config = FAMILIES["llama"]()
+    config.update(dict(hidden_size=2048, intermediate_size=2048, num_hidden_layers=num_layers, head_dim=8))
+    config.save_pretrained(tmp_path)
+    state = empty_model(config, torch.bfloat16).state_dict()
+    save_file({n: torch.zeros(t.shape, dtype=t.dtype) for n, t in state.items()}, tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").stat().st_size > 3 * num_layers * tensor
+    command = [sys.executable, "-c", WRITE_WEIGHTS, str(tmp_path)]
+    child = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()  # pytest keeps the folders of its last three runs
+    assert int(child.stdout) / tensor < 6
+
+
+def test_no_weight_is_read_before_it_is_asked_for(tmp_path):
+    """Once the headers are known, export and passes do without the files."""
     save("llama", tmp_path)
-    assert all(isinstance(tensor, ir.ExternalTensor) for tensor in plan_of(tmp_path, torch.float32).values())
-    assert all(isinstance(tensor, ir.LazyTensor) for tensor in plan_of(tmp_path, torch.bfloat16).values())
+    checkpoint = Checkpoint.open(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    graph = optimise(export(checkpoint, "float32"))
+    weight = graph.graph.initializers["model.layers.0.mlp.down_proj.weight"].const_value
+    with pytest.raises(FileNotFoundError):
+        weight.numpy()
 
 
 @pytest.mark.parametrize("kept", ["model.embed_tokens.weight", "lm_head.weight"])

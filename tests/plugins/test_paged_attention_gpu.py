@@ -24,6 +24,7 @@ GPU = DEVICE == "cuda"
 # the interpreter multiplies bf16 matrices wrongly, so it is left to the GPU
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+EXACT = dict(rtol=0, atol=0)
 OPTIONS = {
     "plain": {},
     "window": {"window": 21},
@@ -32,6 +33,11 @@ OPTIONS = {
     "all": {"window": 9, "softcap": 2.0, "sinks": True},
 }
 WIDE_OPTIONS = {"plain": {}, "window": {"window": 300}, "all": {"window": 1000, "softcap": 20.0, "sinks": True}}
+
+
+def some_of(found, num):
+    """Some of the tactics, others each time: compiling all of them for every shape takes minutes."""
+    return random.SystemRandom().sample(found, min(num, len(found)))
 
 
 class Case:
@@ -78,6 +84,7 @@ class Case:
             "scale": dim**-0.5, "window": 0, "softcap": 0.0, **options,
         }  # fmt: skip
         self.op, self.dtype = "PagedAttention", dtype
+        self.key_bounds = EXACT
         self.max_query = 1 if max(new) == 1 and total == len(new) + spare else None
 
     def rotated(self, rotary, table, **rotation):
@@ -86,10 +93,12 @@ class Case:
         angles = torch.rand(len(self.inputs[0]), rotary // 2) * 7
         self.inputs[1:3] = [torch.cat((angles.cos(), angles.sin()), 1).to(table)]
         self.op, self.attributes = "RotaryPagedAttention", self.attributes | rotation
+        if table == torch.float32:  # a GPU makes one operation of a product and a sum in fp32, which is rounded once
+            self.key_bounds = dict(rtol=torch.finfo(self.dtype).eps, atol=1e-6)
         return self
 
     def check(self, device=None, take=slice(None)):
-        """Each tactic writes the same pool and the same attention as the reference; returns the tactics."""
+        """Each tactic writes the same pools and the same attention as the reference; returns the tactics."""
         copies = [None if x is None else x.clone() for x in self.inputs]
         expected = OPS[self.op].reference(*copies, **self.attributes)
         output = described(expected)
@@ -97,14 +106,15 @@ class Case:
                     device or Device(), self.max_query)  # fmt: skip
         found = tactics_of(self.op)(site)
         assert found and len({tactic.name for tactic in found}) == len(found)
-        for tactic in found[take]:
+        for tactic in found[take] if isinstance(take, slice) else some_of(found, take):
             inputs = [None if x is None else x.to(DEVICE, copy=True) for x in self.inputs]
             (y,) = run_tactic(tactic, inputs, [output])
             error = (y.cpu()[: self.real].float() - expected[: self.real].float()).abs().max()
             assert error < TOLERANCE[self.dtype], f"{tactic.name}: {error}"  # false for NaN
-            for ours, theirs in zip(inputs[-3:-1], copies[-3:-1], strict=True):
+            for ours, theirs, bounds in zip(inputs[-3:-1], copies[-3:-1], (self.key_bounds, EXACT), strict=True):
                 ours, theirs = ours.cpu().flatten(0, 1)[1:], theirs.flatten(0, 1)[1:]  # slot 0 holds any padded token
-                assert torch.equal(ours.nan_to_num(123.0), theirs.nan_to_num(123.0)), f"{tactic.name}: pool"
+                same = torch.allclose(ours.nan_to_num(123.0), theirs.nan_to_num(123.0), **bounds)
+                assert same, f"{tactic.name}: pool"
         return found
 
 
@@ -186,7 +196,7 @@ def test_random_steps(dtype, options, heads, kv_heads, dim, v_dim, page):
     for new in ([1] * 5, [1, rng.randrange(2, 600), 1, 0, rng.randrange(2, 200)]):
         past = [rng.choice((0, 1, rng.randrange(400), rng.randrange(5000))) for _ in new]
         Case(past, new, heads, kv_heads, dim, v_dim, page, dtype, packed=rng.random() < 0.5, spare=2,
-             options=options).check(Device(90, 132))  # fmt: skip
+             options=options).check(Device(90, 132), slice(None) if heads == 32 and not options else 5)  # fmt: skip
 
 
 @pytest.mark.gpu
