@@ -46,18 +46,25 @@ class Metrics:
     waiting: int
     kv_utilisation: float  # share of pages held by open requests
     kv_cached: float  # share of pages that hold nothing but reusable prefixes
-    prefix_hit_rate: float | None  # share of prompt tokens found in the prefix cache
+    prefix_queried: int  # prompt tokens of admitted requests
+    prefix_hits: int  # of them, tokens found in the prefix cache
     preemptions: int
     steps: int
     prompt_tokens: int
     output_tokens: int
     finished: dict[str, int]  # by finish reason
     tokens_per_s: float  # output, over the last 10 seconds
+    step: Latency | None  # from one commit to the next, while there was work
     ttft: Latency | None  # arrival to first token
     tpot: Latency | None  # per request: (last token - first token) / (tokens - 1)
     inter_token: Latency | None
     e2e: Latency | None  # arrival to end
     healthy: bool
+
+    @property
+    def prefix_hit_rate(self) -> float | None:
+        """Share of prompt tokens found in the prefix cache."""
+        return self.prefix_hits / self.prefix_queried if self.prefix_queried else None
 
 
 @dataclass
@@ -68,15 +75,20 @@ class Recorder:
     prompt_tokens: int = 0
     output_tokens: int = 0
     finished: dict[str, int] = field(default_factory=dict)
+    _step: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     _ttft: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     _tpot: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     _inter_token: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     _e2e: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     _tokens: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=RECENT))  # (when, how many) by step
+    _busy_since: float | None = None
 
-    def step(self, now: float, num_tokens: int) -> None:
-        """A commit brought so many output tokens."""
+    def step(self, now: float, num_tokens: int, busy: bool) -> None:
+        """A commit brought so many output tokens; `busy`: there is work left, so that the next follows at once."""
         self.steps += 1
+        if self._busy_since is not None:
+            self._step.append(now - self._busy_since)
+        self._busy_since = now if busy else None
         self.output_tokens += num_tokens
         self._tokens.append((now, num_tokens))
 
@@ -108,15 +120,15 @@ class Recorder:
             waiting=stats.num_waiting,
             kv_utilisation=stats.kv_utilisation,
             kv_cached=stats.num_cached_pages / stats.num_pages,
-            prefix_hit_rate=(stats.prefix_hit_tokens / stats.prefix_queried_tokens)
-            if stats.prefix_queried_tokens
-            else None,
+            prefix_queried=stats.prefix_queried_tokens,
+            prefix_hits=stats.prefix_hit_tokens,
             preemptions=stats.num_preemptions,
             steps=self.steps,
             prompt_tokens=self.prompt_tokens,
             output_tokens=self.output_tokens,
             finished=dict(self.finished),
             tokens_per_s=sum(count for _, count in recent) / max(span, 1e-9),
+            step=Latency.of(self._step.copy()),
             ttft=Latency.of(self._ttft.copy()),
             tpot=Latency.of(self._tpot.copy()),
             inter_token=Latency.of(self._inter_token.copy()),

@@ -162,8 +162,9 @@ class Session:
 
     def _deliver(self, deltas: Sequence[Delta]) -> None:
         """What a commit brought."""
-        self._recorder.step(time.monotonic(), sum(len(delta.token_ids) for delta in deltas))
         self._hand_out(deltas)
+        num_tokens = sum(len(delta.token_ids) for delta in deltas)
+        self._recorder.step(time.monotonic(), num_tokens, self.scheduler.has_work)
 
     def _hand_out(self, deltas: Sequence[Delta]) -> None:
         """Deltas to their streams; a stop string ends its request in the scheduler, too."""

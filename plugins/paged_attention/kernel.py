@@ -45,15 +45,15 @@ STEP_NAMES = (
 )
 
 # (BN, warps, stages) of decode; BN keys are in flight per stage
-DECODE = ((64, 4, 3), (64, 4, 2), (128, 4, 3), (32, 4, 4), (128, 8, 3))
+DECODE = ((64, 4, 3), (64, 4, 2), (128, 4, 3), (32, 4, 4), (128, 8, 3), (32, 4, 2))
 # (BN, warps, stages) of decode without a split: a program for each sequence and key head
-WHOLE = ((64, 4, 2), (128, 8, 2), (32, 4, 4), (128, 4, 2))
+WHOLE = ((64, 4, 2), (128, 8, 2), (32, 4, 4), (128, 4, 2), (32, 4, 2))
 # (rows, BN, warps, stages) of chunks
 CHUNK = ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (256, 64, 16, 3), (128, 128, 8, 2), (64, 32, 4, 3),
-         (16, 64, 4, 3))  # fmt: skip
+         (16, 64, 4, 3), (64, 32, 4, 2))  # fmt: skip
 APART = 5  # of the chunks that are also tried with rows of decoding apart
 SMALL_DECODE = ((32, 4, 2), (16, 4, 2))  # fp32, which has no tensor cores at full precision: registers are the limit
-SMALL_CHUNK = ((32, 32, 4, 2), (16, 32, 4, 2))
+SMALL_CHUNK = ((32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2))
 
 
 @dataclass(frozen=True)

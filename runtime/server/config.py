@@ -13,8 +13,8 @@ class ServerConfig:
     """How the API is served. Times are seconds, None is without end. Raises EngineError for a value that cannot work.
 
     served_model_name: what clients call the model, by default the folder's name. api_keys: any of them is accepted as
-    `Authorization: Bearer KEY`; none: everybody is. max_waiting, max_waiting_tokens: requests and prompt tokens that may
-    wait for a place in the batch; past them clients get 429. request_timeout: from arrival to the last token;
+    `Authorization: Bearer KEY`; none: everybody is. max_waiting, max_waiting_tokens: requests and prompt tokens that
+    may wait for a place in the batch; past them clients get 429. request_timeout: from arrival to the last token;
     queue_timeout: to the first. drain_timeout: how long open requests may go on after SIGTERM. watchdog: a step that
     takes longer means that the engine hangs.
     """

@@ -235,3 +235,25 @@ def test_every_tactic_compiles(capability):
     for kernel, cubin in compile_all(kernels, capability).items():
         assert isinstance(cubin, Cubin) and cubin.data[:4] == b"\x7fELF", (kernel, cubin)
         assert cubin.shared <= shared_memory(capability), (kernel, cubin.shared)
+
+
+@pytest.mark.parametrize("capability,dtype", [(86, "bfloat16"), (120, "float32")])
+def test_wide_heads_have_a_tactic_on_every_gpu(capability, dtype):
+    """Gemma's heads of 256 on GPUs with 99 KiB of shared memory: a tactic fits by what its cubins really take."""
+
+    def tensor(*shape, dtype=dtype):
+        return Tensor(shape, dtype)
+
+    attributes = {"layer": 0, "num_heads": 8, "num_kv_heads": 4, "head_dim": 256, "v_head_dim": 256,
+                  "scale": 0.06, "window": 0, "softcap": 0.0}  # fmt: skip
+    for tokens, max_query in ((8, 1), (64, None)):
+        step = (tensor(size, dtype="int32") for size in (tokens, 9, 8))
+        pools = (tensor(1, 16, 4, 256),) * 2
+        inputs = (tensor(tokens, 16 * 256), None, None, *step, tensor(8, 64, dtype="int32"), *pools, None)
+        found = tactics(
+            Site("PagedAttention", attributes, inputs, (tensor(tokens, 2048),), Device(capability), max_query)
+        )
+        compiled = compile_all({launch.kernel for tactic in found for launch in tactic.launches}, capability)
+        fitting = {kernel for kernel, cubin in compiled.items()
+                   if isinstance(cubin, Cubin) and cubin.shared <= shared_memory(capability)}  # fmt: skip
+        assert any(all(launch.kernel in fitting for launch in tactic.launches) for tactic in found), max_query

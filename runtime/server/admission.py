@@ -1,0 +1,88 @@
+"""Who gets in: a bound on what may wait, so that a client hears at once that there is no room, and not after minutes.
+
+What is open is counted here, in the API's own process: what the engine says of itself is a moment old. A request's
+tokens count as waiting until its first token is there. Invariant: everything admitted is given back, whatever happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from .errors import Refused
+
+LONGEST_RETRY = 60  # seconds
+
+
+@dataclass
+class Ticket:
+    """An admitted request. `started` is to be called when its first token is there; a second call does nothing."""
+
+    admission: Admission
+    num_tokens: int
+    num_sequences: int
+    began: float
+
+    def started(self) -> None:
+        self.admission.tokens_waiting -= self.num_tokens
+        self.num_tokens = 0
+
+
+class Admission:
+    """Counts open requests against the limits. To be used in one event loop.
+
+    max_running: sequences that the engine decodes at a time; max_waiting: sequences that may wait besides;
+    max_waiting_tokens: prompt tokens of requests without a first token.
+    """
+
+    def __init__(self, max_running: int, max_waiting: int, max_waiting_tokens: int):
+        self._max_open, self._max_running = max_running + max_waiting, max_running
+        self._max_waiting_tokens = max_waiting_tokens
+        self.sequences_open = self.tokens_waiting = 0
+        self.accepting = True
+        self._seconds = 1.0  # of a request, moving average
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @asynccontextmanager
+    async def admit(self, num_tokens: int, num_sequences: int = 1) -> AsyncIterator[Ticket]:
+        """A place for the time of a `with` block. Raises Refused: 503 while draining, 429 where there is no room."""
+        if not self.accepting:
+            raise Refused(503, "The server is shutting down; send the request to another one.", self.retry_after)
+        full = self.sequences_open + num_sequences > self._max_open
+        # a prompt of more tokens than may wait is served when nothing else waits
+        long = self.tokens_waiting and self.tokens_waiting + num_tokens > self._max_waiting_tokens
+        if full or long:
+            what = f"{self.sequences_open} sequences are open" if full else f"{self.tokens_waiting} tokens are waiting"
+            limit = f"{self._max_open} sequences" if full else f"{self._max_waiting_tokens} waiting tokens"
+            raise Refused(429, f"The server is full: {what}, the limit is {limit}; try again later.", self.retry_after)
+        ticket = Ticket(self, num_tokens, num_sequences, time.monotonic())
+        self.sequences_open += num_sequences
+        self.tokens_waiting += num_tokens
+        self._empty.clear()
+        try:
+            yield ticket
+        finally:
+            ticket.started()
+            self.sequences_open -= num_sequences
+            self._seconds += 0.1 * (time.monotonic() - ticket.began - self._seconds)
+            if not self.sequences_open:
+                self._empty.set()
+
+    @property
+    def retry_after(self) -> int:
+        """Seconds after which there may be room: what is ahead of a newcomer, by what the engine serves at a time."""
+        rounds = max(1.0, self.sequences_open / self._max_running)
+        return max(1, min(LONGEST_RETRY, round(rounds * self._seconds)))
+
+    async def drain(self, timeout: float) -> bool:
+        """Admits nobody from now on; True when all open requests have ended within `timeout` seconds."""
+        self.accepting = False
+        try:
+            await asyncio.wait_for(self._empty.wait(), timeout)
+            return True
+        except TimeoutError:
+            return False

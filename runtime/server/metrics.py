@@ -1,0 +1,140 @@
+"""What the server tells Prometheus, by the names that vLLM's users know where the meaning is the same.
+
+States and counts are the engine's own snapshot, read when somebody scrapes. Latencies are histograms, observed where
+answers pass on their way out: `Observed` stands before the engine and looks as it does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+
+from ... import __version__
+from ..metrics import Metrics
+from ..request import RequestOutput
+
+PREFIX = "ingot:"
+FAST = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
+SLOW = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
+COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+_GAUGES = {
+    "num_requests_running": ("Requests that are being decoded.", lambda m: m.running),
+    "num_requests_waiting": ("Requests in the queue.", lambda m: m.waiting),
+    "kv_cache_usage_perc": ("Share of KV pages held by open requests, 0 to 1.", lambda m: m.kv_utilisation),
+    "kv_cache_reusable_perc": ("Share of KV pages with prefixes that may be reused, 0 to 1.", lambda m: m.kv_cached),
+    "output_tokens_per_second": ("Output tokens a second, of the last ten.", lambda m: m.tokens_per_s),
+    "step_seconds_p50": ("Time of a step, median of the recent ones.", lambda m: m.step.p50 if m.step else 0.0),
+    "step_seconds_p99": ("Time of a step, of a hundred recent ones the slowest.",
+                         lambda m: m.step.p99 if m.step else 0.0),
+    "engine_healthy": ("1 while the engine serves.", lambda m: float(m.healthy)),
+}  # fmt: skip
+_COUNTERS = {
+    "prompt_tokens": ("Prompt tokens of requests that ended.", lambda m: m.prompt_tokens),
+    "generation_tokens": ("Tokens generated.", lambda m: m.output_tokens),
+    "num_preemptions": ("Requests thrown out of the batch to be computed again.", lambda m: m.preemptions),
+    "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", lambda m: m.prefix_queried),
+    "prefix_cache_hits": ("Of them, tokens found.", lambda m: m.prefix_hits),
+    "engine_steps": ("Steps of the engine.", lambda m: m.steps),
+}
+
+
+class ServerMetrics(Collector):
+    """The metrics of one engine; `page` is what `/metrics` answers. llm: has `metrics()`, as AsyncLLM does."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, llm: Any, model_name: str):
+        self._llm, self._model = llm, model_name
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+        def histogram(name: str, what: str, buckets: Iterable[float]) -> Histogram:
+            return Histogram(
+                PREFIX + name, what, ("model_name",), registry=self._registry, buckets=tuple(buckets)
+            ).labels(model_name)
+
+        self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", SLOW + FAST[:1])
+        self.inter_token = histogram("inter_token_latency_seconds", "Between tokens of an answer.", FAST)
+        self.tpot = histogram("request_time_per_output_token_seconds", "Mean time between tokens of a request.", FAST)
+        self.queue = histogram("request_queue_time_seconds", "From arrival to the first step.", SLOW)
+        self.e2e = histogram("e2e_request_latency_seconds", "From arrival to the last token.", SLOW)
+        self.prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", COUNTS)
+        self.generated = histogram("request_generation_tokens", "Tokens of an answer.", COUNTS)
+
+    def page(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterable[Metric]:
+        """The engine's snapshot as Prometheus wants it."""
+        found: Metrics = self._llm.metrics()
+        for name, (what, value) in _GAUGES.items():
+            gauge = GaugeMetricFamily(PREFIX + name, what, labels=["model_name"])
+            gauge.add_metric([self._model], value(found))
+            yield gauge
+        for name, (what, value) in _COUNTERS.items():
+            counter = CounterMetricFamily(PREFIX + name, what, labels=["model_name"])
+            counter.add_metric([self._model], value(found))
+            yield counter
+        ended = CounterMetricFamily(PREFIX + "request_success", "Requests that ended.",
+                                    labels=["model_name", "finished_reason"])  # fmt: skip
+        for reason, count in sorted(found.finished.items()):
+            ended.add_metric([self._model, reason], count)
+        yield ended
+        info = InfoMetricFamily(PREFIX + "build", "What is serving.")
+        info.add_metric([], {"version": __version__, "model_name": self._model})
+        yield info
+
+
+class Observed:
+    """The engine, its answers timed on their way out. Everything but `generate` is the engine's own."""
+
+    def __init__(self, llm: Any, metrics: ServerMetrics):
+        self._llm, self._metrics = llm, metrics
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llm, name)
+
+    async def generate(self, *arguments: Any, **options: Any) -> AsyncIterator[RequestOutput]:
+        """As the engine's; see `AsyncLLM.generate`."""
+        last: float | None = None
+        seen = 0
+        answers = self._llm.generate(*arguments, **options)
+        try:
+            async for output in answers:
+                now = time.monotonic()
+                new = sum(len(answer.token_ids) for answer in output.outputs)
+                new = new if options.get("deltas") else new - seen
+                seen += new
+                if new:
+                    if last is not None:
+                        share = (now - last) / new  # several tokens that come at once came one after the other
+                        for _ in range(new):
+                            self._metrics.inter_token.observe(share)
+                    last = now
+                if output.finished:
+                    self._end(output, seen)
+                yield output
+        finally:
+            await answers.aclose()
+
+    def _end(self, output: RequestOutput, num_tokens: int) -> None:
+        metrics, times = self._metrics, output.metrics
+        metrics.prompt.observe(len(output.prompt_token_ids))
+        metrics.generated.observe(num_tokens)
+        if times is None or times.first_scheduled is None:
+            return
+        metrics.queue.observe(times.first_scheduled - times.arrival)
+        if times.first_token is not None:
+            metrics.ttft.observe(times.first_token - times.arrival)
+        if times.finished is not None:
+            metrics.e2e.observe(times.finished - times.arrival)
+            if times.first_token is not None and num_tokens > len(output.outputs):
+                between = num_tokens - len(output.outputs)
+                metrics.tpot.observe((times.finished - times.first_token) * len(output.outputs) / between)
