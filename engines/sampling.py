@@ -15,7 +15,8 @@ LAST_TOKEN = "last_token"  # [rows] int32: the token sampled last in each row
 
 MAX_BIAS, MAX_STOP, MAX_LOGPROBS = 1024, 64, 20  # entries of one request
 
-# name -> element type, columns (0: a vector); the vocabulary's size stands as -1
+VOCABULARY, BITS = -1, -2  # columns: one for each token, or one for every 32
+# name -> element type, columns (0: a vector)
 TABLES: dict[str, tuple[str, int]] = {
     "temperature": ("float32", 0),
     "top_k": ("int32", 0),
@@ -23,14 +24,22 @@ TABLES: dict[str, tuple[str, int]] = {
     "min_p": ("float32", 0),
     "seed": ("int64", 0),
     "penalties": ("float32", 3),
-    "counts": ("int32", -1),
+    "counts": ("int32", VOCABULARY),
     "bias_ids": ("int32", MAX_BIAS),
     "bias_values": ("float32", MAX_BIAS),
     "stop_ids": ("int32", MAX_STOP),
     "min_length": ("int32", 0),
+    "masks": ("int32", BITS),  # a bit for each token, the lowest first: 0, it may not be sampled
     LAST_TOKEN: ("int32", 0),
 }
 IN_PROMPT = 1 << 30  # this bit of a count: the token is in the prompt; the bits below: times in the output
+
+
+def width(table: str, vocab_size: int) -> int:
+    """Columns of a table, 0 for a vector."""
+    columns = TABLES[table][1]
+    return {VOCABULARY: vocab_size, BITS: -(-vocab_size // 32)}.get(columns, columns)
+
 
 # outputs: name -> element type, columns by kind (0: a vector, 1: a column for each logprob)
 SAMPLED = "sampled"
@@ -45,7 +54,7 @@ RESULTS: dict[str, tuple[str, int]] = {
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to sample: random draws, truncated ones, extras (bias, min_tokens, penalties), log-probabilities."""
+    """A way to sample: random draws, truncated ones, extras (masks, bias, min_tokens, penalties), log-probabilities."""
 
     random: bool = False
     truncate: bool = False
@@ -61,7 +70,7 @@ class Kind:
         if self.truncate:
             names |= {"top_k", "top_p", "min_p"}
         if self.extras:
-            names |= {"penalties", "counts", "bias_ids", "bias_values", "stop_ids", "min_length"}
+            names |= {"penalties", "counts", "bias_ids", "bias_values", "stop_ids", "min_length", "masks"}
         return frozenset(names)
 
     @property

@@ -38,6 +38,7 @@ class Batch(NamedTuple):
     sample_works: np.ndarray  # [N] index into the step
     num_works: int
     placements: list[Placement]  # rows with a new request, before anything is sampled
+    masks: list[tuple[int, np.ndarray]]  # (index of a sample, bits of the tokens it may be), see `grammar.py`
     scored: list[Scored]
 
 
@@ -125,6 +126,7 @@ class Arena:
             sample_works=samples,
             num_works=num_works,
             placements=_placements(step),
+            masks=[(i, matcher.mask) for i, work in enumerate(samples) if (matcher := step[work].request.matcher)],
             scored=_scored(step, logit_ends),
         )  # fmt: skip
 

@@ -122,7 +122,7 @@ class CpuExecutor:
             return Result([[] for _ in range(batch.num_works)], None, prompt_logprobs)
         if len(batch.sample_index) != logits.shape[0]:
             logits = logits[torch.from_numpy(batch.sample_index)]
-        tokens, found = self.sampler.sample(logits, batch.sample_rows, batch.sample_positions)
+        tokens, found = self.sampler.sample(logits, batch.sample_rows, batch.sample_positions, batch.masks)
         self._last_token[batch.sample_rows] = tokens
         return Result(*by_work(batch, tokens.tolist(), found), prompt_logprobs)
 

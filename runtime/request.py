@@ -10,13 +10,14 @@ import difflib
 import math
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, cast
 
 from ..engines.errors import RequestError
+from .grammar import Matcher, StructuredOutputs
 
 __all__ = [
     "CompletionOutput", "FinishReason", "Logprob", "Request", "RequestError", "RequestMetrics", "RequestOutput",
@@ -46,6 +47,7 @@ class SamplingParams:
 
     `temperature=0` is greedy; `top_k` 0 or -1 is off; `max_tokens=None` runs to the context's end. `logprobs=k` returns
     the k most likely tokens and the chosen one. `prefix_cache=False` neither reads nor fills the prefix cache.
+    `structured_outputs`: what the answer must be (`grammar.py`), also as a mapping; complete, the answer ends.
     Raises RequestError naming the field, the value and what is allowed.
     """
 
@@ -69,6 +71,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     prefix_cache: bool = True
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, **options: Any) -> SamplingParams:
@@ -98,6 +101,16 @@ class SamplingParams:
         put(self, "logit_bias", _bias(self.logit_bias))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens is {self.min_tokens}; it must not exceed max_tokens, {self.max_tokens}.")
+        if self.structured_outputs is not None:
+            put(self, "structured_outputs", _structured(self.structured_outputs))
+            for name in (
+                "min_tokens",
+                "ignore_eos",
+            ):  # where the grammar allows nothing but the end, they allow nothing
+                if getattr(self, name):
+                    raise RequestError(
+                        f"{name} cannot be kept together with structured_outputs; leave one of them out."
+                    )
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -187,6 +200,7 @@ class Request:
     salt: bytes = b""  # requests share cached pages only with requests of the same salt
     seed: int = -1  # params.seed; drawn at random where that is None
     metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(time.monotonic()))
+    matcher: Matcher | None = None  # of its structured outputs; has seen all tokens of the output that are known
 
     num_prompt: int = field(init=False)
     state: State = field(init=False, default=State.WAITING)
@@ -228,9 +242,17 @@ class Request:
 
 
 def fan_out(
-    request_id: str, prompt: Sequence[int], params: SamplingParams, priority: int = 0, salt: bytes = b""
+    request_id: str,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    priority: int = 0,
+    salt: bytes = b"",
+    matcher: Callable[[], Matcher | None] = lambda: None,
 ) -> list[Request]:
-    """The `params.n` requests of one prompt. They share its pages through the prefix cache; answer i has seed + i."""
+    """The `params.n` requests of one prompt. They share its pages through the prefix cache; answer i has seed + i.
+
+    matcher: makes one for each answer.
+    """
     base = secrets.randbits(63) if params.seed is None else params.seed
     single = replace(params, n=1)
     arrival = time.monotonic()
@@ -238,7 +260,7 @@ def fan_out(
     for i in range(params.n):
         name = request_id if params.n == 1 else f"{request_id}#{i}"
         metrics = RequestMetrics(arrival)
-        requests.append(Request(name, list(prompt), single, priority, salt, (base + i) % _SEEDS, metrics))
+        requests.append(Request(name, list(prompt), single, priority, salt, (base + i) % _SEEDS, metrics, matcher()))
     return requests
 
 
@@ -258,6 +280,15 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
 def _span(low: float, high: float) -> str:
     bottom = "above 0" if low == math.ulp(0.0) else f"of at least {low:g}"
     return bottom if high == math.inf else f"{bottom} and at most {high:g}"
+
+
+def _structured(value: Any) -> StructuredOutputs:
+    if isinstance(value, StructuredOutputs):
+        return value
+    known = [f.name for f in fields(StructuredOutputs)]
+    if not isinstance(value, Mapping) or not set(value) <= set(known):
+        raise RequestError(f"structured_outputs is {value!r}; it must be a mapping with one of {', '.join(known)}.")
+    return StructuredOutputs(**value)
 
 
 def _strings(value: Any) -> tuple[str, ...]:

@@ -1,12 +1,14 @@
 """The sampler: logits of a mixed batch -> one token per row, each row by its own request's parameters.
 
 Parameters are columns indexed by row; they change only when a row gets a new request, and a step touches only the
-stages that some row of it needs (all greedy: one argmax). The order is vLLM's: logprobs of the raw logits; then bias,
-min_tokens, penalties, temperature, min_p, top_k, top_p, draw. Counts for penalties are kept here, step by step, so
-sampling never waits for the host. Invariant: a row's token depends on its logits, request and position, nothing else.
+stages that some row of it needs (all greedy: one argmax). The order is vLLM's: logprobs of the raw logits; then masks,
+bias, min_tokens, penalties, temperature, min_p, top_k, top_p, draw. Counts for penalties are kept here, step by step,
+so sampling never waits for the host. Invariant: a row's token depends on its logits, request and position alone.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -69,19 +71,27 @@ class Sampler:
 
     @torch.inference_mode()
     def sample(
-        self, logits: torch.Tensor, rows: np.ndarray, positions: np.ndarray
+        self,
+        logits: torch.Tensor,
+        rows: np.ndarray,
+        positions: np.ndarray,
+        masks: Sequence[tuple[int, np.ndarray]] = (),
     ) -> tuple[np.ndarray, list[dict[int, Logprob] | None] | None]:
         """logits [R, V] (may be overwritten), rows [R], positions [R] of the new tokens -> tokens [R] int32, logprobs.
 
+        masks: (row of logits, bits of the tokens that may be sampled).
         The second result is None if no row asked for logprobs, else one dictionary per row (None where not asked).
         """
         row_flags = self._flags[rows]
         flags = int(np.bitwise_or.reduce(row_flags, initial=0))
-        if not flags:
+        if not flags and not masks:
             return logits.argmax(-1).numpy().astype(np.int32), None
         logits = logits.float()
         asked = np.flatnonzero(row_flags & LOGPROBS)
         raw = logits[asked] if flags & LOGPROBS else None
+        for i, mask in masks:
+            bits = np.unpackbits(mask.view(np.uint8), count=self.vocab_size, bitorder="little")
+            logits[i].masked_fill_(torch.from_numpy(bits == 0), -torch.inf)
         if flags & BIAS:
             for i in np.flatnonzero(row_flags & BIAS):
                 ids, amounts = self._bias[int(rows[i])]

@@ -164,6 +164,8 @@ class Scheduler:
         while i < len(running) and budget:
             request = running[i]
             i += 1
+            if request.matcher and request.num_in_flight:
+                continue  # what may come next depends on the token in flight
             start = request.computed
             num = min(len(request.tokens) + request.num_in_flight, request.limit - 1) - start
             if not num:
@@ -315,6 +317,9 @@ class Scheduler:
             tokens.append(token)
             if token in request.stop_ids and len(tokens) > unstoppable:
                 reason, stop = "stop", None if token in self.eos_token_ids else token
+                break
+            if request.matcher and request.matcher.advance(token):
+                reason = "stop"
                 break
             if len(tokens) == request.limit:
                 reason, stop = "length", request.limit_reason

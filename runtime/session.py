@@ -11,7 +11,8 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -21,6 +22,7 @@ from .batch import Arena
 from .capacity import ServeConfig, model_len
 from .engine import Engine
 from .executor import Executor, open_executor
+from .grammar import Grammars, Matcher, StructuredOutputs
 from .kv import PagePool
 from .metrics import Metrics, Recorder
 from .prompt import Limits, Prompt, tokens_of
@@ -48,6 +50,7 @@ class Session:
         self._open: dict[str, tuple[Stream, Answer]] = {}  # by the id of the scheduler's request
         self._numbers = itertools.count()
         self._closed = False
+        self._grammars: Grammars | None = None  # made when a request first asks for structured outputs
         self._gate = threading.Lock()  # no order gets into the inbox behind the one to stop, where nobody would read it
         self._inbox: loop.Inbox = SimpleQueue()
         self._thread = threading.Thread(target=self._serve, args=(arena, executor), name="ingot-loop", daemon=True)
@@ -84,7 +87,20 @@ class Session:
         if params.stop_strings and self.text is None:
             raise RequestError("This engine has no tokenizer, so stop strings cannot be found; use stop_token_ids.")
         number = str(next(self._numbers)) if request_id is None else request_id
-        return Stream(number, text, ids, params, priority, self.text, listener)
+        return Stream(number, text, ids, params, priority, self.text, listener, self._matcher(params))
+
+    def _matcher(self, params: SamplingParams) -> Callable[[], Matcher | None]:
+        """Makes a matcher for each answer. Raises RequestError: no tokenizer, no library, a grammar it refuses."""
+        wanted = params.structured_outputs
+        if not isinstance(wanted, StructuredOutputs):
+            return lambda: None
+        if self.text is None:
+            raise RequestError("This engine has no tokenizer, so structured outputs cannot be followed.")
+        if self._grammars is None:
+            self._grammars = Grammars(
+                self.text.tokenizer.to_str(), self.limits.vocab_size, self.scheduler.eos_token_ids
+            )
+        return partial(self._grammars.matcher, wanted)
 
     def submit(self, streams: Sequence[Stream]) -> None:
         """Hand over to the loop. A stream that the scheduler refuses fails with a RequestError of its own.
@@ -112,6 +128,11 @@ class Session:
             raise self._error()
         if self._closed:
             raise EngineError("The engine is closed; open it again.")
+
+    @property
+    def progress(self) -> tuple[int, bool]:
+        """Steps committed, and whether there is work: an engine hangs if it has work for long and commits nothing."""
+        return self._recorder.steps, self.scheduler.has_work or not self._inbox.empty()
 
     def metrics(self) -> Metrics:
         """A snapshot of what the engine is doing."""
@@ -225,6 +246,13 @@ class Opened:
     def vocab_size(self) -> int:
         """Token ids are below this."""
         return self._session.limits.vocab_size
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences that are decoded at a time."""
+        found = self._session.executor.config.max_num_seqs
+        assert found is not None
+        return found
 
     @property
     def max_model_len(self) -> int:

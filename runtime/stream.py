@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from .grammar import Matcher
 from .request import CompletionOutput, FinishReason, Logprob, Request, RequestOutput, SamplingParams, fan_out
 from .step import Delta
 from .text import Text
@@ -18,36 +19,63 @@ Logprobs = dict[int, Logprob]
 Listener = Callable[[list["Stream"]], None]
 
 
-class Answer:
-    """One of the `n` answers. Written by the loop's thread, under the stream's lock."""
+class Transcript:
+    """One of a request's `n` answers so far, and how much of it has been handed out as deltas."""
+
+    def __init__(self, index: int, scored: bool):
+        self.index = index
+        self.token_ids: list[int] = []
+        self.text = ""
+        self.logprobs: list[Logprobs] | None = [] if scored else None
+        self.cumulative = 0.0
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self._said = 0, 0  # tokens and characters handed out as deltas
+
+    def output(self, deltas: bool) -> CompletionOutput:
+        """The answer so far, or what came since the last call with `deltas`."""
+        tokens, characters = self._said if deltas else (0, 0)
+        if deltas:
+            self._said = len(self.token_ids), len(self.text)
+        return CompletionOutput(
+            index=self.index,
+            text=self.text[characters:],
+            token_ids=self.token_ids[tokens:],
+            cumulative_logprob=None if self.logprobs is None else self.cumulative,
+            logprobs=None if self.logprobs is None else self.logprobs[tokens:],
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+
+
+class Answer(Transcript):
+    """The transcript of one request of the scheduler's. Written by the loop's thread, under the stream's lock."""
 
     def __init__(self, request: Request, index: int, text: Text | None):
+        super().__init__(index, request.params.logprobs is not None)
         self.request = request
-        self.index = index
         self.last_tokens_at: float | None = None  # on time.monotonic(), for the metrics
-        self.token_ids: list[int] = []
-        self.finish_reason: FinishReason | None = None
-        self._stop_reason: int | str | None = None
-        self._text = ""
-        self._logprobs: list[Logprobs] | None = None if request.params.logprobs is None else []
-        self._cumulative = 0.0
-        self._said = 0, 0  # tokens and characters handed out as deltas
         self._spelling = text
         self._decoder = text.decoder(request.params, request.tokens) if text else None
 
     def take(self, delta: Delta) -> str | None:
         """Add what a commit brought. Returns the stop string if one appeared: the request is over then."""
-        by_token = delta.finish_reason == "stop" and not self.request.params.include_stop_str_in_output
         last = len(delta.token_ids) - 1
+        by_token = (
+            delta.finish_reason == "stop"
+            and not self.request.params.include_stop_str_in_output
+            and last >= 0
+            and delta.token_ids[last] in self.request.stop_ids  # not where structured outputs are complete
+        )
         for i, token in enumerate(delta.token_ids):
             self.token_ids.append(token)
-            if self._logprobs is not None and delta.logprobs:
-                self._logprobs.append(spelt(delta.logprobs[i], self._spelling))
-                self._cumulative += delta.logprobs[i][token].logprob
+            if self.logprobs is not None and delta.logprobs:
+                self.logprobs.append(spelt(delta.logprobs[i], self._spelling))
+                self.cumulative += delta.logprobs[i][token].logprob
             if self._decoder and not (by_token and i == last):  # the token that ends an answer is no part of its text
-                self._text += self._decoder.push(token)
+                self.text += self._decoder.push(token)
                 if self._decoder.stopped is not None:
-                    self.finish_reason, self._stop_reason = "stop", self._decoder.stopped
+                    self.finish_reason, self.stop_reason = "stop", self._decoder.stopped
                     return self._decoder.stopped
         if delta.finish_reason:
             self.end(delta.finish_reason, delta.stop_reason)
@@ -56,23 +84,8 @@ class Answer:
     def end(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """Nothing more will come; what the decoder held back is text after all."""
         if self._decoder:
-            self._text += self._decoder.finish()
-        self.finish_reason, self._stop_reason = reason, stop_reason
-
-    def output(self, deltas: bool) -> CompletionOutput:
-        """The answer so far, or what came since the last call with `deltas`."""
-        tokens, characters = self._said if deltas else (0, 0)
-        if deltas:
-            self._said = len(self.token_ids), len(self._text)
-        return CompletionOutput(
-            index=self.index,
-            text=self._text[characters:],
-            token_ids=self.token_ids[tokens:],
-            cumulative_logprob=None if self._logprobs is None else self._cumulative,
-            logprobs=None if self._logprobs is None else self._logprobs[tokens:],
-            finish_reason=self.finish_reason,
-            stop_reason=self._stop_reason,
-        )
+            self.text += self._decoder.finish()
+        self.finish_reason, self.stop_reason = reason, stop_reason
 
 
 class Stream:
@@ -87,13 +100,14 @@ class Stream:
         priority: int,
         text: Text | None,
         listener: Listener,
+        matcher: Callable[[], Matcher | None] = lambda: None,
     ):
         self.request_id = request_id
         self.listener = listener
         self.error: Exception | None = None
         self.answers = [
             Answer(request, i, text)
-            for i, request in enumerate(fan_out(request_id, prompt_token_ids, params, priority))
+            for i, request in enumerate(fan_out(request_id, prompt_token_ids, params, priority, matcher=matcher))
         ]
         for answer in self.answers[1:]:  # the prompt is scored once
             answer.request.params = replace(answer.request.params, prompt_logprobs=None)

@@ -24,6 +24,7 @@ from ...engines.sampling import (
     SAMPLE_ROWS,
     TABLES,
     Kind,
+    width,
 )
 from ...engines.step import KV_LEN, LOGIT_ROWS, LOGITS, PAGES, QUERY_START, STEP_INPUTS, TOKENS
 from ...plugins import OPS
@@ -143,9 +144,9 @@ class Planner:
         vocab = logits.shape[1]
         num_logprobs = min(MAX_LOGPROBS, vocab)
         tables: dict[str, Tensor] = {}
-        for table, (dtype, columns) in TABLES.items():
-            width = vocab if columns == -1 else columns
-            tables[table] = Tensor((self.max_num_seqs, width) if width else (self.max_num_seqs,), dtype)
+        for table, (dtype, _) in TABLES.items():
+            columns = width(table, vocab)
+            tables[table] = Tensor((self.max_num_seqs, columns) if columns else (self.max_num_seqs,), dtype)
         shapes = [tables[table] if table in kind.tables else None for table in TABLES]
         row = Tensor((sizes.rows,), "int32")
         outputs = tuple(

@@ -14,7 +14,8 @@ from .values import NOTHING, adjusted_logits, gumbel, image, pack, unpack, uses_
 @triton.jit
 def race_kernel(
     logits, sample_rows, sample_positions, temperatures, top_k, top_p, min_p, seeds,
-    penalties, counts, bias_ids, bias_values, stop_ids, min_length, peaks, tables, states, best_images, best_tokens,
+    penalties, counts, bias_ids, bias_values, stop_ids, min_length, masks, peaks, tables, states, best_images,
+    best_tokens,
     V: tl.constexpr, SPAN: tl.constexpr, N: tl.constexpr, B: tl.constexpr, BIASES: tl.constexpr, S: tl.constexpr,
     EXTRAS: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, LEVELS: tl.constexpr,
     RANDOM: tl.constexpr, TRUNCATE: tl.constexpr,
@@ -42,7 +43,7 @@ def race_kernel(
     for start in range(block * SPAN, tl.minimum(block * SPAN + SPAN, V), N):
         t = start + tl.arange(0, N)
         z = adjusted_logits(logits, r, row, position, start, penalties, counts, bias_ids, bias_values, stop_ids,
-                            min_length, V, N, B, BIASES, S, EXTRAS)  # fmt: skip
+                            min_length, masks, V, N, B, BIASES, S, EXTRAS)  # fmt: skip
         keep = t < V
         if RANDOM:
             if temperature > 0:

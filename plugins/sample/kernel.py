@@ -7,14 +7,17 @@ A row's token is the same in any tactic.
 
 Site: op `Sample`; attributes `num_rows` (of the scheduler), `num_bias` B, `num_stop` S (slots per row), `num_logprobs`
 L (0: none), `random` (False: all rows greedy), `truncate` (some row has top_k, top_p or min_p), `extras` (some row has
-bias, min_tokens or penalties). Inputs that these rule out are None. The tables have a row per row of the scheduler:
+a mask, bias, min_tokens or penalties). Inputs that these rule out are None. The tables have a row per row of the
+scheduler:
 
      0 logits [R, V]    1 sample_rows [R] int32, negative: padding    2 sample_positions [R] int32
      3 temperature fp32, 0: greedy    4 top_k int32, 0: off    5 top_p fp32, 1: off    6 min_p fp32, 0: off
      7 seed int64    8 penalties [.., 3] fp32: repetition, presence, frequency
      9 counts [.., V] int32: bit 30, the token is in the prompt; the bits below, how often it was put out (updated)
     10 bias_ids [.., B] int32, -1: empty    11 bias_values [.., B] fp32    12 stop_ids [.., S] int32, -1: empty
-    13 min_length int32: stop ids are masked at positions below    14 last_token int32 (written)
+    13 min_length int32: stop ids are masked at positions below
+    14 masks [.., ceil(V / 32)] int32: a bit for each token, the lowest first, 0: it may not be    15 last_token int32
+       (written)
 
 Outputs: 0 tokens [R] int32, -1 for padding; with L > 0 also 1 chosen_logprob [R] fp32, 2 chosen_rank [R] int32 (tokens
 strictly more likely, plus one), 3 top_ids [R, L] int32, 4 top_logprobs [R, L] fp32, all of the raw logits; those of
@@ -32,7 +35,7 @@ from .select import STATE, TABLE, peak_kernel, select_kernel
 
 INPUTS = (
     "logits", "sample_rows", "sample_positions", "temperatures", "top_k", "top_p", "min_p", "seeds", "penalties",
-    "counts", "bias_ids", "bias_values", "stop_ids", "min_length", "last_token",
+    "counts", "bias_ids", "bias_values", "stop_ids", "min_length", "masks", "last_token",
 )  # fmt: skip
 OUTPUTS = ("tokens", "chosen_logprob", "chosen_rank", "top_ids", "top_logprobs")
 TILE = 512  # tokens of a step of a program

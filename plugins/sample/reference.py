@@ -29,6 +29,7 @@ def sample(
     bias_values: Tensor | None,
     stop_ids: Tensor | None,
     min_length: Tensor | None,
+    masks: Tensor | None,
     last_token: Tensor,
     *,
     num_logprobs: int = 0,
@@ -42,10 +43,10 @@ def sample(
     values = logits[live].float()
     if penalties is not None:
         assert counts is not None and bias_ids is not None and bias_values is not None
-        assert stop_ids is not None and min_length is not None
+        assert stop_ids is not None and min_length is not None and masks is not None
         values = adjusted(
             values, positions, penalties[rows], counts[rows], bias_ids[rows], bias_values[rows], stop_ids[rows],
-            min_length[rows],
+            min_length[rows], masks[rows],
         )  # fmt: skip
     race = values
     if temperature is not None:
@@ -82,9 +83,11 @@ def adjusted(
     bias_values: Tensor,
     stop_ids: Tensor,
     min_length: Tensor,
+    masks: Tensor,
 ) -> Tensor:
-    """Logits after bias, min_tokens and penalties, everything by row of the batch: logits [R, V] -> [R, V] fp32."""
-    values = logits.float().clone()
+    """Logits after masks, bias, min_tokens and penalties, all by row of the batch: logits [R, V] -> [R, V] fp32."""
+    token = torch.arange(logits.shape[1], device=logits.device)
+    values = logits.float().masked_fill((masks[:, token // 32] >> token % 32 & 1) == 0, -torch.inf)
     for i in range(len(values)):
         filled = bias_ids[i] >= 0
         values[i].index_add_(0, bias_ids[i][filled].long(), bias_values[i][filled])

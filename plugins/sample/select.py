@@ -26,7 +26,7 @@ def ordered(z):
 
 @triton.jit
 def peak_kernel(
-    logits, sample_rows, sample_positions, penalties, counts, bias_ids, bias_values, stop_ids, min_length,
+    logits, sample_rows, sample_positions, penalties, counts, bias_ids, bias_values, stop_ids, min_length, masks,
     peaks, tables,
     V: tl.constexpr, SPAN: tl.constexpr, N: tl.constexpr, B: tl.constexpr, BIASES: tl.constexpr, S: tl.constexpr,
     EXTRAS: tl.constexpr, CLEAR: tl.constexpr, SIZE: tl.constexpr,
@@ -44,7 +44,7 @@ def peak_kernel(
     top = tl.full([N], float("-inf"), tl.float32)
     for start in range(block * SPAN, tl.minimum(block * SPAN + SPAN, V), N):
         z = adjusted_logits(logits, r, row, position, start, penalties, counts, bias_ids, bias_values, stop_ids,
-                            min_length, V, N, B, BIASES, S, EXTRAS)  # fmt: skip
+                            min_length, masks, V, N, B, BIASES, S, EXTRAS)  # fmt: skip
         top = tl.maximum(top, z)
     tl.store(peaks + r * tl.num_programs(0) + block, tl.max(top, 0))
 
@@ -90,7 +90,7 @@ def descend(table, prefix, need, share, MASS: tl.constexpr):
 @triton.jit
 def select_kernel(
     logits, sample_rows, sample_positions, temperatures, top_k, top_p, min_p,
-    penalties, counts, bias_ids, bias_values, stop_ids, min_length, peaks, tables, states, level,
+    penalties, counts, bias_ids, bias_values, stop_ids, min_length, masks, peaks, tables, states, level,
     V: tl.constexpr, SPAN: tl.constexpr, N: tl.constexpr, B: tl.constexpr, BIASES: tl.constexpr, S: tl.constexpr,
     EXTRAS: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, LEVELS: tl.constexpr, MASS: tl.constexpr,
     PDL: tl.constexpr = False,
@@ -148,7 +148,7 @@ def select_kernel(
     high = tl.zeros([BINS, N], tl.int32)
     for start in range(block * SPAN, tl.minimum(block * SPAN + SPAN, V), N):
         z = adjusted_logits(logits, r, row, position, start, penalties, counts, bias_ids, bias_values, stop_ids,
-                            min_length, V, N, B, BIASES, S, EXTRAS)  # fmt: skip
+                            min_length, masks, V, N, B, BIASES, S, EXTRAS)  # fmt: skip
         u = ordered(z)
         rest = u >> shift.to(tl.uint32)
         counted = (start + tl.arange(0, N) < V) & ((rest >> 4) == prefix)

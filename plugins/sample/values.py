@@ -22,10 +22,10 @@ def raw_logits(logits, r, t, V: tl.constexpr):
 
 @triton.jit
 def adjusted_logits(
-    logits, r, row, position, start, penalties, counts, bias_ids, bias_values, stop_ids, min_length,
+    logits, r, row, position, start, penalties, counts, bias_ids, bias_values, stop_ids, min_length, masks,
     V: tl.constexpr, N: tl.constexpr, B: tl.constexpr, BIASES: tl.constexpr, S: tl.constexpr, EXTRAS: tl.constexpr,
 ):  # fmt: skip
-    """Logits [N] fp32 from token `start` on, after bias, min_tokens and penalties; -inf past the vocabulary.
+    """Logits [N] fp32 from token `start` on, after masks, bias, min_tokens and penalties; -inf past the vocabulary.
 
     BIASES: B slots of bias, rounded up to a power of two. Only slots with a token of this block cost a step.
     """
@@ -33,6 +33,8 @@ def adjusted_logits(
     z = raw_logits(logits, r, t, V)
     if EXTRAS:
         place = row.to(tl.int64)
+        words = tl.load(masks + place * ((V + 31) // 32) + t // 32, mask=t < V, other=0)
+        z = tl.where((words >> (t % 32)) & 1 != 0, z, float("-inf"))
         if B > 0:
             slot = tl.arange(0, BIASES)
             ids = tl.load(bias_ids + place * B + slot, mask=slot < B, other=-1)

@@ -89,6 +89,8 @@ class CudaExecutor:
         self._gpu.use()
         for placement in batch.placements:
             self._tables.place(placement)
+        for i, bits in batch.masks:
+            self._tables.mask(int(batch.sample_rows[i]), bits)
         self._buffers |= self._tables.addresses
         self._gpu.upload(self._buffers[PACKED], batch.packed, self._stream)
         longest = int(batch.inputs[KV_LEN].max())

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ...engines.errors import RequestError
-from ...engines.sampling import IN_PROMPT, KINDS, MAX_BIAS, MAX_LOGPROBS, MAX_STOP, TABLES, Kind
+from ...engines.sampling import IN_PROMPT, KINDS, MAX_BIAS, MAX_LOGPROBS, MAX_STOP, TABLES, VOCABULARY, Kind, width
 from ...plugins.gpu import Gpu
 from ..placement import Placement, needs_history
 from ..request import SamplingParams
@@ -25,13 +25,14 @@ class SamplingTables:
         self._num_logprobs = [0] * num_rows
         self.addresses: dict[str, int] = {}
         self._mirrors = {
-            name: np.zeros((num_rows, max(1, columns)), dtype)
+            name: np.zeros((num_rows, max(1, width(name, vocab_size))), dtype)
             for name, (dtype, columns) in TABLES.items()
-            if columns >= 0
+            if columns != VOCABULARY
         }
         self._mirrors["top_p"][:] = 1
         self._mirrors["penalties"][:, 0] = 1
         self._mirrors["bias_ids"][:] = self._mirrors["stop_ids"][:] = -1
+        self._mirrors["masks"][:] = -1  # every token may be
 
     def bytes_of(self, kind: Kind) -> int:
         """Bytes of the tables that `kind` needs and that are not there yet."""
@@ -62,7 +63,8 @@ class SamplingTables:
         random = params.temperature > 0
         truncate = random and (0 < params.top_k < self._vocab_size or params.top_p < 1 or params.min_p > 0)
         masked = bool(params.min_tokens and placement.stop_ids)
-        extras = needs_history(params) or bool(params.logit_bias) or masked
+        bound = params.structured_outputs is not None
+        extras = needs_history(params) or bool(params.logit_bias) or masked or bound
         kind = Kind(random, truncate, extras, params.logprobs is not None)
         self._kinds[row], self._num_logprobs[row] = kind, params.logprobs or 0
         # a step takes the kind that serves all of its rows, so a row is written for any kind there has been
@@ -79,6 +81,7 @@ class SamplingTables:
             "bias_values": _padded(list(bias.values()), MAX_BIAS),
             "stop_ids": _padded(sorted(placement.stop_ids) if masked else [], MAX_STOP),
             "min_length": placement.num_prompt + params.min_tokens if masked else 0,
+            "masks": -1,
         }
         for name, value in values.items():
             self._mirrors[name][row] = value
@@ -86,6 +89,11 @@ class SamplingTables:
                 self._write(name, row, self._mirrors[name][row])
         if "counts" in self.addresses and needs_history(params):
             self._write("counts", row, self._count(placement))
+
+    def mask(self, row: int, bits: np.ndarray) -> None:
+        """The tokens that this row may sample in the next step; bits [ceil(vocabulary / 32)] int32."""
+        self._mirrors["masks"][row] = bits
+        self._write("masks", row, self._mirrors["masks"][row])
 
     def _count(self, placement: Placement) -> np.ndarray:
         prompt, output = placement.tokens[: placement.num_prompt], placement.tokens[placement.num_prompt :]
@@ -97,9 +105,8 @@ class SamplingTables:
         self._gpu.upload(self.addresses[name] + row * values.nbytes, values, self._stream)
 
     def _size(self, name: str) -> int:
-        dtype, columns = TABLES[name]
-        width = self._vocab_size if columns == -1 else max(1, columns)
-        return self._num_rows * width * np.dtype(dtype).itemsize
+        columns = max(1, width(name, self._vocab_size))
+        return self._num_rows * columns * np.dtype(TABLES[name][0]).itemsize
 
 
 def check_params(params: SamplingParams, num_stop_ids: int) -> None:

@@ -38,9 +38,9 @@ def table(num_rows, values, dtype, default=0):
 
 def make_inputs(
     logits, rows=None, positions=None, num_rows=None, *, temperature=None, top_k=0, top_p=1.0, min_p=0.0, seed=None,
-    truncate=False, penalties=None, counts=None, bias=None, stop=None, min_length=0,
+    truncate=False, penalties=None, counts=None, bias=None, stop=None, min_length=0, masks=None,
 ):  # fmt: skip
-    """The site's inputs. bias: row -> {token: value}; stop: row -> tokens; penalties [num_rows, 3]."""
+    """The site's inputs. bias: row -> {token: value}; stop, masks: row -> tokens; penalties [num_rows, 3]."""
     size, vocab = logits.shape
     rows = torch.arange(size, dtype=torch.int32) if rows is None else torch.tensor(rows, dtype=torch.int32)
     positions = torch.arange(size) * 3 + 5 if positions is None else torch.as_tensor(positions)
@@ -53,8 +53,8 @@ def make_inputs(
         ]  # fmt: skip
         seed = torch.randint(-(2**63), 2**63 - 1, (num_rows,)) if seed is None else table(num_rows, seed, torch.int64)
         random = [table(num_rows, temperature, torch.float32), *(truncation if truncate else [None] * 3), seed]
-    extras = [None] * 6
-    if penalties is not None or bias is not None or stop is not None:
+    extras = [None] * 7
+    if any(x is not None for x in (penalties, bias, stop, masks)):
         if penalties is None:
             penalties = torch.tensor([[1.0, 0, 0]]).repeat(num_rows, 1)
         if counts is None:
@@ -65,7 +65,13 @@ def make_inputs(
                 ids[row, slot], values[row, slot] = token, value
         for row, tokens in (stop or {}).items():
             stops[row, 1 : 1 + len(tokens)] = torch.tensor(tokens)
-        extras = [penalties, counts, ids.int(), values, stops.int(), table(num_rows, min_length, torch.int32)]
+        bits = torch.ones(num_rows, -(-vocab // 32) * 32, dtype=torch.int64)
+        for row, tokens in (masks or {}).items():
+            bits[row] = 0
+            bits[row, torch.as_tensor(tokens)] = 1
+        words = (bits.view(num_rows, -1, 32) << torch.arange(32)).sum(-1)
+        words = torch.where(words >= 2**31, words - 2**32, words).int()
+        extras = [penalties, counts, ids.int(), values, stops.int(), table(num_rows, min_length, torch.int32), words]
     last = torch.full((num_rows,), 77, dtype=torch.int32)
     return [logits, rows, positions.int(), *random, *extras, last]
 
@@ -75,7 +81,7 @@ def site_of(inputs, num_logprobs=0, device=None):
     rows = inputs[0].shape[0]
     extras = inputs[8] is not None
     attributes = {
-        "num_rows": inputs[14].shape[0], "num_bias": inputs[10].shape[1] if extras else 0,
+        "num_rows": inputs[15].shape[0], "num_bias": inputs[10].shape[1] if extras else 0,
         "num_stop": inputs[12].shape[1] if extras else 0, "num_logprobs": num_logprobs,
         "random": inputs[3] is not None, "truncate": inputs[4] is not None, "extras": extras,
     }  # fmt: skip
@@ -131,7 +137,7 @@ def test_padding_and_hostile_logits_write_nothing_and_never_leave_the_vocabulary
                          truncate=True, penalties=torch.rand(4, 3))  # fmt: skip
     (tokens,), after = run(inputs)
     assert ((tokens[:3] >= 0) & (tokens[:3] < 900)).all() and tokens[3] == -1
-    assert after[14][3] == 77 and after[9][3].eq(0).all() and after[9][:3].sum() == 3
+    assert after[15][3] == 77 and after[9][3].eq(0).all() and after[9][:3].sum() == 3
 
 
 def test_noise_is_philox_and_gumbel():
@@ -271,12 +277,25 @@ def test_bias_min_tokens_and_penalties(random):
     tokens = compare(inputs)
     assert tokens[0] == 700
     assert int(tokens[1]) not in stop[1]
-    values = adjusted(logits, inputs[2], *(x[:6] for x in inputs[8:14]))
+    values = adjusted(logits, inputs[2], *(x[:6] for x in inputs[8:15]))
     assert values[1, stop[1]].eq(-torch.inf).all() and values[5, stop[5]].isfinite().all()
     assert values[4, favourite[4, 0]] < -90
     (ours,), after = run(inputs)
     added = after[9] - counts
     assert added.sum() == 3 and all(added[row, ours[row]] == 1 for row in (1, 2, 3))
+
+
+@pytest.mark.parametrize("random", [False, True])
+@pytest.mark.parametrize("vocab", [33, 1300])
+def test_only_what_the_mask_allows_is_sampled(random, vocab):
+    """Also a single token, and the last of the vocabulary, against bias and truncation."""
+    logits = torch.randn(5, vocab) * 3
+    masks = {0: [7], 1: [vocab - 1], 2: list(range(0, vocab, 3)), 4: [31, 32]}
+    options = dict(temperature=1.5, truncate=True, top_k={2: 5, 4: 1}, top_p={3: 0.8}) if random else {}
+    inputs = make_inputs(logits, [0, 1, 2, 3, 4], num_rows=6, masks=masks, bias={0: {3: 90.0}, 3: {5: 90.0}}, **options)
+    tokens = compare(inputs)
+    assert tokens[0] == 7 and tokens[1] == vocab - 1 and tokens[2] % 3 == 0 and tokens[4] in (31, 32)
+    assert tokens[3] == 5, "a row without a mask may be anything"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -291,7 +310,7 @@ def test_logprobs_are_of_the_raw_logits(dtype, best):
 def test_one_row_is_spread_over_programs_and_many_rows_need_few():
     for rows, vocab, fewest in ((1, 128256, 100), (256, 262144, 8)):
         last = Tensor((rows,), "int32")
-        inputs = (Tensor((rows, vocab), "bfloat16"), last, last, *(None,) * 11, last)
+        inputs = (Tensor((rows, vocab), "bfloat16"), last, last, *(None,) * 12, last)
         off = dict(num_bias=0, num_stop=0, num_logprobs=0, random=False, truncate=False, extras=False)
         found = tactics_of("Sample")(Site("Sample", {"num_rows": rows} | off, inputs, (last,)))
         assert len({tactic.name for tactic in found}) == len(found)
@@ -327,13 +346,13 @@ def compile_every_kernel():
     step = (*make((rows, vocab), "bfloat16"), *make((rows,), "int32", "int32"))
     draw = make((n,), "float32", "int32", "float32", "float32", "int64")
     extras = (*make((n, 3), "float32"), *make((n, vocab), "int32"), *make((n, 300), "int32", "float32"),
-              *make((n, 8), "int32"), *make((n,), "int32"))  # fmt: skip
+              *make((n, 8), "int32"), *make((n,), "int32"), *make((n, vocab // 32), "int32"))  # fmt: skip
     last = make((n,), "int32")
     outputs = (*make((rows,), "int32", "float32", "int32"), *make((rows, 20), "int32", "float32"))
     off = dict(num_rows=n, num_bias=0, num_stop=0, num_logprobs=0, random=False, truncate=False, extras=False)
     random, truncate = off | {"random": True}, off | {"random": True, "truncate": True}
     everything = truncate | dict(extras=True, num_bias=300, num_stop=8, num_logprobs=20)
-    none = (None,) * 6
+    none = (None,) * 7
     sites = [
         Site("Sample", off, (*step, *none[:5], *none, *last), outputs[:1]),
         Site("Sample", random, (*step, draw[0], *none[:3], draw[4], *none, *last), outputs[:1]),
