@@ -83,6 +83,11 @@ class Matcher:
         return self._matcher.is_stopped()
 
     @property
+    def complete(self) -> bool:
+        """Whether the answer may end here."""
+        return self._matcher.is_accepting()
+
+    @property
     def mask(self) -> np.ndarray:
         """[ceil(vocabulary / 32)] int32: a bit for each token, the lowest first, 1 where it may come next."""
         if self._mask is None:

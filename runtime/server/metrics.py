@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterable
+from importlib.metadata import version
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -15,7 +16,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from ... import __version__
 from ..metrics import Metrics
 from ..request import RequestOutput
 
@@ -59,7 +59,7 @@ class ServerMetrics(Collector):
                 PREFIX + name, what, ("model_name",), registry=self._registry, buckets=tuple(buckets)
             ).labels(model_name)
 
-        self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", SLOW + FAST[:1])
+        self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", (0.001, *SLOW))
         self.inter_token = histogram("inter_token_latency_seconds", "Between tokens of an answer.", FAST)
         self.tpot = histogram("request_time_per_output_token_seconds", "Mean time between tokens of a request.", FAST)
         self.queue = histogram("request_queue_time_seconds", "From arrival to the first step.", SLOW)
@@ -88,7 +88,7 @@ class ServerMetrics(Collector):
             ended.add_metric([self._model, reason], count)
         yield ended
         info = InfoMetricFamily(PREFIX + "build", "What is serving.")
-        info.add_metric([], {"version": __version__, "model_name": self._model})
+        info.add_metric([], {"version": version("ingot"), "model_name": self._model})
         yield info
 
 
@@ -113,7 +113,9 @@ class Observed:
                 new = new if options.get("deltas") else new - seen
                 seen += new
                 if new:
-                    if last is not None:
+                    if last is None:
+                        self._begin(output)
+                    else:
                         share = (now - last) / new  # several tokens that come at once came one after the other
                         for _ in range(new):
                             self._metrics.inter_token.observe(share)
@@ -124,16 +126,18 @@ class Observed:
         finally:
             await answers.aclose()
 
+    def _begin(self, output: RequestOutput) -> None:
+        """The first token is there."""
+        times = output.metrics
+        self._metrics.prompt.observe(len(output.prompt_token_ids))
+        if times and times.first_scheduled is not None and times.first_token is not None:
+            self._metrics.queue.observe(times.first_scheduled - times.arrival)
+            self._metrics.ttft.observe(times.first_token - times.arrival)
+
     def _end(self, output: RequestOutput, num_tokens: int) -> None:
         metrics, times = self._metrics, output.metrics
-        metrics.prompt.observe(len(output.prompt_token_ids))
         metrics.generated.observe(num_tokens)
-        if times is None or times.first_scheduled is None:
-            return
-        metrics.queue.observe(times.first_scheduled - times.arrival)
-        if times.first_token is not None:
-            metrics.ttft.observe(times.first_token - times.arrival)
-        if times.finished is not None:
+        if times and times.finished is not None:
             metrics.e2e.observe(times.finished - times.arrival)
             if times.first_token is not None and num_tokens > len(output.outputs):
                 between = num_tokens - len(output.outputs)
