@@ -160,12 +160,14 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         page_size = self.pool.page_size
         running = self._running  # victims leave from its end, while we walk from its start
+        # what may follow under a grammar depends on the token in flight: all such requests move in the same steps
+        held = any(request.matcher and request.num_in_flight for request in running)
         i = 0
         while i < len(running) and budget:
             request = running[i]
             i += 1
-            if request.matcher and request.num_in_flight:
-                continue  # what may come next depends on the token in flight
+            if held and request.matcher:
+                continue
             start = request.computed
             num = min(len(request.tokens) + request.num_in_flight, request.limit - 1) - start
             if not num:

@@ -65,6 +65,17 @@ class Record:
         return out, "length"
 
 
+class Follower:
+    """A matcher of a grammar that allows everything, and knows how much of the answer it has seen."""
+
+    def __init__(self):
+        self.num_seen = 0
+
+    def advance(self, token):
+        self.num_seen += 1
+        return False
+
+
 class World:
     """A scheduler, a fake executor with up to `depth` steps ahead of the host, and the truth about each request."""
 
@@ -79,8 +90,9 @@ class World:
         self.in_flight: list[tuple] = []  # (step, tokens, scored positions, slots), oldest first
         self.events: Counter[str] = Counter()
 
-    def add(self, prompt, params, priority=0, salt=b""):
-        for request in fan_out(f"r{len(self.records)}", prompt, params, priority, salt):
+    def add(self, prompt, params, priority=0, salt=b"", bound=False):
+        matcher = Follower if bound and not params.min_tokens else lambda: None
+        for request in fan_out(f"r{len(self.records)}", prompt, params, priority, salt, matcher):
             try:
                 self.scheduler.add(request)
             except RequestError:
@@ -118,6 +130,10 @@ class World:
             if work.fresh:
                 self.owner[work.row] = work.request
             assert self.owner[work.row] is work.request, "a row changed hands unannounced"
+            if work.request.matcher:
+                assert -1 not in work.tokens, "what may follow is not known"
+                assert work.request.matcher.num_seen == work.request.num_output
+                self.events["bound"] += 1
             tokens = [self.last_token[work.row] if token == -1 else token for token in work.tokens]
             assert len(tokens) == work.num_tokens > 0
             for position, token in enumerate(tokens, work.start):
@@ -238,7 +254,7 @@ def random_schedule(rng) -> Counter[str]:
     for _ in range(rng.randrange(4, 24)):
         for _ in range(rng.choice([0, 0, 1, 2])):
             salt = rng.choice([b"", b"", b"", b"other"])
-            world.add(random_prompt(rng), random_params(rng), rng.choice([0, 0, 0, -1, 1]), salt)
+            world.add(random_prompt(rng), random_params(rng), rng.choice([0, 0, 0, -1, 1]), salt, rng.random() < 0.3)
         if world.records and rng.random() < 0.15:
             world.end(rng.choice([*world.records]), rng.choice(["abort", "stop"]))
             world.check()
@@ -254,7 +270,8 @@ def test_thousands_of_random_schedules():
             events += random_schedule(random.Random(seed))
         except Exception as error:
             raise AssertionError(f"seed {seed}") from error
-    assert min(events[e] for e in ("preemptions", "evictions", "hits", "kv_pool", "ended in flight")) > 100, events
+    wanted = ("preemptions", "evictions", "hits", "kv_pool", "ended in flight", "bound")
+    assert min(events[e] for e in wanted) > 100, events
 
 
 class Schedules(RuleBasedStateMachine):
@@ -266,7 +283,7 @@ class Schedules(RuleBasedStateMachine):
 
     @rule(rng=st.randoms(use_true_random=False), priority=st.integers(-1, 1), salt=st.sampled_from([b"", b"other"]))
     def add(self, rng, priority, salt):
-        self.world.add(random_prompt(rng), random_params(rng), priority, salt)
+        self.world.add(random_prompt(rng), random_params(rng), priority, salt, rng.random() < 0.3)
 
     @precondition(lambda self: self.world.records)
     @rule(which=st.integers(0, 1000), reason=st.sampled_from(["abort", "stop"]))
