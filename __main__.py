@@ -1,4 +1,4 @@
-"""The command line: `ingot build | generate | bench | inspect`, and `build-engine`, which is `ingot build`.
+"""The command line: `ingot build | generate | bench | serve | inspect`, and `build-engine`, which is `ingot build`.
 
 It stands at the root because builder and runtime never import each other. Heavy imports wait inside the commands.
 A user's mistake ends in one sentence on stderr and an exit code: 2 bad input, build or request, 3 engine, 130 Ctrl-C,
@@ -19,6 +19,7 @@ from .builder.cli import build
 from .engines.cli import inspect
 from .engines.errors import EngineError, IngotError
 from .runtime.cli import bench, generate
+from .runtime.server.cli import serve
 
 
 def reported(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,7 +85,7 @@ def root(
         raise typer.Exit(2)
 
 
-for each in (build, generate, bench, inspect):
+for each in (build, generate, bench, serve, inspect):
     app.command()(reported(each))
 build_app.command()(reported(build))
 

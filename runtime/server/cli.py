@@ -1,0 +1,64 @@
+"""`ingot serve DIR`: an engine on HTTP, for OpenAI's clients."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Engine = Annotated[Path, typer.Argument(metavar="DIR", help="An engine directory.", show_default=False)]
+
+
+def serve(
+    engine: Engine,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")] = 8000,
+    served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="INGOT_API_KEY", help="Clients must send it; may be given more than once."),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="Let pages of this origin call the API (CORS).")
+    ] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in one step at most.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens in one step at most.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of a request at most, prompt and answer.")] = None,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the GPU's memory to use.")] = 0.9,
+    prefix_cache: Annotated[bool, typer.Option(help="Reuse the KV pages of prompts that begin alike.")] = True,
+    load_format: Annotated[str, typer.Option(help="dummy: random weights, the file is not read.")] = "auto",
+    max_waiting: Annotated[int, typer.Option(help="Sequences that may wait; past them clients get 429.")] = 1024,
+    max_waiting_tokens: Annotated[int, typer.Option(help="Prompt tokens that may wait.")] = 1 << 20,
+    request_timeout: Annotated[float | None, typer.Option(help="Seconds that a request may take.")] = None,
+    queue_timeout: Annotated[float | None, typer.Option(help="Seconds until its first token.")] = None,
+    drain_timeout: Annotated[float, typer.Option(help="Seconds that open requests have after SIGTERM.")] = 30.0,
+    watchdog: Annotated[float, typer.Option(help="Seconds without a step after which the engine is replaced.")] = 60.0,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log what happens, not only what goes wrong.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Serve an engine with OpenAI's API until SIGTERM or Ctrl-C, which let open requests end."""
+    try:
+        import fastapi  # noqa: F401  the extra is one: if this is there, so is the rest
+    except ImportError:
+        raise typer.BadParameter("serving needs FastAPI; install it with `pip install 'ingot[serve]'`.") from None
+    from .config import ServerConfig
+    from .main import serve as run
+
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    config = ServerConfig(
+        engine=engine, host=host, port=port, served_model_name=served_model_name, api_keys=tuple(api_key or ()),
+        allowed_origins=tuple(allow_origin or ()), max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens,
+        request_timeout=request_timeout, queue_timeout=queue_timeout, drain_timeout=drain_timeout, watchdog=watchdog,
+    )  # fmt: skip
+    options: dict[str, Any] = {
+        "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens, "max_model_len": max_model_len,
+        "gpu_memory_utilization": gpu_memory_utilization, "prefix_cache": prefix_cache, "load_format": load_format,
+    }  # fmt: skip
+    asyncio.run(run(config, options))
