@@ -30,12 +30,12 @@ _SEEDS = 1 << 63
 
 # field -> (lowest, highest), both allowed
 _INTEGERS: dict[str, tuple[float, float]] = {
-    "n": (1, 128), "top_k": (-1, math.inf), "seed": (-_SEEDS, _SEEDS - 1), "max_tokens": (1, math.inf),
-    "min_tokens": (0, math.inf), "logprobs": (0, MAX_LOGPROBS), "prompt_logprobs": (0, MAX_LOGPROBS),
+    "n": (1, 128), "top_k": (-1, 2**31 - 1), "seed": (-_SEEDS, _SEEDS - 1), "max_tokens": (1, 2**31 - 1),
+    "min_tokens": (0, 2**31 - 1), "logprobs": (0, MAX_LOGPROBS), "prompt_logprobs": (0, MAX_LOGPROBS),
 }  # fmt: skip
 _NUMBERS: dict[str, tuple[float, float]] = {
     "temperature": (0.0, math.inf), "top_p": (math.ulp(0.0), 1.0), "min_p": (0.0, 1.0),
-    "repetition_penalty": (math.ulp(0.0), math.inf), "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.01, 100.0), "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0),
 }  # fmt: skip
 _SWITCHES = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "prefix_cache")
 _OPTIONAL = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
@@ -279,7 +279,7 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
 
 def _span(low: float, high: float) -> str:
     bottom = "above 0" if low == math.ulp(0.0) else f"of at least {low:g}"
-    return bottom if high == math.inf else f"{bottom} and at most {high:g}"
+    return bottom if high == math.inf else f"{bottom} and at most {high:.10g}"
 
 
 def _structured(value: Any) -> StructuredOutputs:

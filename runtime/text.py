@@ -83,7 +83,6 @@ class Text:
 
         Raises RequestError: no chat template, malformed messages, or the template refuses.
         """
-        import jinja2
 
         try:
             if template is not None:
@@ -98,8 +97,11 @@ class Text:
                 **self.special_tokens, messages=[_message(m) for m in messages],
                 add_generation_prompt=add_generation_prompt, **values,
             )  # fmt: skip
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, ZeroDivisionError) as error:
-            raise RequestError(f"The chat template refuses these messages: {error}.") from None
+        except RequestError:
+            raise
+        except Exception as error:  # a template is a program: whatever it raises is the request's error
+            what = " ".join(str(error).split()) or type(error).__name__
+            raise RequestError(f"The chat template refuses these messages: {what}.") from None
 
     def _affix(self, name: str) -> list[int]:
         token = self.tokenizer.token_to_id(self.special_tokens.get(name, ""))

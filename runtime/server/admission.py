@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from ...engines.errors import RequestError
 from .errors import Refused
 
 LONGEST_RETRY = 60  # seconds
@@ -49,9 +50,16 @@ class Admission:
 
     @asynccontextmanager
     async def admit(self, num_tokens: int, num_sequences: int = 1) -> AsyncIterator[Ticket]:
-        """A place for the time of a `with` block. Raises Refused: 503 while draining, 429 where there is no room."""
+        """A place for the time of a `with` block.
+
+        Raises Refused: 503 while draining, 429 where there is no room; RequestError: there never is.
+        """
         if not self.accepting:
             raise Refused(503, "The server is shutting down; send the request to another one.", self.retry_after)
+        if num_sequences > self._max_open:
+            raise RequestError(
+                f"The request asks for {num_sequences} answers; this server takes {self._max_open}: send several requests."
+            )
         full = self.sequences_open + num_sequences > self._max_open
         # a prompt of more tokens than may wait is served when nothing else waits
         long = self.tokens_waiting and self.tokens_waiting + num_tokens > self._max_waiting_tokens

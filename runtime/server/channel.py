@@ -57,7 +57,9 @@ class Ping(Message):
 
 
 class Measure(Message):
-    """Asks for a Snapshot."""
+    """Asks for a Snapshot that is taken from now on. Numbers rise."""
+
+    number: int
 
 
 class Close(Message):
@@ -134,9 +136,10 @@ class Pong(Message):
 
 
 class Snapshot(Message):
-    """The engine's metrics."""
+    """The engine's metrics. answers: the number of the last Measure that came before it was taken, else 0."""
 
     metrics: Metrics
+    answers: int = 0
 
 
 ToEngine = Submit | Cancel | Ping | Measure | Close

@@ -86,10 +86,7 @@ async def encode(
 
     def render(**changes: Any) -> str:
         given = {**extra, **values, **changes}
-        try:
-            return text.render(turns, add_generation_prompt=add_generation_prompt, **given)
-        except (ArithmeticError, AttributeError, LookupError, RecursionError) as error:  # a template's, like its others
-            raise RequestError(f"The chat template refuses these messages: {type(error).__name__}.") from None
+        return text.render(turns, add_generation_prompt=add_generation_prompt, **given)
 
     def work() -> Encoded:
         given = [tool.model_dump(exclude_unset=True) for tool in tools]

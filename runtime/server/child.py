@@ -82,7 +82,8 @@ class Service:
         self._called_off: set[int] = set()  # those of them that were cancelled
         self._changed: dict[Stream, None] = {}
         self._refused: dict[int, str] = {}
-        self._pong = self._measure = self._closing = False
+        self._pong = self._closing = False
+        self._asked = self._answered = 0  # numbers of Measures
         self._fault: str | None = None  # why the channel cannot be used any more
         self._stale = False  # something happened since the last snapshot
         self._next_snapshot = 0.0  # on time.monotonic()
@@ -131,8 +132,9 @@ class Service:
                     session.cancel(str(message.number))
             case Ping() | Measure() | Close():
                 with self._turn:
+                    if isinstance(message, Measure):
+                        self._asked = message.number
                     self._pong |= isinstance(message, Ping)
-                    self._measure |= isinstance(message, Measure)
                     self._closing |= isinstance(message, Close)
                     self._turn.notify()
 
@@ -219,7 +221,7 @@ class Service:
         with self._turn:
             while True:
                 now = time.monotonic()
-                snapshot = self._measure or (self._stale and now >= self._next_snapshot)
+                snapshot = self._asked > self._answered or (self._stale and now >= self._next_snapshot)
                 if self._changed or self._refused or self._pong or self._closing or self._fault or snapshot:
                     break
                 self._turn.wait(self._next_snapshot - now if self._stale else None)
@@ -228,12 +230,12 @@ class Service:
             due = _Due(list(self._changed), self._refused, self._pong, snapshot, self._fault, self._closing)
             self._changed, self._refused, self._pong = {}, {}, False
             if snapshot:
-                self._measure = self._stale = False
+                self._answered, self._stale = self._asked, False
             return due
 
     def _snapshot(self, session: Session) -> None:
         working = session.progress[1]
-        self.send(Snapshot(session.metrics()))
+        self.send(Snapshot(session.metrics(), self._answered))
         with self._turn:
             self._stale |= working  # pages are given back after the last token, so there will be one more
             self._next_snapshot = time.monotonic() + METRICS_EVERY

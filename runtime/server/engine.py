@@ -53,8 +53,8 @@ class EngineProcess:
         self._ready: Ready | None = None
         self._text: Text | None = None
         self._metrics: Metrics | None = None
-        self._measured = asyncio.Event()
-        self._numbers = itertools.count()
+        self._measures: dict[int, asyncio.Event] = {}  # by the number of what was asked
+        self._numbers = itertools.count(1)
         self._open: dict[int, Pending] = {}
         self._ids: dict[str, Pending] = {}
         self._closing: asyncio.Task[None] | None = None
@@ -177,12 +177,15 @@ class EngineProcess:
         """A new snapshot, if the engine gives one within a second; else the last."""
         child = None if self._supervisor is None else self._supervisor.child
         if child is not None:
-            self._measured.clear()
-            child.send(Measure())
+            number = next(self._numbers)
+            answered = self._measures[number] = asyncio.Event()
+            child.send(Measure(number))
             try:
-                await asyncio.wait_for(self._measured.wait(), 1.0)
+                await asyncio.wait_for(answered.wait(), 1.0)
             except TimeoutError:
                 pass
+            finally:
+                del self._measures[number]
         return self.metrics()
 
     # -- requests ------------------------------------------------------------------------------------------------------
@@ -304,7 +307,9 @@ class EngineProcess:
                     request.fail(RequestError(message.why))
             case Snapshot():
                 self._metrics = message.metrics
-                self._measured.set()
+                for number, answered in self._measures.items():
+                    if number <= message.answers:
+                        answered.set()
 
     def _lost(self, why: str) -> None:
         """The engine process is gone, and with it what it was asked."""

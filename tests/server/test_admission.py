@@ -4,6 +4,7 @@ import asyncio
 import random
 
 import pytest
+from ingot import RequestError
 from ingot.runtime.server.admission import LONGEST_RETRY, Admission
 from ingot.runtime.server.errors import Refused
 
@@ -19,6 +20,9 @@ def test_sequences_past_running_and_waiting_are_refused_with_the_numbers():
             assert 1 <= found.value.retry_after <= LONGEST_RETRY
         async with admission.admit(10, 3):  # all places are free again
             pass
+        with pytest.raises(RequestError, match="asks for 4 answers; this server takes 3"):  # also with nobody there
+            async with admission.admit(1, 4):
+                pass
         assert admission.sequences_open == admission.tokens_waiting == 0
 
     asyncio.run(main())
