@@ -23,10 +23,11 @@ from ..prompt import Limits, Prompt, tokens_of
 from ..request import RequestOutput, SamplingParams
 from ..text import Text
 from .channel import Cancel, FromEngine, Measure, News, Ready, Refused, Snapshot
-from .pending import WIDEST, Pending
+from .pending import Pending
 from .supervisor import Supervisor
 
 LONG_PROMPT = 2048  # characters, or token ids, from which a thread tokenises and checks: some 0.5 ms of work
+_HIGHEST = (1 << 63) - 1  # priority; the channel carries no wider integer
 
 
 class EngineProcess:
@@ -247,7 +248,7 @@ class EngineProcess:
         limits = Limits(self.vocab_size, self.max_model_len, self.num_kv_tokens)
         if not isinstance(params, SamplingParams):
             raise RequestError(f"The sampling parameters are {params!r}; they must be a SamplingParams.")
-        if not isinstance(priority, int) or abs(priority) > WIDEST:
+        if not isinstance(priority, int) or abs(priority) > _HIGHEST:
             raise RequestError(
                 f"priority is {priority!r}; it must be an integer of 64 bits, the lowest is served first."
             )

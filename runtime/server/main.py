@@ -23,6 +23,7 @@ from .config import ServerConfig
 from .engine import EngineProcess
 from .metrics import Observed, ServerMetrics
 
+BACKLOG = 2048
 log = logging.getLogger("ingot.server")
 
 
@@ -47,6 +48,7 @@ async def serve(config: ServerConfig, options: Mapping[str, Any], print_ready: b
             app = create_app(Observed(engine, metrics), config, admission, metrics)
             server = Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
             stop = asyncio.create_task(_stop(server, engine, admission, config.drain_timeout))
+            listener.listen(BACKLOG)  # whoever reads that it serves may come at once
             if print_ready:
                 host, port = listener.getsockname()[:2]
                 print(

@@ -15,9 +15,6 @@ from ..request import Logprob, RequestMetrics, RequestOutput, SamplingParams
 from ..stream import Transcript
 from .channel import Submit, Update, options
 
-WIDEST = (1 << 63) - 1  # the channel carries no wider integer
-_COUNTS = ("top_k", "max_tokens", "min_tokens")  # sampling parameters that have no highest value
-
 
 class Pending:
     """A request under way: what was asked, what has come of it, and word for its consumer when that changes."""
@@ -51,12 +48,8 @@ class Pending:
         return all(answer.finish_reason for answer in self._answers)
 
     def submit(self) -> Submit:
-        """The message that asks for it. Counts wider than the channel's integers mean the same when they are cut."""
-        params = options(self.params)
-        for name in _COUNTS:
-            if params.get(name) is not None:
-                params[name] = min(params[name], WIDEST)
-        return Submit(self.number, self.token_ids, params, self.priority, self._arrival)
+        """The message that asks for it."""
+        return Submit(self.number, self.token_ids, options(self.params), self.priority, self._arrival)
 
     def take(self, update: Update) -> None:
         """Add what came."""

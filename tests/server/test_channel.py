@@ -78,7 +78,7 @@ TO_ENGINE = st.one_of(
     st.builds(Submit, COUNT, TOKENS, PARAMS.map(options), st.integers(-9, 9), REAL),
     st.builds(Cancel, COUNT),
     st.just(Ping()),
-    st.just(Measure()),
+    st.builds(Measure, COUNT),
     st.just(Close()),
 )
 FROM_ENGINE = st.one_of(

@@ -1,0 +1,209 @@
+"""Two real replicas of the demo engine behind the router: load while one is killed, an orderly end, a router killed."""
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx2
+import pytest
+from ingot.engines.errors import EngineError
+from ingot.runtime.server.config import ServerConfig
+from ingot.runtime.server.router import replicas as replicas_module
+from ingot.runtime.server.router.backends import Backend
+from ingot.runtime.server.router.main import serve_replicas
+from ingot.runtime.server.router.replica import Setting
+from ingot.runtime.server.router.replicas import Replica, Replicas, devices_of
+
+START = """
+import asyncio, logging, sys
+from pathlib import Path
+from ingot.runtime.server.config import ServerConfig
+from ingot.runtime.server.router.main import serve_replicas
+logging.basicConfig(level=logging.INFO)
+config = ServerConfig(engine=Path(sys.argv[1]), port=0, served_model_name="m", api_keys=("key",))
+asyncio.run(serve_replicas(config, {"max_num_seqs": 8, "max_model_len": 256, "kv_cache_memory": 1 << 24}, 2))
+"""
+PROMPTS = ["def add(a, b):", "import os", "class A:", "for i in range(10):", "x = [", "if __name__"]
+
+
+class Router:
+    """The process, its address and the processes of its replicas, as its log tells them."""
+
+    def __init__(self, engine):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", START, str(engine)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.log, self.pids = [], {}
+        threading.Thread(target=self._read, daemon=True).start()
+        line = self.process.stdout.readline()
+        assert line, "".join(self.log)
+        assert line.startswith("ingot serves m at") and "2 replicas" in line
+        self.address = re.search(r"http://\S+", line)[0]
+
+    def _read(self):
+        for line in self.process.stderr:
+            self.log.append(line)
+            if found := re.search(r"(replica \d) is process (\d+)", line):
+                self.pids[found[1]] = int(found[2])
+
+
+@contextmanager
+def running(engine):
+    router = Router(engine)
+    try:
+        yield router
+    finally:
+        if router.process.poll() is None:
+            router.process.kill()
+        router.process.wait()
+
+
+def lives(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+async def _load(router, num_clients, seconds):
+    """Clients that ask again and again, some of them for streams; a replica is killed in the middle of it."""
+    ends = time.monotonic() + seconds
+    answers, streams = [], []
+
+    async def whole(client, number):
+        while time.monotonic() < ends:
+            prompt = PROMPTS[(number + len(answers)) % len(PROMPTS)]
+            body = {"model": "m", "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+            response = await client.post("/v1/completions", json=body)
+            text = response.json()["choices"][0]["text"] if response.status_code == 200 else response.text
+            answers.append((response.status_code, prompt, text))
+
+    async def stream(client):
+        while time.monotonic() < ends:
+            body = {"model": "m", "prompt": "def f(", "max_tokens": 24, "stream": True, "ignore_eos": True}
+            response = await client.post("/v1/completions", json=body)
+            streams.append((response.status_code, response.text))
+
+    async def kill():
+        await asyncio.sleep(seconds / 3)
+        os.kill(router.pids["replica 0"], signal.SIGKILL)
+
+    headers = {"Authorization": "Bearer key"}
+    async with httpx2.AsyncClient(base_url=router.address, headers=headers, timeout=60) as client:
+        await asyncio.gather(kill(), *(whole(client, i) for i in range(num_clients)), *(stream(client) for _ in "123"))
+    return answers, streams
+
+
+def test_a_replica_is_killed_under_load_and_comes_back(demo_engine):
+    with running(demo_engine) as router, httpx2.Client(base_url=router.address, timeout=30) as client:
+        assert client.get("/v1/models").status_code == 401
+        assert client.get("/ready").json()["ready"] == 2
+        first = dict(router.pids)
+        answers, streams = asyncio.run(_load(router, 6, 4.0))
+        assert {status for status, _, _ in answers} == {200} and len(answers) > 12
+        texts = {}
+        for _, prompt, text in answers:  # whichever replica answered
+            texts.setdefault(prompt, set()).add(text)
+        assert all(len(found) == 1 for found in texts.values()), texts
+        assert {status for status, _ in streams} == {200}
+        for _, text in streams:  # whole, or an error at the end
+            assert text.endswith("data: [DONE]\n\n") or '"server_error"' in text.split("\n\n")[-2]
+        wait_for(lambda: client.get("/ready").json()["ready"] == 2)
+        assert router.pids["replica 0"] != first["replica 0"] and router.pids["replica 1"] == first["replica 1"]
+        page = client.get("/metrics").text
+        assert page.count("ingot:router_backend_ready{") == 2 and "router_open_requests{" in page
+        # an orderly end: the open stream is finished, then the replicas stop
+        body = {"model": "m", "prompt": "def f(", "max_tokens": 200, "stream": True, "ignore_eos": True}
+        with client.stream("POST", "/v1/completions", json=body, headers={"Authorization": "Bearer key"}) as response:
+            lines = response.iter_lines()
+            next(lines)
+            router.process.send_signal(signal.SIGTERM)
+            assert list(lines)[-2:] == ["data: [DONE]", ""]
+        assert router.process.wait(20) == 0, "".join(router.log)
+        assert not any(lives(pid) for pid in router.pids.values())
+
+
+def test_a_second_signal_ends_everything_at_once(demo_engine):
+    with running(demo_engine) as router, httpx2.Client(base_url=router.address, timeout=30) as client:
+        body = {"model": "m", "prompt": "def f(", "max_tokens": 250, "stream": True, "ignore_eos": True}
+        with client.stream("POST", "/v1/completions", json=body, headers={"Authorization": "Bearer key"}) as response:
+            lines = response.iter_lines()
+            next(lines)
+            router.process.send_signal(signal.SIGTERM)
+            router.process.send_signal(signal.SIGINT)
+            assert any('"server_error"' in line for line in list(lines)[-3:])
+        assert router.process.wait(5) == 0, "".join(router.log)
+        assert not any(lives(pid) for pid in router.pids.values())
+
+
+def test_no_replica_outlives_a_router_that_is_killed(demo_engine):
+    with running(demo_engine) as router:
+        router.process.kill()
+        wait_for(lambda: not any(lives(pid) for pid in router.pids.values()), 15)
+
+
+def test_an_engine_that_cannot_be_opened_is_said_at_once(tmp_path, capfd):
+    config = ServerConfig(engine=tmp_path, port=0)
+    with pytest.raises(EngineError, match="Replica . ended with exit code 3 before it served"):
+        asyncio.run(asyncio.wait_for(serve_replicas(config, {}, 2), 30))
+    assert "error: replica" in capfd.readouterr().err
+
+
+def test_a_replica_that_hangs_is_replaced(tmp_path, monkeypatch):
+    async def start(self):
+        self.process = await asyncio.create_subprocess_exec("sleep", "60")
+        self.num_starts += 1
+
+    async def check():
+        monkeypatch.setattr(Replica, "_start", start)
+        monkeypatch.setattr(replicas_module, "FIRST_DELAY", 0.01)
+        replica, backend = Replica(0, ServerConfig(engine=tmp_path), {}, {}), Backend("http://a", silent=True)
+        running = asyncio.ensure_future(replica.run(backend))
+        await asyncio.sleep(0.3)
+        assert replica.num_starts == 1 and not running.done()  # it may still be opening the engine
+        backend.ready = True
+        while replica.num_starts < 2:  # dead, so not ready; started again, and left alone
+            await asyncio.sleep(0.01)
+        assert not backend.ready
+        await asyncio.sleep(0.3)
+        assert replica.num_starts == 2
+        running.cancel()
+        replica.signal(signal.SIGKILL)
+        await replica.ended()
+
+    asyncio.run(asyncio.wait_for(check(), 20))
+
+
+def test_each_replica_gets_a_gpu_and_a_port(tmp_path, monkeypatch):
+    monkeypatch.setattr(replicas_module, "_COUNT_DEVICES", "print(3)")
+    assert asyncio.run(devices_of({})) == ["0", "1", "2"]
+    assert asyncio.run(devices_of({"CUDA_VISIBLE_DEVICES": "2, GPU-a"})) == ["2", "GPU-a"]
+    monkeypatch.setattr(replicas_module, "_COUNT_DEVICES", "import no_driver")
+    assert asyncio.run(devices_of({})) == []
+    config = ServerConfig(engine=tmp_path, api_keys=("a",))
+    each = Replicas(3, config, {"max_num_seqs": 2}, ["4", "7"]).each
+    assert [one._environment["CUDA_VISIBLE_DEVICES"] for one in each] == ["4", "7", "4"]
+    assert len({one.url for one in each}) == 3
+    for devices in ([], ["0"]):  # nothing to share out
+        assert Replicas(1, config, {}, devices).each[0]._environment.get("CUDA_VISIBLE_DEVICES") == os.environ.get(
+            "CUDA_VISIBLE_DEVICES"
+        )
+    setting = Setting.decode(each[1]._setting.encode())
+    assert setting.config.engine == tmp_path and setting.config.api_keys == ("a",)
+    assert setting.options == {"max_num_seqs": 2} and setting.config.port == int(each[1].url.rpartition(":")[2])
+    with pytest.raises(EngineError, match="at least 1"):
+        Replicas(0, config, {}, [])
