@@ -65,9 +65,10 @@ class Page:
     """Metrics."""
 
     content_type = "text/plain; version=0.0.4"
+    text = b"ingot:steps_total 1\n"
 
-    def page(self):
-        return b"ingot:steps_total 1\n"
+    async def page(self):
+        return self.text
 
 
 class Scripted:

@@ -58,7 +58,7 @@ class Admission:
             raise Refused(503, "The server is shutting down; send the request to another one.", self.retry_after)
         if num_sequences > self._max_open:
             raise RequestError(
-                f"The request asks for {num_sequences} answers; this server takes {self._max_open}: send several requests."
+                f"The request asks for {num_sequences} answers; this server takes {self._max_open}; send several."
             )
         full = self.sequences_open + num_sequences > self._max_open
         # a prompt of more tokens than may wait is served when nothing else waits

@@ -88,7 +88,7 @@ def _probes(app: FastAPI, llm: Any, admission: Any, metrics: Any) -> None:
     @app.get("/metrics")
     async def prometheus() -> Response:
         """Prometheus' text format."""
-        return Response(metrics.page(), media_type=metrics.content_type)
+        return Response(await metrics.page(), media_type=metrics.content_type)
 
     @app.get("/version")
     async def version() -> Response:

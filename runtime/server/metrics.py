@@ -67,8 +67,10 @@ class ServerMetrics(Collector):
         self.prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", COUNTS)
         self.generated = histogram("request_generation_tokens", "Tokens of an answer.", COUNTS)
 
-    def page(self) -> bytes:
-        """All of it in Prometheus' text format."""
+    async def page(self) -> bytes:
+        """All of it in Prometheus' text format, as the engine is now; if it does not answer, as it was last."""
+        if measure := getattr(self._llm, "measure", None):  # an engine in a process of its own
+            await measure()
         return generate_latest(self._registry)
 
     def collect(self) -> Iterable[Metric]:

@@ -259,7 +259,7 @@ def test_models_tokens_and_probes(client, llm):
     rendered = llm.text.render(CHAT)
     assert post(client, "/tokenize", messages=CHAT)["tokens"] == llm.text.encode(rendered, add_special_tokens=False)
     assert client.get("/health").json() == {"status": "ok"} and client.get("/ready").status_code == 200
-    assert client.get("/metrics").content == Page().page()
+    assert client.get("/metrics").content == Page.text
     assert client.get("/metrics").headers["content-type"].startswith(Page.content_type)
     assert client.get("/version").json()["version"]
 

@@ -1,0 +1,118 @@
+"""`ingot serve` as an operator meets it: a process that says when it is ready, drains, aborts, and refuses in words."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx2
+import pytest
+from api_server import cast
+
+COMPLETION = {"prompt": "def main():\n", "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    return cast(tmp_path_factory.mktemp("engines") / "draft")
+
+
+@contextmanager
+def serving(engine, *options):
+    """(process, base URL) of a server that is ready."""
+    command = [sys.executable, "-m", "ingot", "serve", str(engine), "--port", "0", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("ingot serves draft at http://127.0.0.1:"), line + process.stderr.read()
+        assert "4096 tokens of context" in line
+        yield process, line.split(" at ")[1].split(": ")[0]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def stream(url, found, max_tokens):
+    """Reads a streamed completion into `found`."""
+    with httpx2.stream("POST", f"{url}/v1/completions", timeout=60,
+                       json=COMPLETION | {"max_tokens": max_tokens, "stream": True}) as response:  # fmt: skip
+        for line in response.iter_lines():
+            if line.startswith("data: "):
+                found.append(line[6:])
+
+
+def children(pid):
+    return [int(n) for n in open(f"/proc/{pid}/task/{pid}/children").read().split()]
+
+
+def test_it_serves_and_lets_open_requests_end(engine):
+    with serving(engine) as (process, url):
+        answer = httpx2.post(f"{url}/v1/completions", json=COMPLETION | {"max_tokens": 5}, timeout=30).json()
+        assert answer["usage"]["completion_tokens"] == 5 and answer["model"] == "draft"
+        assert httpx2.get(f"{url}/ready").status_code == 200
+        page = httpx2.get(f"{url}/metrics").text
+        assert 'ingot:generation_tokens_total{model_name="draft"} 5.0' in page
+        assert 'ingot:time_to_first_token_seconds_count{model_name="draft"} 1.0' in page
+        assert "<title>" in httpx2.get(f"{url}/").text
+        (child,) = children(process.pid)
+        found = []
+        reader = threading.Thread(target=stream, args=(url, found, 1500))
+        reader.start()
+        while len(found) < 3:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while httpx2.get(f"{url}/ready").status_code != 503:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        refused = httpx2.post(f"{url}/v1/completions", json=COMPLETION | {"max_tokens": 5})
+        assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
+        reader.join(60)
+        assert found[-1] == "[DONE]" and sum('"text"' in line for line in found) > 3
+        assert process.wait(30) == 0
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+
+
+def test_a_second_signal_aborts(engine):
+    with serving(engine) as (process, url):
+        found = []
+        reader = threading.Thread(target=stream, args=(url, found, 4000))
+        reader.start()
+        while len(found) < 3:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        reader.join(10)
+        assert "error" in json.loads(found[-1]), found[-1]
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, "-m", "ingot", "serve", *map(str, arguments)], capture_output=True,
+                          text=True, timeout=60)  # fmt: skip
+
+
+def test_what_cannot_be_served_is_one_sentence(engine, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for arguments, code, words in (
+            ((engine, "--port", port), 3, f"127.0.0.1:{port} cannot be served on"),
+            ((tmp_path / "none", "--port", 0), 3, "does not exist"),
+            ((engine, "--port", 70000), 3, "port is 70000"),
+            ((engine, "--port", 0, "--max-model-len", 10**6), 3, "max_model_len"),
+            ((engine, "--port", 0, "--queue-timeout", 0), 3, "queue_timeout is 0"),
+            ((engine, "--port", 0, "--no-such"), 2, "No such option"),
+        ):
+            done = run(*arguments)
+            assert done.returncode == code and words in done.stderr, done
+            assert done.stdout == "" and "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr
