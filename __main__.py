@@ -1,4 +1,4 @@
-"""The command line: `ingot build | generate | bench | serve | inspect`, and `build-engine`, which is `ingot build`.
+"""The command line: `ingot build | generate | bench | serve | route | inspect`; `build-engine` is `ingot build`.
 
 It stands at the root because builder and runtime never import each other. Heavy imports wait inside the commands.
 A user's mistake ends in one sentence on stderr and an exit code: 2 bad input, build or request, 3 engine, 130 Ctrl-C,
@@ -20,6 +20,7 @@ from .engines.cli import inspect
 from .engines.errors import EngineError, IngotError
 from .runtime.cli import bench, generate
 from .runtime.server.cli import serve
+from .runtime.server.router.cli import route
 
 
 def reported(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,7 +86,7 @@ def root(
         raise typer.Exit(2)
 
 
-for each in (build, generate, bench, serve, inspect):
+for each in (build, generate, bench, serve, route, inspect):
     app.command()(reported(each))
 build_app.command()(reported(build))
 

@@ -173,9 +173,7 @@ async def soak(args: argparse.Namespace) -> None:
     print(f"  resident memory of server and engine, MiB, every 5 s: {[m >> 20 for m in memory]}")
     if first_tokens:
         first_tokens.sort()
-        print(
-            f"  short requests took {statistics.median(first_tokens):.2f} s (median), {first_tokens[-1]:.2f} at most"
-        )
+        print(f"  short requests took {statistics.median(first_tokens):.2f} s (median), {first_tokens[-1]:.2f} at most")
     failed = wrong or any(state.values()) or any(what.startswith("5") and "503" not in what for what in counts)
     raise SystemExit(1 if failed else 0)
 

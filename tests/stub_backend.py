@@ -3,6 +3,7 @@
 import asyncio
 import time
 from contextlib import asynccontextmanager
+from functools import wraps
 
 import httpx2
 import uvicorn
@@ -11,6 +12,16 @@ from ingot.runtime.server.router.app import Router
 from ingot.runtime.server.router.config import RouterConfig
 
 EVENT_STREAM = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+def asynchronous(test):
+    """A test that is a coroutine, with an end."""
+
+    @wraps(test)
+    def run(*args, **options):
+        asyncio.run(asyncio.wait_for(test(*args, **options), 30))
+
+    return run
 
 
 def answer(status, body=b"{}", **headers):

@@ -24,6 +24,7 @@ def serve(
     allow_origin: Annotated[
         list[str] | None, typer.Option(help="Let pages of this origin call the API (CORS).")
     ] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="Engines behind one router, a GPU each where there are.")] = 1,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in one step at most.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens in one step at most.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of a request at most, prompt and answer.")] = None,
@@ -48,6 +49,7 @@ def serve(
         raise typer.BadParameter("serving needs FastAPI; install it with `pip install 'ingot[serve]'`.") from None
     from .config import ServerConfig
     from .main import serve as run
+    from .router.main import serve_replicas
 
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
@@ -61,4 +63,4 @@ def serve(
         "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens, "max_model_len": max_model_len,
         "gpu_memory_utilization": gpu_memory_utilization, "prefix_cache": prefix_cache, "load_format": load_format,
     }  # fmt: skip
-    asyncio.run(run(config, options))
+    asyncio.run(run(config, options) if replicas == 1 else serve_replicas(config, options, replicas))

@@ -37,8 +37,9 @@ class Router:
 
     def __init__(self, engine):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", START, str(engine)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+            [sys.executable, "-c", START, str(engine)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # two engines on the cores of a test machine
+        )  # fmt: skip
         self.log, self.pids = [], {}
         threading.Thread(target=self._read, daemon=True).start()
         line = self.process.stdout.readline()
@@ -128,7 +129,7 @@ def test_a_replica_is_killed_under_load_and_comes_back(demo_engine):
         page = client.get("/metrics").text
         assert page.count("ingot:router_backend_ready{") == 2 and "router_open_requests{" in page
         # an orderly end: the open stream is finished, then the replicas stop
-        body = {"model": "m", "prompt": "def f(", "max_tokens": 200, "stream": True, "ignore_eos": True}
+        body = {"model": "m", "prompt": "def f(", "max_tokens": 60, "stream": True, "ignore_eos": True}
         with client.stream("POST", "/v1/completions", json=body, headers={"Authorization": "Bearer key"}) as response:
             lines = response.iter_lines()
             next(lines)

@@ -1,0 +1,51 @@
+"""`ingot route ADDRESS ..`: one address for servers that run already, on this machine or on others."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Annotated
+
+import typer
+
+Addresses = Annotated[
+    list[str], typer.Argument(metavar="ADDRESS...", help="Servers, as host:port or URLs.", show_default=False)
+]
+
+
+def route(
+    addresses: Addresses,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")] = 8000,
+    max_open: Annotated[int, typer.Option(help="Requests open at a time; past them clients get 429.")] = 16384,
+    margin: Annotated[
+        float, typer.Option(help="Sequences that a server may have more than the idlest, if it holds the prefix.")
+    ] = 4.0,
+    follow_load: Annotated[
+        bool, typer.Option(help="Count what others have sent to the servers, from their /metrics.")
+    ] = True,
+    check_interval: Annotated[float, typer.Option(help="Seconds between two looks at a server's /ready.")] = 0.5,
+    check_timeout: Annotated[float, typer.Option(help="Seconds that a look may take.")] = 5.0,
+    drain_timeout: Annotated[float, typer.Option(help="Seconds that open requests have after SIGTERM.")] = 30.0,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log what happens, not only what goes wrong.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Spread requests over servers: least work first, then whoever holds the prefix."""
+    try:
+        import fastapi  # noqa: F401  the extra is one: if this is there, so is the rest
+    except ImportError:
+        raise typer.BadParameter("routing needs FastAPI; install it with `pip install 'ingot[serve]'`.") from None
+    from .config import RouterConfig, url_of
+    from .main import route as run
+
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    config = RouterConfig(
+        backends=tuple(url_of(address) for address in addresses), host=host, port=port, max_open=max_open,
+        margin=margin, follow_load=follow_load, check_interval=check_interval, check_timeout=check_timeout,
+        drain_timeout=drain_timeout,
+    )  # fmt: skip
+    asyncio.run(run(config))

@@ -1,0 +1,153 @@
+"""Replicas of one engine as child processes: a port and a GPU each, started again when they die, stopped in order.
+
+A port is reserved by a socket that is bound and does not listen, so it stays the replica's own over restarts. Whether
+a replica serves is seen by the router's checks alone. Invariant: no replica outlives the router, see replica.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ....engines.errors import EngineError
+from ..config import ServerConfig
+from .backends import Backend
+from .replica import Setting
+
+LOOPBACK = "127.0.0.1"
+FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  # seconds before a start that follows a death; doubled each time
+STEADY = 60.0  # seconds of life after which a death counts as the first again
+_COUNT_DEVICES = """
+import ctypes
+cuda, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
+print(count.value)
+"""
+log = logging.getLogger(__name__)
+
+
+class Replica:
+    """One of them. environment: what it gets besides the router's own."""
+
+    def __init__(self, number: int, config: ServerConfig, options: Mapping[str, Any], environment: Mapping[str, str]):
+        self.name = f"replica {number}"
+        self._reserved = socket.socket()
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._reserved.bind((LOOPBACK, 0))
+        port = self._reserved.getsockname()[1]
+        self.url = f"http://{LOOPBACK}:{port}"
+        level = logging.getLogger().getEffectiveLevel()
+        self._setting = Setting(replace(config, host=LOOPBACK, port=port), dict(options), level, self.name)
+        self._environment = {**os.environ, **environment}
+        self.process: asyncio.subprocess.Process | None = None
+        self.num_starts = 0
+
+    async def run(self, backend: Backend) -> None:
+        """Start it, and again whenever it dies or hangs, until cancelled. Raises EngineError: it never was ready."""
+        was_ready, delay = False, FIRST_DELAY
+        while True:
+            began = time.monotonic()
+            await self._start()
+            serves = False  # from now on silence is no longer that of an engine which is being loaded
+            assert self.process is not None
+            ended = asyncio.ensure_future(self.process.wait())
+            while not ended.done():
+                serves |= backend.ready
+                if serves and backend.silent:
+                    log.error("%s hangs and is killed", self.name)
+                    self.signal(signal.SIGKILL)
+                await asyncio.wait([ended], timeout=0.1)
+            code = ended.result()
+            what = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            was_ready |= serves
+            if not was_ready:
+                raise EngineError(f"{self.name.capitalize()} {what} before it served; its own words are above.")
+            backend.lose()
+            delay = FIRST_DELAY if time.monotonic() - began > STEADY else delay
+            log.error("%s %s; it is started again in %g s", self.name, what, delay)
+            await asyncio.sleep(delay)
+            delay = min(LONGEST_DELAY, 2 * delay)
+
+    async def _start(self) -> None:
+        self.num_starts += 1
+        try:
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", f"{__package__}.replica", stdin=asyncio.subprocess.PIPE, env=self._environment,
+                start_new_session=True,  # Ctrl-C in a terminal is for the router, which drains first
+            )  # fmt: skip
+        except OSError as error:
+            raise EngineError(f"{self.name.capitalize()} cannot be started ({error}).") from None
+        assert self.process.stdin is not None
+        self.process.stdin.write(self._setting.encode())
+        with contextlib.suppress(ConnectionError):  # it is dead already: `run` will see
+            await self.process.stdin.drain()
+        log.info("%s is process %d at %s", self.name, self.process.pid, self.url)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal if it lives."""
+        if self.process is not None and self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(number)
+
+    async def ended(self) -> None:
+        """Waits until its process is gone, and gives its port back."""
+        if self.process is not None:
+            await self.process.wait()
+        self._reserved.close()
+
+
+class Replicas:
+    """All of them. Raises EngineError for a number that cannot be."""
+
+    def __init__(self, num_replicas: int, config: ServerConfig, options: Mapping[str, Any], devices: Sequence[str]):
+        if num_replicas < 1:
+            raise EngineError(f"replicas is {num_replicas}; it must be at least 1.")
+        if len(devices) > 1 and num_replicas > len(devices):
+            log.warning("%d replicas share %d GPUs", num_replicas, len(devices))
+        self.each = [
+            Replica(i, config, options, {"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} if len(devices) > 1 else {})
+            for i in range(num_replicas)
+        ]
+
+    async def run(self, backends: Sequence[Backend]) -> None:
+        """Keep all of them running until cancelled. Raises EngineError: one could not be started at all."""
+        tasks = [asyncio.ensure_future(each.run(backend)) for each, backend in zip(self.each, backends, strict=True)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to all that live."""
+        for each in self.each:
+            each.signal(number)
+
+    async def ended(self) -> None:
+        """Waits until all are gone; while `run` runs, they are started again instead."""
+        for each in self.each:
+            await each.ended()
+
+
+async def devices_of(environment: Mapping[str, str]) -> list[str]:
+    """The GPUs to share out, as CUDA_VISIBLE_DEVICES names them; the variable, where it is set, says which."""
+    told = environment.get("CUDA_VISIBLE_DEVICES")
+    if told is not None:
+        return [name.strip() for name in told.split(",") if name.strip()]
+    # counted by the driver, in a process of its own: the router shall not touch a GPU, and torch takes seconds to load
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _COUNT_DEVICES, stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    output, _ = await process.communicate()
+    return [str(i) for i in range(int(output))] if output.strip().isdigit() else []
