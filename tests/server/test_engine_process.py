@@ -129,11 +129,12 @@ def test_a_slow_consumer_sees_fewer_and_longer_outputs(runner, engine):
         async for output in engine.generate(PROMPT, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True),
                                             deltas=True):  # fmt: skip
             sizes.append(len(output.outputs[0].token_ids))
-            await asyncio.sleep(0.2)
+            while len(sizes) == 1 and (await engine.measure()).running:  # until the engine is through with it
+                await asyncio.sleep(0.05)
         return sizes
 
     sizes = runner.run(main())
-    assert sum(sizes) == 60 and len(sizes) < 30
+    assert sum(sizes) == 60 and len(sizes) <= 4
 
 
 def test_leaving_and_cancelling_free_the_pages(runner, engine):
