@@ -49,12 +49,9 @@ async def send(port: int, path: str, body: bytes | None, leave_after: int | None
         length = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n" if body is not None else ""
         writer.write(f"{head} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{length}\r\n".encode() + (body or b""))
         status = int((await reader.readline()).split()[1])
-        lines: list[bytes] = []
-        while line := await reader.readline():
-            lines.append(line)
-            if leave_after is not None and len(lines) > leave_after:
-                break
-        return status, lines
+        if leave_after is None:  # in large pieces: the client shares its processors with the server
+            return status, (await reader.read(-1)).splitlines(keepends=True)
+        return status, [await reader.readline() for _ in range(leave_after + 1)]
     finally:
         writer.close()
 
@@ -102,7 +99,7 @@ async def cost(args: argparse.Namespace) -> None:
             async def one(body: bytes, port: int = port, gate: asyncio.Semaphore = gate) -> None:
                 async with gate:
                     status, lines = await send(port, "/v1/completions", body)
-                assert status == 200 and text_of(lines)[2]
+                assert status == 200 and b"data: [DONE]\n" in lines[-8:]
 
             start = time.perf_counter()
             await asyncio.gather(*map(one, bodies))
