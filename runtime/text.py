@@ -58,7 +58,11 @@ class Text:
             raise EngineError(f"The tokenizer of {folder} cannot be read ({error}); build the engine again.") from None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids, with BOS and EOS as the model was trained unless told otherwise."""
+        """Token ids, with BOS and EOS as the model was trained unless told otherwise. Raises RequestError: no text."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"The prompt is no text: {error.object[error.start]!r} is half a character.") from None
         if add_special_tokens and self._explicit:
             return [*self._prefix, *self.tokenizer.encode(text, add_special_tokens=False).ids, *self._suffix]
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids

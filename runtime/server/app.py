@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
@@ -85,7 +85,7 @@ def _probes(app: FastAPI, llm: Any, admission: Any, metrics: Any) -> None:
             raise EngineError("The engine is not healthy.")
         return _json({"status": "ready"})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Prometheus' text format."""
         return Response(await metrics.page(), media_type=metrics.content_type)
@@ -212,7 +212,7 @@ def _answers(kind: Any, *failures: int) -> dict[int | str, dict[str, Any]]:
     (reference,), _ = msgspec.json.schema_components([kind], ref_template=_REFERENCE + "{name}")
     content: dict[str, Any] = {"application/json": {"schema": reference}}
     if kind in (Answer[TextChoice], Answer[ChatChoice]):
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {}  # events whose data are chunks, the last `[DONE]`
     return {200: {"description": "The answer.", "content": content}, **_errors(*failures)}
 
 
