@@ -61,8 +61,8 @@ class Text:
         """Token ids, with BOS and EOS as the model was trained unless told otherwise. Raises RequestError: no text."""
         try:
             text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(f"The prompt is no text: {error.object[error.start]!r} is half a character.") from None
+        except UnicodeEncodeError as error:  # JSON can spell it
+            raise RequestError(f"The prompt is not Unicode text: {error}.") from None
         if add_special_tokens and self._explicit:
             return [*self._prefix, *self.tokenizer.encode(text, add_special_tokens=False).ids, *self._suffix]
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids

@@ -12,6 +12,17 @@ import typer
 Engine = Annotated[Path, typer.Argument(metavar="DIR", help="An engine directory.", show_default=False)]
 
 
+def set_up(what: str, verbose: bool) -> None:
+    """What the commands of the server begin with: logging, and a sentence where its packages are missing."""
+    try:
+        import fastapi  # noqa: F401  the extra is one: if this is there, so is the rest
+    except ImportError:
+        raise typer.BadParameter(f"{what} needs FastAPI; install it with `pip install 'ingot[serve]'`.") from None
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+
+
 def serve(
     engine: Engine,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
@@ -43,17 +54,11 @@ def serve(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Serve an engine with OpenAI's API until SIGTERM or Ctrl-C, which let open requests end."""
-    try:
-        import fastapi  # noqa: F401  the extra is one: if this is there, so is the rest
-    except ImportError:
-        raise typer.BadParameter("serving needs FastAPI; install it with `pip install 'ingot[serve]'`.") from None
+    set_up("serving", verbose)
     from .config import ServerConfig
     from .main import serve as run
     from .router.main import serve_replicas
 
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
     config = ServerConfig(
         engine=engine, host=host, port=port, served_model_name=served_model_name, api_keys=tuple(api_key or ()),
         allowed_origins=tuple(allow_origin or ()), max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens,

@@ -259,11 +259,6 @@ class EngineProcess:
         words: Any = prompt
         if isinstance(prompt, Mapping):
             words = prompt.get("prompt_token_ids") or prompt.get("prompt")
-        if isinstance(words, str):
-            try:
-                words.encode()
-            except UnicodeEncodeError as error:  # JSON can spell it
-                raise RequestError(f"The prompt is not Unicode text: {error}.") from None
         long = isinstance(words, Sequence) and len(words) >= LONG_PROMPT
         if long:
             return await asyncio.to_thread(tokens_of, prompt, self._text, limits)

@@ -50,9 +50,8 @@ async def serve(config: ServerConfig, options: Mapping[str, Any], print_ready: b
             stop = asyncio.create_task(_stop(server, engine, admission, config.drain_timeout))
             listener.listen(BACKLOG)  # whoever reads that it serves may come at once
             if print_ready:
-                host, port = listener.getsockname()[:2]
                 print(
-                    f"ingot serves {config.model_name} at http://{host}:{port}: {engine.max_model_len} tokens of "
+                    f"ingot serves {config.model_name} at {address_of(listener)}: {engine.max_model_len} tokens of "
                     f"context, {engine.num_kv_tokens} KV tokens, {engine.max_num_seqs} sequences at a time",
                     flush=True,
                 )
@@ -95,3 +94,9 @@ def _listen(config: ServerConfig) -> socket.socket:
             "--host."
         ) from None
     return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """The URL that a socket is reached by."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

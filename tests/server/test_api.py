@@ -4,32 +4,12 @@ import asyncio
 
 import httpx2
 import pytest
-from api_server import CHAT, COMPLETE, CONVERSE, NAME, Page, Scripted, api, cast, events
-from ingot import LLM, AsyncLLM, SamplingParams
+from api_server import CHAT, COMPLETE, CONVERSE, NAME, Page, Scripted, api, events
+from ingot import LLM, SamplingParams
 from starlette.testclient import TestClient
 
 PROMPTS = ["def main():\n", "import os\n\n\ndef read(path):", "class Point:"]
 GREEDY = {"temperature": 0, "max_tokens": 24}
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    return cast(tmp_path_factory.mktemp("engines") / "draft")
-
-
-@pytest.fixture(scope="module")
-def llm(engine):
-    llm = AsyncLLM(engine)
-    yield llm
-    asyncio.run(llm.close())
-
-
-@pytest.fixture(scope="module")
-def client(llm):
-    app, room = api(llm)
-    with TestClient(app, headers={"content-type": "application/json"}) as client:
-        client.room = room
-        yield client
 
 
 @pytest.fixture(scope="module")

@@ -8,23 +8,11 @@ import time
 
 import httpx2
 import pytest
-from api_server import Scripted, api, cast, serving
+from api_server import Scripted, api, serving
 from ingot import AsyncLLM, SamplingParams
 from starlette.testclient import TestClient
 
 LONG = {"prompt": "def f():", "max_tokens": 4000, "ignore_eos": True, "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    return cast(tmp_path_factory.mktemp("engines") / "draft")
-
-
-@pytest.fixture(scope="module")
-def llm(engine):
-    llm = AsyncLLM(engine)
-    yield llm
-    asyncio.run(llm.close())
 
 
 def idle(llm, seconds=5.0):

@@ -4,17 +4,12 @@ import asyncio
 
 import openai
 import pytest
-from api_server import NAME, Room, api, cast, refused, serving
+from api_server import NAME, Room, api, refused, serving
 from ingot import LLM, AsyncLLM, SamplingParams
 
 PROMPT = "def main():\n"
 CHAT = [{"role": "user", "content": "print hello"}]
 KEY = "sk-test"
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    return cast(tmp_path_factory.mktemp("engines") / "draft")
 
 
 @pytest.fixture(scope="module")

@@ -1,40 +1,17 @@
 """What the HTTP API turns down: every refusal with its status and sentence, before and within a stream; never a 500."""
 
-import asyncio
 import json
 import logging
 import time
 
 import pytest
-from api_server import CHAT, COMPLETE, CONVERSE, Room, Scripted, api, cast, refused
+from api_server import CHAT, COMPLETE, CONVERSE, Room, Scripted, api, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ingot import AsyncLLM
 from ingot.engines.errors import EngineError
 from ingot.runtime.server.protocol import REFUSED, ChatRequest, CompletionRequest
 from ingot.runtime.server.security import MAX_JSON_DEPTH, check_depth
 from starlette.testclient import TestClient
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    return cast(tmp_path_factory.mktemp("engines") / "draft")
-
-
-@pytest.fixture(scope="module")
-def llm(engine):
-    llm = AsyncLLM(engine)
-    yield llm
-    asyncio.run(llm.close())
-
-
-@pytest.fixture(scope="module")
-def client(llm):
-    app, room = api(llm)
-    with TestClient(app, headers={"content-type": "application/json"}) as client:
-        client.room = room
-        yield client
-
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 REFUSALS = [

@@ -12,14 +12,8 @@ from contextlib import contextmanager
 
 import httpx2
 import pytest
-from api_server import cast
 
 COMPLETION = {"prompt": "def main():\n", "temperature": 0, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    return cast(tmp_path_factory.mktemp("engines") / "draft")
 
 
 @contextmanager

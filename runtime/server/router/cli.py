@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Annotated
 
 import typer
+
+from ..cli import set_up
 
 Addresses = Annotated[
     list[str], typer.Argument(metavar="ADDRESS...", help="Servers, as host:port or URLs.", show_default=False)
@@ -33,16 +34,10 @@ def route(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Spread requests over servers: least work first, then whoever holds the prefix."""
-    try:
-        import fastapi  # noqa: F401  the extra is one: if this is there, so is the rest
-    except ImportError:
-        raise typer.BadParameter("routing needs FastAPI; install it with `pip install 'ingot[serve]'`.") from None
+    set_up("routing", verbose)
     from .config import RouterConfig, url_of
     from .main import route as run
 
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
     config = RouterConfig(
         backends=tuple(url_of(address) for address in addresses), host=host, port=port, max_open=max_open,
         margin=margin, follow_load=follow_load, check_interval=check_interval, check_timeout=check_timeout,

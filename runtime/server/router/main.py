@@ -19,7 +19,7 @@ import uvicorn
 
 from ....engines.errors import EngineError
 from ..config import ServerConfig
-from ..main import Server
+from ..main import Server, address_of
 from .app import Router
 from .config import RouterConfig
 from .replicas import Replicas, devices_of
@@ -36,7 +36,7 @@ async def route(config: RouterConfig, print_ready: bool = True) -> None:
         async def announce() -> None:
             await router.checks.looked()
             ready = f"{router.fleet.num_ready} of {len(config.backends)} servers ready"
-            print(f"ingot routes at {_address(listener)}: {ready}", flush=True)
+            print(f"ingot routes at {address_of(listener)}: {ready}", flush=True)
 
         await _run(router, listener, config.drain_timeout, None, announce() if print_ready else None)
 
@@ -61,7 +61,9 @@ async def serve_replicas(
         async def announce() -> None:
             while router.fleet.num_ready < num_replicas:
                 await asyncio.sleep(0.05)
-            print(f"ingot serves {config.model_name} at {_address(listener)} with {num_replicas} replicas", flush=True)
+            print(
+                f"ingot serves {config.model_name} at {address_of(listener)} with {num_replicas} replicas", flush=True
+            )
 
         await _run(router, listener, config.drain_timeout, replicas, announce() if print_ready else None)
 
@@ -144,8 +146,3 @@ def _listen(host: str, port: int) -> socket.socket:
         raise EngineError(
             f"{host}:{port} cannot be served on ({error.strerror or error}); choose another --port or --host."
         ) from None
-
-
-def _address(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
