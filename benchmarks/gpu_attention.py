@@ -15,7 +15,18 @@ from ingot.plugins import jit, tactics_of
 from ingot.plugins.tactic import Site, Tactic, Tensor
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 16
-CASES = [(1, 264), (16, 264), (64, 264), (256, 264), (1, 4096), (16, 4096), (1, 32768), (16, 32768), (1, 131072)]
+CASES = [
+    (1, 264),
+    (16, 264),
+    (64, 264),
+    (256, 264),
+    (1, 4096),
+    (16, 4096),
+    (1, 32768),
+    (16, 32768),
+    (1, 131072),
+    (16, 131072),
+]
 
 
 def described(x: torch.Tensor | None) -> Tensor | None:

@@ -6,7 +6,7 @@ Operands hold random numbers (zeros would run faster than any model does), step 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -27,6 +27,8 @@ SLOTS = {"PagedAttention": 3, "RotaryPagedAttention": 2}  # first of slots, quer
 REPLAYS = 5
 GRAPH_MS = 2.0  # a graph runs at least this long, within the bounds below
 FEWEST, MOST = 3, 24  # launches of the tactic in a graph
+LOAD_MS = 25.0  # under load each tactic runs so long at a time, ROUNDS times in turn with the others
+ROUNDS = 4
 
 
 class Timer:
@@ -56,14 +58,48 @@ class Timer:
 
     def on_step(self, site: Site, tactic: Tactic, cubins: Mapping[Source, Binary], step: Step | None) -> float:
         """Microseconds of one run on `step`, launch gaps included: median over replays of a graph."""
-        operands = _Operands(site, tactic, step)
+        graph, times = self._graph(site, tactic, cubins, step)
+        found = [self._replay(graph) for _ in range(REPLAYS + 1)][1:]
+        self.gpu.discard(graph)
+        return 1000 * statistics.median(found) / times
+
+    def under_load(self, site: Site, runs: Sequence[tuple[Tactic, Mapping[Source, Binary]]]) -> list[float]:
+        """The same for several tactics that run in turn without a pause, as a step of many long launches does.
+
+        A GPU at its limit of power lowers its clock, and less for a tactic that gets along with less of it.
+        """
+        workspace, zeros = (max(sizes) for sizes in zip(*((t.workspace, t.zeros) for t, _ in runs), strict=True))
+        self._reserve_zeros(zeros)
+        found = []
+        for step in steps(site):
+            graphs = [self._graph(site, *run, step, workspace) for run in runs]
+            replays = [max(1, round(LOAD_MS / self._replay(graph))) for graph, _ in graphs]
+            rounds = [
+                [self._replay(graph, many) / times for (graph, times), many in zip(graphs, replays, strict=True)]
+                for _ in range(ROUNDS + 1)
+            ]
+            for graph, _ in graphs:
+                self.gpu.discard(graph)
+            found.append([1000 * statistics.median(each) for each in zip(*rounds[1:], strict=True)])
+        return [statistics.geometric_mean(each) for each in zip(*found, strict=True)]
+
+    def _operands(self, site: Site, workspace: int, step: Step | None) -> tuple[_Operands, int]:
+        """Room for the operands with what they must hold, and how many copies of the cold ones there are."""
+        operands = _Operands(site, workspace, step)
         spare = 4 * self.gpu.l2_bytes  # read between two runs on the same copy
         copies = min(MOST, 1 - (-spare // operands.cold_bytes)) if operands.cold_bytes else 1
         self._reserve(operands.fixed_bytes + copies * operands.cold_bytes)
-        self._reserve_zeros(tactic.zeros)
         for offset, array in operands.arrays(self._generator):
             self._write(self._region + offset, array)
         self.gpu.synchronise(self._stream)
+        return operands, copies
+
+    def _graph(
+        self, site: Site, tactic: Tactic, cubins: Mapping[Source, Binary], step: Step | None, workspace: int = 0
+    ) -> tuple[Any, int]:
+        """A graph of several runs of the tactic, and how many they are. workspace: bytes, if more than its own."""
+        operands, copies = self._operands(site, max(workspace, tactic.workspace), step)
+        self._reserve_zeros(tactic.zeros)
 
         def run(times: int) -> None:
             for i in range(times):
@@ -78,9 +114,12 @@ class Timer:
                         self._functions[launch.kernel] = function
                     function.launch(launch.grid, self._stream, arguments)
 
-        once = self._replay(lambda: run(1), 2)
+        run(1)  # what is loaded lazily is loaded now
+        one = self.gpu.capture(lambda: run(1), self._stream)
+        once = min(self._replay(one) for _ in range(2))
+        self.gpu.discard(one)
         times = int(min(MOST, max(FEWEST, GRAPH_MS / max(once, 1e-3))))
-        return 1000 * self._replay(lambda: run(times), REPLAYS) / times
+        return self.gpu.capture(lambda: run(times), self._stream), times
 
     def _address(self, operands: _Operands, operand: Operand, copy: int) -> Address:
         if operand.kind == "zeros":
@@ -99,19 +138,14 @@ class Timer:
             return self.gpu.load(binary.data, binary.name, binary.num_warps, binary.shared, binary.pdl)
         return load_product(binary)
 
-    def _replay(self, run: Any, replays: int) -> float:
-        """Milliseconds of a graph of `run`, the median after one that is not counted."""
-        run()  # what is loaded lazily is loaded now
-        graph = self.gpu.capture(run, self._stream)
-        found = []
-        for _ in range(replays + 1):
-            self.gpu.record(self._start, self._stream)
+    def _replay(self, graph: Any, replays: int = 1) -> float:
+        """Milliseconds of a replay, the mean of some."""
+        self.gpu.record(self._start, self._stream)
+        for _ in range(replays):
             self.gpu.replay(graph, self._stream)
-            self.gpu.record(self._end, self._stream)
-            self.gpu.wait(self._end)
-            found.append(self.gpu.milliseconds(self._start, self._end))
-        self.gpu.discard(graph)
-        return statistics.median(found[1:])
+        self.gpu.record(self._end, self._stream)
+        self.gpu.wait(self._end)
+        return self.gpu.milliseconds(self._start, self._end) / replays
 
     def _reserve(self, num_bytes: int) -> None:
         """At least so many bytes of random bf16 numbers of the size that activations and weights have."""
@@ -206,7 +240,7 @@ def _pool(site: Site) -> Tensor:
 class _Operands:
     """Where the operands of a site lie in the region: fixed ones first, then copies of the cold ones."""
 
-    def __init__(self, site: Site, tactic: Tactic, step: Step | None):
+    def __init__(self, site: Site, workspace: int, step: Step | None):
         self._site, self._step = site, step
         num_pages = step.num_pages(_pool(site).shape[1]) if step else 1
         self._at: dict[tuple[str, int], tuple[bool, int]] = {}
@@ -223,7 +257,7 @@ class _Operands:
                     self._at[kind, i] = False, self.fixed_bytes
                     self.fixed_bytes += size
         self._workspace = self.fixed_bytes
-        self.fixed_bytes += _aligned(tactic.workspace)
+        self.fixed_bytes += _aligned(workspace)
 
     def offset(self, operand: Operand, copy: int) -> int:
         if operand.kind == "workspace":
