@@ -10,7 +10,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from triton.experimental.gluon._runtime import GluonJITFunction
 
 from .cublas import choose, load_product
 from .gpu import Address
@@ -62,24 +61,13 @@ def _zeros(device: torch.device, num_bytes: int) -> torch.Tensor:
     return torch.zeros(max(num_bytes, 16), dtype=torch.uint8, device=device)
 
 
-def interpretable(tactic: Tactic) -> bool:
-    """Whether Triton's interpreter can run it: Gluon's kernels and library products need a GPU."""
-    return all(
-        isinstance(each.kernel, Kernel) and not isinstance(_function(each.kernel), GluonJITFunction)
-        for each in tactic.launches
-    )
-
-
 def launch_kernel(kernel: Kernel | Gemm, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
     """One kernel (or product) on `grid`; tensors and numbers in the order of its signature."""
     if isinstance(kernel, Gemm):
         pointers = [Address(argument.data_ptr()) for argument in arguments]
         load_product(choose(kernel)).launch(grid, torch.cuda.current_stream().cuda_stream, pointers)
         return
-    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
-    _function(kernel)[grid](*arguments, **dict(kernel.constants), **options)
-
-
-def _function(kernel: Kernel) -> Any:
     module, name = kernel.function.split(":")
-    return getattr(importlib.import_module(f".{module}", __package__), name)
+    function: Any = getattr(importlib.import_module(f".{module}", __package__), name)
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    function[grid](*arguments, **dict(kernel.constants), **options)

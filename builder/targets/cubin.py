@@ -55,7 +55,6 @@ def compile_kernel(kernel: Kernel, capability: int) -> Cubin:
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
-        from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
     except ImportError as error:
         raise BuildError(
             f"the cuda target compiles with Triton ({error}); install it with `pip install ingot[cuda]`"
@@ -67,8 +66,7 @@ def compile_kernel(kernel: Kernel, capability: int) -> Cubin:
     order = {argument: index for index, argument in enumerate(function.arg_names)}
     aligned = {(order[argument],): [["tt.divisibility", 16]] for argument in kernel.divisible}
     try:
-        language = GluonASTSource if isinstance(function, GluonJITFunction) else ASTSource
-        source = language(fn=function, signature=signature, constexprs=constants, attrs=aligned)
+        source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
         options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     except Exception as error:  # Triton raises whatever its passes raise

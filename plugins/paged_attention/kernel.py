@@ -51,9 +51,6 @@ WHOLE = ((64, 4, 2), (128, 8, 2), (32, 4, 4), (128, 4, 2), (32, 4, 2))
 # (rows, BN, warps, stages) of chunks
 CHUNK = ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (256, 64, 16, 3), (128, 128, 8, 2), (64, 32, 4, 3),
          (16, 64, 4, 3), (64, 32, 4, 2))  # fmt: skip
-# (rows, BN, warps) of chunks on Hopper, for heads of HOPPER_DIMS
-HOPPER = ((128, 64, 8), (64, 64, 4), (128, 128, 8))
-HOPPER_DIMS = 64, 128
 APART = 5  # of the chunks that are also tried with rows of decoding apart
 SMALL_DECODE = ((32, 4, 2), (16, 4, 2))  # fp32, which has no tensor cores at full precision: registers are the limit
 SMALL_CHUNK = ((32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2))
@@ -86,15 +83,13 @@ def tactics(site: Site, rotation: Rotation | None = None) -> list[Tactic]:
                 found.append(Tactic(name, (launch,), workspace, zeros))
         wholes = [w for w in (SMALL_DECODE if small else WHOLE) if shape.fits(shape.decode_rows, *w)]
         return found + [Tactic("whole {} warps{} stages{}".format(*w), (shape.whole(*w),)) for w in wholes]
-    chunks = [("chunk", c) for c in (SMALL_CHUNK if small else CHUNK) if shape.fits(max(c[0], shape.bg), *c[1:])]
-    if shape.hopper:
-        chunks = [("hopper", (*c, 2)) for c in HOPPER] + chunks
-    named = [("{} {}x{} warps{} stages{}".format(kind, *c), kind, c) for kind, c in chunks]
-    found = [Tactic(name, (shape.write(), shape.chunk(kind, *c, skip_decode=False))) for name, kind, c in named]
+    chunks = [c for c in (SMALL_CHUNK if small else CHUNK) if shape.fits(max(c[0], shape.bg), *c[1:])]
+    named = [("chunk {}x{} warps{} stages{}".format(*c), c) for c in chunks]
+    found = [Tactic(name, (shape.write(), shape.chunk(*c, skip_decode=False))) for name, c in named]
     d = decodes[0]
     launch, workspace, zeros = shape.decode(*d, shape.programs(d[0])[0], own=False)
-    for name, kind, c in named[: APART + len(HOPPER)]:
-        launches = (shape.write(), shape.chunk(kind, *c, skip_decode=True), launch)
+    for name, c in named[:APART]:
+        launches = (shape.write(), shape.chunk(*c, skip_decode=True), launch)
         found.append(Tactic(f"{name}, decode {d[0]}", launches, workspace, zeros))
     return found
 
@@ -222,13 +217,7 @@ class _Shape:
         kernel = self.kernel("write:write_kernel", names, constants, 4, 1)
         return Launch(kernel, (self.tokens, 1, 1), self.inputs(KEY, VALUE, SLOTS, K_PAGES, V_PAGES))
 
-    @property
-    def hopper(self) -> bool:
-        """Whether `hopper.py` can attend."""
-        several = self.itemsize == 2 and self.d == self.dv and self.d in HOPPER_DIMS and self.bg <= 16
-        return several and self.site.device.capability == 90
-
-    def chunk(self, kind: str, rows: int, bn: int, warps: int, stages: int, *, skip_decode: bool) -> Launch:
+    def chunk(self, rows: int, bn: int, warps: int, stages: int, *, skip_decode: bool) -> Launch:
         tokens = max(1, rows // self.bg)
         if tokens * self.bg < 16:
             tokens = 16 // self.bg
@@ -238,7 +227,7 @@ class _Shape:
         }  # fmt: skip
         names = ("query", "query_start", "kv_len", "pages", "k_pages", "v_pages", "sinks", "y")
         arguments = (*self.inputs(QUERY, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS), Operand("output", 0))
-        kernel = self.kernel(f"{kind}:{kind}_kernel", names, constants, warps, stages)
+        kernel = self.kernel("chunk:chunk_kernel", names, constants, warps, stages)
         return Launch(kernel, (self.kv_heads, self.tokens // tokens + self.sequences, 1), arguments)
 
     def programs(self, bn: int) -> list[int]:
