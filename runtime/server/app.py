@@ -25,10 +25,11 @@ from starlette.middleware.cors import CORSMiddleware
 from ...engines.errors import EngineError, RequestError
 from . import chat, completions
 from .answers import Answer, ChatChoice, ChunkChoice, Detokenized, ModelCard, ModelList, TextChoice, Tokens
+from .body import Body, parse
 from .config import ServerConfig
 from .errors import HANDLED, ErrorBody, Refused, respond
 from .generation import Generator, off_loop
-from .protocol import Body, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
+from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .security import Access, Envelope, read_body
 from .sse import EventStream, unless_gone
 

@@ -32,8 +32,9 @@ from .answers import (
     Usage,
 )  # fmt: skip
 from .errors import ApiError
+from .formats import Tool
 from .generation import Collected, Counted, Encoded, Generator, Job, off_loop, reason_of
-from .protocol import ChatRequest, Message, Tool
+from .protocol import ChatRequest, Message
 from .reasoning import CLOSE, OPEN, Piece, ReasoningReader
 from .tools import MARKERS, Call, CallList, ToolReader
 

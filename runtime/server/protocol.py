@@ -1,89 +1,30 @@
 """What clients may send: the bodies of the API, OpenAI's fields and vLLM's, checked before anything else happens.
 
-Values are taken as they are (`strict`: "5" is no number), ranges are left to `SamplingParams`, which has the sentences.
-Invariant: a field is honoured, or refused by name; only those in `_Bookkeeping` are accepted and have no effect, as
-they describe the caller and not the answer.
+Ranges are left to `SamplingParams`, which has the sentences. Invariant: a field is honoured, or refused by name; only
+those in `_Bookkeeping` are accepted and have no effect, as they describe the caller and not the answer.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import fields
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from ..request import SamplingParams
+from .body import MAX_STOP_LENGTH, MAX_STOP_STRINGS, SHOWN, Fields
 from .errors import ApiError
+from .formats import ResponseFormat, Tool, calls_schema
 
-MAX_STOP_STRINGS = 64  # every token's text is compared with each
-MAX_STOP_LENGTH = 1024  # characters
 MAX_TOOLS = 128  # OpenAI's limit
-_SHOWN = 60  # characters of a wrong value that are repeated to the client
 
 _STRICT = "needs tool_choice 'required' or a named function: other answers are not bound to a schema"
-_GUIDED = "is vLLM's former name; use structured_outputs"
-REFUSED: dict[str, str] = {
-    "suffix": "is not supported: the model completes at the end only; leave it out",
-    "best_of": "is not supported; use n",
-    "use_beam_search": "is not supported; use n with temperature",
-    "logits_processors": "is not supported: no code of a client is run",
-    "chat_template": "is not accepted from clients: the engine's own template is used",
-    "truncate_prompt_tokens": "is not supported; send a shorter prompt",
-    "bad_words": "is not supported; use logit_bias",
-    "allowed_token_ids": "is not supported; use logit_bias",
-    "functions": "is OpenAI's former name of tools; use tools",
-    "function_call": "is OpenAI's former name of tool_choice; use tool_choice",
-    "audio": "is not supported: the model writes text",
-    "prediction": "is not supported; leave it out",
-    "verbosity": "is not supported; leave it out",
-    "web_search_options": "is not supported; leave it out",
-    "continue_final_message": "is not supported; use /v1/completions to continue a text",
-    "documents": "is not supported; put them into a message, or into chat_template_kwargs",
-    **dict.fromkeys(
-        ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend",
-         "guided_whitespace_pattern"), _GUIDED,
-    ),
-}  # fmt: skip
-
-# fields of several forms, where pydantic has a sentence for each of them
-_FORMS = {
-    "prompt": "it must be a string, a list of strings, a list of token ids or a list of such lists",
-    "stop": f"it must be a string of 1 to {MAX_STOP_LENGTH} characters or a list of at most {MAX_STOP_STRINGS} such",
-    "tool_choice": "it must be 'none', 'auto', 'required' or an object that names a function",
-}
-
-Body = TypeVar("Body", bound="_Body")
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
 TokenKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _names(cls, data: Any) -> Any:
-        """Fields that are refused by name, and unknown ones; null is the same as leaving a field out."""
-        if not isinstance(data, dict):
-            return data
-        known = [field.alias or name for name, field in cls.model_fields.items()]
-        unknown = [name for name in data if name not in known]
-        for name in unknown:
-            if name in REFUSED:
-                if data[name] is not None:
-                    raise ApiError(400, f"{name} {REFUSED[name]}.", name, "unsupported_parameter")
-            else:
-                near = difflib.get_close_matches(name[:_SHOWN], known, n=1)
-                hint = f"did you mean {near[0]}?" if near else "leave it out."
-                raise ApiError(400, f"{name[:_SHOWN]} is not a field of this request; {hint}", name[:_SHOWN],
-                               "unknown_parameter")  # fmt: skip
-        return {name: value for name, value in data.items() if name not in unknown}
-
-
-class StreamOptions(_Body):
+class StreamOptions(Fields):
     """What a stream holds besides the text. `continuous_usage_stats`: usage in every chunk (vLLM's)."""
 
     include_usage: bool | None = None
@@ -91,42 +32,7 @@ class StreamOptions(_Body):
     include_obfuscation: Literal[False] | None = None  # padding against eavesdroppers is not made
 
 
-class JsonSchema(_Body):
-    """A schema and its name. What the schema says is always kept, `strict` or not."""
-
-    model_config = ConfigDict(protected_namespaces=())
-
-    name: Name
-    description: str | None = None
-    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(_Body):
-    """What the answer is: any text, any JSON object, or JSON of a schema."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def _together(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            sentence = (
-                f"response_format is of type {self.type}; json_schema belongs to the type json_schema, and only to it."
-            )
-            raise ApiError(400, sentence, "response_format")
-        return self
-
-    @property
-    def structured_outputs(self) -> dict[str, Any] | None:
-        """As `SamplingParams` takes it; None: any text."""
-        if self.json_schema is None:
-            return {"json_object": True} if self.type == "json_object" else None
-        schema = self.json_schema.schema_
-        return {"json": json.dumps({} if schema is None else schema)}
-
-
-class _Bookkeeping(_Body):
+class _Bookkeeping(Fields):
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -225,23 +131,7 @@ class Message(BaseModel):
     tool_call_id: str | None = None
 
 
-class Function(_Body):
-    """What a tool is called, and the JSON schema of its arguments."""
-
-    name: Name
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(_Body):
-    """A function that the model may ask for."""
-
-    type: Literal["function"]
-    function: Function
-
-
-class _Templated(_Body):
+class _Templated(Fields):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -293,29 +183,18 @@ class ChatRequest(_Generation, _Templated):
         name = function.get("name") if isinstance(function, dict) else None
         found = [tool for tool in self.tools or () if tool.function.name == name]
         if self.tool_choice.get("type") != "function" or not found:
-            raise ApiError(400, f"tool_choice is {str(self.tool_choice)[:_SHOWN]}; it must name one of the tools.",
+            raise ApiError(400, f"tool_choice is {str(self.tool_choice)[:SHOWN]}; it must name one of the tools.",
                            "tool_choice")  # fmt: skip
         return found
 
     def sampling(self) -> dict[str, Any]:
         options = super().sampling()
         if self.forced_tools:
-            options["structured_outputs"] = {"json": json.dumps(self._calls())}
+            one = isinstance(self.tool_choice, dict) or self.parallel_tool_calls is False
+            options["structured_outputs"] = {"json": json.dumps(calls_schema(self.forced_tools, one))}
         if self.max_completion_tokens is not None:
             options["max_tokens"] = self.max_completion_tokens
         return options
-
-    def _calls(self) -> dict[str, Any]:
-        """The schema of an answer that is nothing but calls: a list of names and arguments."""
-        calls = [
-            {"type": "object", "additionalProperties": False, "required": ["name", "arguments"], "properties": {
-                "name": {"const": tool.function.name},
-                "arguments": tool.function.parameters or {"type": "object", "additionalProperties": False},
-            }}
-            for tool in self.forced_tools
-        ]  # fmt: skip
-        one = isinstance(self.tool_choice, dict) or self.parallel_tool_calls is False
-        return {"type": "array", "minItems": 1, "items": {"anyOf": calls}} | ({"maxItems": 1} if one else {})
 
 
 class TokenizeRequest(_Templated):
@@ -334,55 +213,8 @@ class TokenizeRequest(_Templated):
         return self
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(Fields):
     """POST /detokenize."""
 
     model: str | None = None
     tokens: list[int]
-
-
-def parse(kind: type[Body], body: bytes) -> Body:
-    """The request in a JSON body. Raises ApiError with one sentence that names the field."""
-    try:
-        return kind.model_validate_json(body)
-    except ValidationError as error:
-        raise _sentence(error) from None
-
-
-def _sentence(error: ValidationError) -> ApiError:
-    """Of all that is wrong, the first."""
-    found = error.errors(include_url=False)
-    first = found[0]
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"The body is not valid JSON: {first['ctx']['error']}.", code="invalid_json")
-    if not first["loc"]:
-        return ApiError(400, "The body must be a JSON object.", code="invalid_json")
-    field = str(first["loc"][0])
-    path = field if field in _FORMS else _path(first["loc"])
-    if first["type"] == "missing":
-        return ApiError(400, f"{path} is missing; the request needs it.", path)
-    value = first["input"]
-    match value:
-        case None:
-            shown = "null"
-        case dict():
-            shown = "an object"
-        case list() | tuple():
-            shown = "a list"
-        case _:
-            shown = repr(value)[:_SHOWN]
-    if field in _FORMS:
-        verb = "is" if len(first["loc"]) <= 2 else "holds"
-        return ApiError(400, f"{path} {verb} {shown}; {_FORMS[field]}.", path)
-    return ApiError(400, f"{path} is {shown}; {first['msg'].replace('Input should', 'it should', 1)}.", path)
-
-
-def _path(location: tuple[int | str, ...]) -> str:
-    """`messages[0].role`; pydantic's names of union members are left out."""
-    path = str(location[0])
-    for part in location[1:]:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif part.isidentifier() and part not in ("str", "int", "float", "bool"):
-            path += f".{part}"
-    return path

@@ -9,7 +9,8 @@ from api_server import CHAT, COMPLETE, CONVERSE, Room, Scripted, api, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ingot.engines.errors import EngineError
-from ingot.runtime.server.protocol import REFUSED, ChatRequest, CompletionRequest
+from ingot.runtime.server.body import REFUSED
+from ingot.runtime.server.protocol import ChatRequest, CompletionRequest
 from ingot.runtime.server.security import MAX_JSON_DEPTH, check_depth
 from starlette.testclient import TestClient
 

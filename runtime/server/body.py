@@ -1,0 +1,123 @@
+"""How bodies are read: values as they are (`strict`: "5" is no number), and one sentence that names what is wrong.
+
+Fields that are known and not supported are refused with the reason, unknown ones with the nearest name. Invariant:
+null is the same as leaving a field out.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from .errors import ApiError
+
+MAX_STOP_STRINGS = 64  # every token's text is compared with each
+MAX_STOP_LENGTH = 1024  # characters
+SHOWN = 60  # characters of a wrong value that are repeated to the client
+
+_GUIDED = "is vLLM's former name; use structured_outputs"
+REFUSED: dict[str, str] = {
+    "suffix": "is not supported: the model completes at the end only; leave it out",
+    "best_of": "is not supported; use n",
+    "use_beam_search": "is not supported; use n with temperature",
+    "logits_processors": "is not supported: no code of a client is run",
+    "chat_template": "is not accepted from clients: the engine's own template is used",
+    "truncate_prompt_tokens": "is not supported; send a shorter prompt",
+    "bad_words": "is not supported; use logit_bias",
+    "allowed_token_ids": "is not supported; use logit_bias",
+    "functions": "is OpenAI's former name of tools; use tools",
+    "function_call": "is OpenAI's former name of tool_choice; use tool_choice",
+    "audio": "is not supported: the model writes text",
+    "prediction": "is not supported; leave it out",
+    "verbosity": "is not supported; leave it out",
+    "web_search_options": "is not supported; leave it out",
+    "continue_final_message": "is not supported; use /v1/completions to continue a text",
+    "documents": "is not supported; put them into a message, or into chat_template_kwargs",
+    **dict.fromkeys(
+        ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend",
+         "guided_whitespace_pattern"), _GUIDED,
+    ),
+}  # fmt: skip
+
+# fields of several forms, where pydantic has a sentence for each of them
+_FORMS = {
+    "prompt": "it must be a string, a list of strings, a list of token ids or a list of such lists",
+    "stop": f"it must be a string of 1 to {MAX_STOP_LENGTH} characters or a list of at most {MAX_STOP_STRINGS} such",
+    "tool_choice": "it must be 'none', 'auto', 'required' or an object that names a function",
+}
+
+Body = TypeVar("Body", bound="Fields")
+
+
+class Fields(BaseModel):
+    """A JSON object of known fields."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names(cls, data: Any) -> Any:
+        """Fields that are refused by name, and unknown ones; null is the same as leaving a field out."""
+        if not isinstance(data, dict):
+            return data
+        known = [field.alias or name for name, field in cls.model_fields.items()]
+        unknown = [name for name in data if name not in known]
+        for name in unknown:
+            if name in REFUSED:
+                if data[name] is not None:
+                    raise ApiError(400, f"{name} {REFUSED[name]}.", name, "unsupported_parameter")
+            else:
+                near = difflib.get_close_matches(name[:SHOWN], known, n=1)
+                hint = f"did you mean {near[0]}?" if near else "leave it out."
+                raise ApiError(400, f"{name[:SHOWN]} is not a field of this request; {hint}", name[:SHOWN],
+                               "unknown_parameter")  # fmt: skip
+        return {name: value for name, value in data.items() if name not in unknown}
+
+
+def parse(kind: type[Body], body: bytes) -> Body:
+    """The request in a JSON body. Raises ApiError with one sentence that names the field."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _sentence(error) from None
+
+
+def _sentence(error: ValidationError) -> ApiError:
+    """Of all that is wrong, the first."""
+    found = error.errors(include_url=False)
+    first = found[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"The body is not valid JSON: {first['ctx']['error']}.", code="invalid_json")
+    if not first["loc"]:
+        return ApiError(400, "The body must be a JSON object.", code="invalid_json")
+    field = str(first["loc"][0])
+    path = field if field in _FORMS else _path(first["loc"])
+    if first["type"] == "missing":
+        return ApiError(400, f"{path} is missing; the request needs it.", path)
+    value = first["input"]
+    match value:
+        case None:
+            shown = "null"
+        case dict():
+            shown = "an object"
+        case list() | tuple():
+            shown = "a list"
+        case _:
+            shown = repr(value)[:SHOWN]
+    if field in _FORMS:
+        verb = "is" if len(first["loc"]) <= 2 else "holds"
+        return ApiError(400, f"{path} {verb} {shown}; {_FORMS[field]}.", path)
+    return ApiError(400, f"{path} is {shown}; {first['msg'].replace('Input should', 'it should', 1)}.", path)
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """`messages[0].role`; pydantic's names of union members are left out."""
+    path = str(location[0])
+    for part in location[1:]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part.isidentifier() and part not in ("str", "int", "float", "bool"):
+            path += f".{part}"
+    return path
