@@ -7,6 +7,7 @@ tokens count as waiting until its first token is there. Invariant: everything ad
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,8 +15,10 @@ from dataclasses import dataclass
 
 from ...engines.errors import RequestError
 from .errors import Refused
+from .logs import fields
 
 LONGEST_RETRY = 60  # seconds
+log = logging.getLogger("ingot.server")
 
 
 @dataclass
@@ -89,8 +92,13 @@ class Admission:
     async def drain(self, timeout: float) -> bool:
         """Admits nobody from now on; True when all open requests have ended within `timeout` seconds."""
         self.accepting = False
+        began, num_open = time.monotonic(), self.sequences_open
+        log.info("draining for at most %g s", timeout, extra=fields("draining", open=num_open))
         try:
             await asyncio.wait_for(self._empty.wait(), timeout)
-            return True
         except TimeoutError:
+            what = fields("drain_timeout", open=self.sequences_open)
+            log.warning("not drained after %g s: what is still open is aborted", timeout, extra=what)
             return False
+        log.info("drained", extra=fields("drained", seconds=round(time.monotonic() - began, 3), ended=num_open))
+        return True

@@ -32,6 +32,8 @@ from .generation import Generator, off_loop
 from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .security import Access, Envelope, read_body
 from .sse import EventStream, unless_gone
+from .telemetry import add_telemetry
+from .tracing import open_tracing
 
 VERSION = version_of("ingot")
 PAGE = Path(__file__).with_name("page")
@@ -64,7 +66,8 @@ def create_app(llm: Any, config: ServerConfig, admission: Any, metrics: Any) -> 
             allow_headers=("Authorization", "Content-Type", "X-Request-Id"),
             expose_headers=("X-Request-Id", "Retry-After"),
         )  # fmt: skip
-    app.add_middleware(Envelope)  # added last: the outermost
+    app.add_middleware(Envelope)
+    add_telemetry(app, open_tracing(config.otlp_endpoint))  # added last: the outermost
     app.openapi = _described(app, app.openapi)  # type: ignore[method-assign]
     return app
 

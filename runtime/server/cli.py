@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .logs import LogFormat, LogLevel
+from .logs import set_up as set_up_log
+
 Engine = Annotated[Path, typer.Argument(metavar="DIR", help="An engine directory.", show_default=False)]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="As --log-level info: what happens, too.")]
+Level = Annotated[LogLevel, typer.Option(help="info: a line for each request, too.")]
+Form = Annotated[LogFormat, typer.Option(help="json: an object a line.")]
+Collector = Annotated[
+    str | None,
+    typer.Option(help="Send OpenTelemetry spans there, as http://localhost:4318; needs ingot[otel].", metavar="URL"),
+]
 
 
-def set_up(what: str, verbose: bool) -> None:
+def set_up(what: str, level: LogLevel, form: LogFormat) -> None:
     """What the commands of the server begin with: logging, and a sentence where its packages are missing."""
     try:
         import fastapi  # noqa: F401  the extra is one: if this is there, so is the rest
     except ImportError:
         raise typer.BadParameter(f"{what} needs FastAPI; install it with `pip install 'ingot[serve]'`.") from None
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
+    set_up_log(level, form)
 
 
 def serve(
@@ -48,13 +55,15 @@ def serve(
     queue_timeout: Annotated[float | None, typer.Option(help="Seconds until its first token.")] = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that open requests have after SIGTERM.")] = 30.0,
     watchdog: Annotated[float, typer.Option(help="Seconds without a step after which the engine is replaced.")] = 60.0,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Log what happens, not only what goes wrong.")
-    ] = False,
+    log_level: Level = LogLevel.warning,
+    log_format: Form = LogFormat.text,
+    verbose: Verbose = False,
+    otlp_endpoint: Collector = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Serve an engine with OpenAI's API until SIGTERM or Ctrl-C, which let open requests end."""
-    set_up("serving", verbose)
+    log_level = LogLevel.info if verbose else log_level
+    set_up("serving", log_level, log_format)
     from .config import ServerConfig
     from .main import serve as run
     from .router.main import serve_replicas
@@ -63,6 +72,7 @@ def serve(
         engine=engine, host=host, port=port, served_model_name=served_model_name, api_keys=tuple(api_key or ()),
         allowed_origins=tuple(allow_origin or ()), max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens,
         request_timeout=request_timeout, queue_timeout=queue_timeout, drain_timeout=drain_timeout, watchdog=watchdog,
+        otlp_endpoint=otlp_endpoint, log_level=log_level, log_format=log_format,
     )  # fmt: skip
     options: dict[str, Any] = {
         "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens, "max_model_len": max_model_len,

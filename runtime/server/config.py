@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...engines.errors import EngineError
+from .tracing import wanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,8 @@ class ServerConfig:
     `Authorization: Bearer KEY`; none: everybody is. max_waiting, max_waiting_tokens: requests and prompt tokens that
     may wait for a place in the batch; past them clients get 429. request_timeout: from arrival to the last token;
     queue_timeout: to the first. drain_timeout: how long open requests may go on after SIGTERM. watchdog: a step that
-    takes longer means that the engine hangs.
+    takes longer means that the engine hangs. otlp_endpoint: base URL of the collector that gets a span per request;
+    log_level and log_format: those of logs.py, which whoever starts a process sets up.
     """
 
     engine: Path
@@ -33,6 +35,9 @@ class ServerConfig:
     queue_timeout: float | None = None
     drain_timeout: float = 30.0
     watchdog: float = 60.0
+    otlp_endpoint: str | None = None
+    log_level: str = "warning"
+    log_format: str = "text"
 
     def __post_init__(self) -> None:
         for name in ("max_waiting", "max_waiting_tokens", "max_body_bytes", "max_n"):
@@ -46,6 +51,7 @@ class ServerConfig:
             raise EngineError(f"port is {self.port}; it must be 0 to 65535.")
         if self.drain_timeout < 0:
             raise EngineError(f"drain_timeout is {self.drain_timeout:g}; it must be 0 seconds or more.")
+        wanted(self.otlp_endpoint)
 
     @property
     def model_name(self) -> str:

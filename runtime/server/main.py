@@ -7,8 +7,6 @@ SIGTERM or Ctrl-C drains: nobody new is admitted, `/ready` goes red, open reques
 from __future__ import annotations
 
 import asyncio
-import logging
-import signal
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,9 +20,9 @@ from .app import create_app
 from .config import ServerConfig
 from .engine import EngineProcess
 from .metrics import Observed, ServerMetrics
+from .signals import after_signal
 
 BACKLOG = 2048
-log = logging.getLogger("ingot.server")
 
 
 class Server(uvicorn.Server):
@@ -65,17 +63,8 @@ async def serve(config: ServerConfig, options: Mapping[str, Any], print_ready: b
 
 async def _stop(server: Server, engine: EngineProcess, admission: Admission, drain_timeout: float) -> None:
     """Waits for a signal, then for open requests or another signal, then ends the server."""
-    loop, signals = asyncio.get_running_loop(), asyncio.Queue[str]()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signals.put_nowait, number.name)
-    log.info("%s: draining for at most %g s", await signals.get(), drain_timeout)
-    draining = asyncio.create_task(admission.drain(drain_timeout))
-    again = asyncio.create_task(signals.get())
-    await asyncio.wait((draining, again), return_when=asyncio.FIRST_COMPLETED)
-    if not (draining.done() and draining.result()):
-        log.warning("aborting %d sequences that are still open", admission.sequences_open)
+    if not await after_signal(lambda: admission.drain(drain_timeout)):
         await engine.close()
-    again.cancel()
     server.should_exit = True
 
 

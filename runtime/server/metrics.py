@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from ..metrics import Metrics
 from ..request import RequestOutput
+from .telemetry import current
 
 PREFIX = "ingot:"
 FAST = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
@@ -50,7 +51,7 @@ class ServerMetrics(Collector):
     content_type = CONTENT_TYPE_LATEST
 
     def __init__(self, llm: Any, model_name: str):
-        self._llm, self._model = llm, model_name
+        self._llm, self.model = llm, model_name
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -78,24 +79,27 @@ class ServerMetrics(Collector):
         found: Metrics = self._llm.metrics()
         for name, (what, value) in _GAUGES.items():
             gauge = GaugeMetricFamily(PREFIX + name, what, labels=["model_name"])
-            gauge.add_metric([self._model], value(found))
+            gauge.add_metric([self.model], value(found))
             yield gauge
         for name, (what, value) in _COUNTERS.items():
             counter = CounterMetricFamily(PREFIX + name, what, labels=["model_name"])
-            counter.add_metric([self._model], value(found))
+            counter.add_metric([self.model], value(found))
             yield counter
         ended = CounterMetricFamily(PREFIX + "request_success", "Requests that ended.",
                                     labels=["model_name", "finished_reason"])  # fmt: skip
         for reason, count in sorted(found.finished.items()):
-            ended.add_metric([self._model, reason], count)
+            ended.add_metric([self.model, reason], count)
         yield ended
         info = InfoMetricFamily(PREFIX + "build", "What is serving.")
-        info.add_metric([], {"version": version("ingot"), "model_name": self._model})
+        info.add_metric([], {"version": version("ingot"), "model_name": self.model})
         yield info
 
 
 class Observed:
-    """The engine, its answers timed on their way out. Everything but `generate` is the engine's own."""
+    """The engine, its answers timed on their way out, for the metrics and the record of the request that they are for.
+
+    Everything but `generate` is the engine's own.
+    """
 
     def __init__(self, llm: Any, metrics: ServerMetrics):
         self._llm, self._metrics = llm, metrics
@@ -103,11 +107,12 @@ class Observed:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
 
-    async def generate(self, *arguments: Any, **options: Any) -> AsyncIterator[RequestOutput]:
+    async def generate(self, prompt: Any, *arguments: Any, **options: Any) -> AsyncIterator[RequestOutput]:
         """As the engine's; see `AsyncLLM.generate`."""
+        record, output = current.get(), None
         last: float | None = None
         seen = 0
-        answers = self._llm.generate(*arguments, **options)
+        answers = self._llm.generate(prompt, *arguments, **options)
         try:
             async for output in answers:
                 now = time.monotonic()
@@ -125,8 +130,15 @@ class Observed:
                 if output.finished:
                     self._end(output, seen)
                 yield output
+        except Exception as error:
+            if record:
+                record.broke(error)
+            raise
         finally:
             await answers.aclose()
+            if record:
+                ids = prompt["prompt_token_ids"] if isinstance(prompt, dict) else ()
+                record.generated(self._metrics.model, len(ids), seen, output)
 
     def _begin(self, output: RequestOutput) -> None:
         """The first token is there."""

@@ -23,6 +23,7 @@ from typing import Any
 
 from ...engines.errors import EngineError
 from .channel import ChannelError, Close, Failed, Frames, FromEngine, Message, News, Ping, Pong, Ready, frame
+from .logs import fields
 
 MAX_FAILURES = 3
 FAILURE_WINDOW = 60.0  # seconds
@@ -178,6 +179,7 @@ class Supervisor:
     async def start(self) -> Ready:
         """The first start, which is not tried again. Raises EngineError as `Session` does in the engine process."""
         ready = await self._open()
+        _log.info("the engine process was started", extra=fields("engine_started", pid=ready.pid))
         self._task = asyncio.create_task(self._run())
         return ready
 
@@ -210,10 +212,10 @@ class Supervisor:
                     what = await self.child.ended()
                 finally:
                     watch.cancel()
-                self.child = None
+                lost, self.child = self.child, None
                 self._up.clear()
                 self.down = f"The engine process {what}; it is being restarted: send the request again."
-                _log.error(self.down)
+                _log.error(self.down, extra=fields("engine_lost", pid=lost.pid))
                 self._count(failed=not self._proven)
                 self._lost(self.down)
                 await self._restart(what)
@@ -227,16 +229,18 @@ class Supervisor:
             try:
                 ready = await self._open()
                 self.restarts += 1
-                _log.warning("the engine process was started again, its pid is %d", ready.pid)
+                again = fields("engine_restarted", pid=ready.pid, restarts=self.restarts)
+                _log.warning("the engine process was started again", extra=again)
                 return
             except EngineError as error:
                 what = f"was started again and did not open the engine ({error})"
-                _log.error("The engine process %s.", what)
+                _log.error("The engine process %s.", what, extra=fields("engine_not_started"))
                 self._count(failed=True)
         self._give_up(
             f"The engine process {what}; it failed {MAX_FAILURES} times in a row and is not started again: "
             "mend the cause and restart the server."
         )
+        _log.error(self.down, extra=fields("engine_given_up"))
 
     def _count(self, failed: bool) -> None:
         if failed:
@@ -292,6 +296,11 @@ class Supervisor:
             self._silent += passed
             self._stalled += passed if self._working else 0.0
             if self._silent > self._watchdog:
-                child.kill(f"did not answer for {self._watchdog:g} s and was killed")
-            elif self._stalled > self._watchdog:
-                child.kill(f"committed no step for {self._watchdog:g} s and was killed")
+                return self._hangs(child, "did not answer")
+            if self._stalled > self._watchdog:
+                return self._hangs(child, "committed no step")
+
+    def _hangs(self, child: Child, what: str) -> None:
+        what = f"{what} for {self._watchdog:g} s and was killed"
+        _log.error("The engine process %s.", what, extra=fields("engine_hung", pid=child.pid))
+        child.kill(what)

@@ -110,3 +110,27 @@ def test_what_cannot_be_served_is_one_sentence(engine, tmp_path):
             done = run(*arguments)
             assert done.returncode == code and words in done.stderr, done
             assert done.stdout == "" and "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_the_log_has_a_line_for_each_event_and_request(engine):
+    with serving(engine, "--log-format", "json", "--log-level", "info") as (process, url):
+        headers = {"X-Request-Id": "one"}
+        body = COMPLETION | {"max_tokens": 5}
+        assert httpx2.post(f"{url}/v1/completions", json=body, headers=headers, timeout=30).status_code == 200
+        httpx2.get(f"{url}/health")
+        (child,) = children(process.pid)
+        os.kill(child, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while httpx2.get(f"{url}/ready").status_code == 200 or children(process.pid) in ([], [child]):
+            assert time.monotonic() < deadline
+        assert httpx2.post(f"{url}/v1/completions", json=body, timeout=30).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        lines = [json.loads(line) for line in process.stderr.read().splitlines()]
+    requests = [line for line in lines if "completions" in str(line)]
+    assert [line["event"] for line in requests] == ["request"] * 2, requests  # and uvicorn does not say them again
+    assert requests[0]["request_id"] == "one" and requests[0]["output_tokens"] == 5
+    told = [line["event"] for line in lines if "event" in line]
+    assert told == ["engine_started", "request", "engine_lost", "engine_restarted", "request", "stopping", "draining",
+                    "drained"]  # fmt: skip
+    assert next(line["pid"] for line in lines if line.get("event") == "engine_started") == child

@@ -15,6 +15,8 @@ from starlette.routing import Mount, Route
 from ..admission import Admission
 from ..errors import HANDLED, Refused, respond
 from ..security import Envelope
+from ..telemetry import add_telemetry
+from ..tracing import open_tracing
 from .backends import Backend, Fleet
 from .checks import Checks
 from .config import RouterConfig
@@ -41,6 +43,7 @@ class Router:
         ]
         app = Starlette(routes=routes, exception_handlers=dict.fromkeys(HANDLED, respond))
         app.add_middleware(Envelope)
+        add_telemetry(app, open_tracing(config.otlp_endpoint))
         self.app = app
 
     def abort(self) -> None:

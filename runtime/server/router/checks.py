@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Mapping
 
+from ..logs import fields
 from .backends import Backend
 from .config import RouterConfig
 from .upstream import Broken, Unreachable, Upstream
@@ -66,7 +67,8 @@ class Checks:
                     backend.lose()
             if backend.ready != was_ready:
                 was_ready = backend.ready
-                log.info("%s is %s", backend.url, "ready" if was_ready else f"not ready ({status or 'no answer'})")
+                what = fields("backend_ready" if was_ready else "backend_lost", backend=backend.url)
+                log.info("it is %s", "ready" if was_ready else f"not ready ({status or 'no answer'})", extra=what)
             silent_since = None if status is not None else silent_since or began
             backend.silent = silent_since is not None and time.monotonic() - silent_since > self._config.silence
             if backend.silent:

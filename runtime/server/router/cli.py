@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..cli import set_up
+from ..cli import Collector, Form, Level, Verbose, set_up
+from ..logs import LogFormat, LogLevel
 
 Addresses = Annotated[
     list[str], typer.Argument(metavar="ADDRESS...", help="Servers, as host:port or URLs.", show_default=False)
@@ -28,19 +29,20 @@ def route(
     check_interval: Annotated[float, typer.Option(help="Seconds between two looks at a server's /ready.")] = 0.5,
     check_timeout: Annotated[float, typer.Option(help="Seconds that a look may take.")] = 5.0,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that open requests have after SIGTERM.")] = 30.0,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Log what happens, not only what goes wrong.")
-    ] = False,
+    log_level: Level = LogLevel.warning,
+    log_format: Form = LogFormat.text,
+    verbose: Verbose = False,
+    otlp_endpoint: Collector = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Spread requests over servers: least work first, then whoever holds the prefix."""
-    set_up("routing", verbose)
+    set_up("routing", LogLevel.info if verbose else log_level, log_format)
     from .config import RouterConfig, url_of
     from .main import route as run
 
     config = RouterConfig(
         backends=tuple(url_of(address) for address in addresses), host=host, port=port, max_open=max_open,
         margin=margin, follow_load=follow_load, check_interval=check_interval, check_timeout=check_timeout,
-        drain_timeout=drain_timeout,
+        drain_timeout=drain_timeout, otlp_endpoint=otlp_endpoint,
     )  # fmt: skip
     asyncio.run(run(config))

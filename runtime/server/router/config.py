@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from ....engines.errors import EngineError
+from ..tracing import wanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,7 @@ class RouterConfig:
     sequences a server may be busier than the idlest and still be chosen for a prefix that it holds. check_interval:
     between two looks at `/ready`; check_timeout: how long one may take. silence: after that long without an answer to
     any look, what is open there is given up. follow_load: also count what others have sent there, as `/metrics` of the
-    servers tells. drain_timeout: how long open requests may go on after SIGTERM.
+    servers tells. drain_timeout: how long open requests may go on after SIGTERM. otlp_endpoint: as `ServerConfig` has.
     """
 
     backends: tuple[str, ...]
@@ -31,6 +32,7 @@ class RouterConfig:
     silence: float = 10.0
     follow_load: bool = False
     drain_timeout: float = 30.0
+    otlp_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         if not self.backends:
@@ -50,6 +52,7 @@ class RouterConfig:
                 raise EngineError(f"{name} is {getattr(self, name):g}; it must be 0 or more.")
         if not 0 <= self.port <= 65535:
             raise EngineError(f"port is {self.port}; it must be 0 to 65535.")
+        wanted(self.otlp_endpoint)
 
 
 def url_of(address: str) -> str:

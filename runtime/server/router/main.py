@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import socket
@@ -20,12 +19,12 @@ import uvicorn
 from ....engines.errors import EngineError
 from ..config import ServerConfig
 from ..main import Server, address_of
+from ..signals import after_signal
 from .app import Router
 from .config import RouterConfig
 from .replicas import Replicas, devices_of
 
 GRACE = 5  # seconds that clients have to take the end of an answer that was aborted
-log = logging.getLogger("ingot.router")
 
 
 async def route(config: RouterConfig, print_ready: bool = True) -> None:
@@ -55,6 +54,7 @@ async def serve_replicas(
             RouterConfig(
                 backends=tuple(each.url for each in replicas.each), host=config.host, port=config.port,
                 max_body_bytes=config.max_body_bytes, drain_timeout=config.drain_timeout,
+                otlp_endpoint=config.otlp_endpoint,
             )
         )  # fmt: skip
 
@@ -110,15 +110,9 @@ async def _stop(
     router: Router, drain_timeout: float, replicas: Replicas | None, keeping: Sequence[asyncio.Future[Any]]
 ) -> None:
     """Waits for a signal, then for open requests, then for the replicas; a second signal ends all waiting."""
-    loop, signals = asyncio.get_running_loop(), asyncio.Queue[str]()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signals.put_nowait, number.name)
-    log.info("%s: draining for at most %g s", await signals.get(), drain_timeout)
-    again = asyncio.ensure_future(signals.get())
 
     async def in_order() -> None:
         if not await router.admission.drain(drain_timeout):
-            log.warning("aborting %d requests that are still open", router.admission.sequences_open)
             router.abort()
         for task in keeping:  # those that end now are not to be started again
             task.cancel()
@@ -127,10 +121,7 @@ async def _stop(
             with contextlib.suppress(TimeoutError):  # one that hangs is killed after that
                 await asyncio.wait_for(replicas.ended(), drain_timeout + GRACE)
 
-    ending = asyncio.ensure_future(in_order())
-    await asyncio.wait([ending, again], return_when=asyncio.FIRST_COMPLETED)
-    for each in (ending, again):
-        each.cancel()
+    await after_signal(in_order)
 
 
 def _listen(host: str, port: int) -> socket.socket:

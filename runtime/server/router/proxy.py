@@ -18,7 +18,9 @@ from starlette.types import Receive, Scope, Send
 
 from ..admission import Admission
 from ..errors import ApiError, Gone, Refused, describe
+from ..logs import fields
 from ..sse import event, unless_gone
+from ..telemetry import current
 from .backends import Backend, Fleet
 from .checks import Checks
 from .headers import answer_headers, request_headers, seconds_of
@@ -117,6 +119,8 @@ class Proxy:
             if last is not None:
                 last.counts.retries += 1
             last = backend
+            if record := current.get():
+                record.backend = backend.url
             try:
                 answer = await self._attempt(backend, asked, send)
             except Broken as error:
@@ -215,7 +219,7 @@ class Proxy:
 
     def _failed(self, backend: Backend, error: Exception) -> None:
         what = "cannot be reached" if isinstance(error, Unreachable) else "broke a connection"
-        log.warning("%s %s: %s", backend.url, what, error)
+        log.warning("it %s: %s", what, error, extra=fields("backend_failed", backend=backend.url))
         backend.counts.errors += 1
         self._checks.doubt(backend)
 

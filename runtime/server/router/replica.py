@@ -8,7 +8,6 @@ server as SIGTERM does.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 import sys
@@ -20,16 +19,16 @@ import msgspec
 
 from ....engines.errors import EngineError
 from ..config import ServerConfig
+from ..logs import set_up
 
 FAILED = 3  # exit code of an engine that cannot be served, as the command line's
 
 
 class Setting(msgspec.Struct):
-    """What a replica is told. options: of the engine, as `LLM` takes them; level: of its log."""
+    """What a replica is told. options: of the engine, as `LLM` takes them; name: what it is called in the log."""
 
     config: ServerConfig
     options: dict[str, Any]
-    level: int
     name: str
 
     def encode(self) -> bytes:
@@ -51,7 +50,7 @@ def _stop_with_router() -> None:
 def main() -> int:
     """Serve until told to stop. Returns the exit code."""
     setting = Setting.decode(sys.stdin.buffer.readline())
-    logging.basicConfig(level=setting.level, format=f"%(asctime)s %(levelname)s {setting.name} %(name)s %(message)s")
+    set_up(setting.config.log_level, setting.config.log_format, setting.name)
     from ..main import serve
 
     threading.Thread(target=_stop_with_router, name="ingot-router-gone", daemon=True).start()

@@ -20,6 +20,7 @@ from typing import Any
 
 from ....engines.errors import EngineError
 from ..config import ServerConfig
+from ..logs import fields
 from .backends import Backend
 from .replica import Setting
 
@@ -45,8 +46,7 @@ class Replica:
         self._reserved.bind((LOOPBACK, 0))
         port = self._reserved.getsockname()[1]
         self.url = f"http://{LOOPBACK}:{port}"
-        level = logging.getLogger().getEffectiveLevel()
-        self._setting = Setting(replace(config, host=LOOPBACK, port=port), dict(options), level, self.name)
+        self._setting = Setting(replace(config, host=LOOPBACK, port=port), dict(options), self.name)
         self._environment = {**os.environ, **environment}
         self.process: asyncio.subprocess.Process | None = None
         self.num_starts = 0
@@ -63,7 +63,7 @@ class Replica:
             while not ended.done():
                 serves |= backend.ready
                 if serves and backend.silent:
-                    log.error("%s hangs and is killed", self.name)
+                    log.error("%s hangs and is killed", self.name, extra=fields("replica_hung", replica=self.name))
                     self.signal(signal.SIGKILL)
                 await asyncio.wait([ended], timeout=0.1)
             code = ended.result()
@@ -73,7 +73,8 @@ class Replica:
                 raise EngineError(f"{self.name.capitalize()} {what} before it served; its own words are above.")
             backend.lose()
             delay = FIRST_DELAY if time.monotonic() - began > STEADY else delay
-            log.error("%s %s; it is started again in %g s", self.name, what, delay)
+            lost = fields("replica_lost", replica=self.name)
+            log.error("%s %s; it is started again in %g s", self.name, what, delay, extra=lost)
             await asyncio.sleep(delay)
             delay = min(LONGEST_DELAY, 2 * delay)
 
@@ -90,7 +91,8 @@ class Replica:
         self.process.stdin.write(self._setting.encode())
         with contextlib.suppress(ConnectionError):  # it is dead already: `run` will see
             await self.process.stdin.drain()
-        log.info("%s is process %d at %s", self.name, self.process.pid, self.url)
+        started = fields("replica_started", replica=self.name, pid=self.process.pid, backend=self.url)
+        log.info("%s is process %d at %s", self.name, self.process.pid, self.url, extra=started)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal if it lives."""
