@@ -41,6 +41,7 @@ class Stub:
     def __init__(self, script=None):
         self.script = script or (lambda stub, asked, writer: say(writer, answer(200, self.url.encode())))
         self.ready, self.metrics, self.asked, self.closed = 200, b"", [], 0
+        self.metrics_after = 0.0  # seconds
         self._server, self._writers = None, set()
         self.port = 0
 
@@ -71,6 +72,7 @@ class Stub:
                 if target == "/ready":
                     await say(writer, answer(self.ready))
                 elif target == "/metrics":
+                    await asyncio.sleep(self.metrics_after)
                     await say(writer, answer(200, self.metrics))
                 else:
                     self.asked.append((method, target, headers, body))

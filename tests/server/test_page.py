@@ -78,7 +78,6 @@ test("events come out the same however the stream is cut; errors are sentences",
   for (const text of ['{"error": {"message": "No."}}', '{"detail": "No."}', "No."]) same(sentence(text, 9), "No.");
   for (const text of ['{"detail": [{}]}', "<html>Bad</html>", ""]) same(sentence(text, 9), "The server answered 9.");
 });
-
 const token = (text, bytes) => ({ token: text, bytes, logprob: -1 });
 function align(...pushes) {
   const pieces = [];
@@ -126,6 +125,8 @@ i:t_total{e="0"} ${tokens}\ni:t_total{e="1"} 1\nd_bucket{le="0.5"} ${num}\nd_buc
   same([history.ratio("d_bucket", "t_total", 5), history.ratio("t_total", "none", 5)], [0.2, null]);
   const rates = [at(6, 4, 0), history.rate("t_total", 3), at(7, 6, 0), history.rate("t_total", 3)];
   same([...rates, history.quantiles(["d"], [0.5], 3)], [undefined, null, undefined, 2, [null]]);
+  const others = ["a", "a", "b"].map((r) => history.add(snapshot(parse(`t_total{replica="${r}"} 9`), 8)));
+  same([others.length, history.rate("t_total", 3)], [3, null]);
 });
 test("the form becomes a body", () => {
   same(stops("a\n\n\\n\\n\n\\\\n"), ["a", "\n\n", "\\n"]);
@@ -140,8 +141,7 @@ test("an answer is timed", () => {
   same(String(timing), "3 tokens · first after 0.25 s · 4.0 tokens/s");
   timing.chunk(read("chat", { choices: [], usage: { completion_tokens: 5 } }), 760);
   same(String(timing), "5 tokens · first after 0.25 s · 8.0 tokens/s");
-});
-"""
+});"""
 
 
 @pytest.mark.skipif(not shutil.which("node"), reason="needs node")

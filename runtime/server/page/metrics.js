@@ -25,7 +25,10 @@ export function parse(text) {
   return samples;
 }
 
-/** A moment: {at (seconds), sums: name → sum, means: name → mean, buckets: name → Map(bound → count)}. */
+/**
+ * A moment: {at (seconds), sums: name → sum, means: name → mean, buckets: name → Map(bound → count), replicas: who was
+ * added up, as one string}.
+ */
 export function snapshot(samples, at) {
   const sums = new Map();
   const nums = new Map();
@@ -40,7 +43,8 @@ export function snapshot(samples, at) {
     bounds.set(number(labels.le), (bounds.get(number(labels.le)) ?? 0) + value);
   }
   const means = new Map([...sums].map(([name, sum]) => [name, sum / nums.get(name)]));
-  return { at, sums, means, buckets };
+  const replicas = [...new Set(samples.map(({ labels }) => labels.replica))].sort().join();
+  return { at, sums, means, buckets, replicas };
 }
 
 /**
@@ -72,11 +76,11 @@ export class History {
     this.seconds = seconds;
   }
 
-  /** A counter that went down means a restarted server: what was before it says nothing about it. */
+  /** A counter that went down means a restarted server, as do other replicas: what was before says nothing of now. */
   add(snap) {
     const before = this.#kept.at(-1);
     const restarted = before && [...snap.sums].some(([n, v]) => n.endsWith("_total") && v < before.sums.get(n));
-    if (restarted) this.clear();
+    if (restarted || (before && before.replicas !== snap.replicas)) this.clear();
     this.#kept.push(snap);
     while (this.#kept[0].at < snap.at - this.seconds) this.#kept.shift();
   }

@@ -1,7 +1,7 @@
 """The router as an application: what it answers itself, and everything else through the proxy.
 
-`/health`, `/ready` and `/metrics` speak of the router; the paths of the API and the page are the servers' own. API keys
-are the servers' matter, too: they are passed on, and a server's 401 comes back.
+`/health` and `/ready` speak of the router, `/metrics` of it and of all servers; the paths of the API and the page are
+the servers' own. API keys are the servers' matter, too: they are passed on, and a server's 401 comes back.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Router:
         self._upstreams = {each: Upstream(each.url, config.connect_timeout) for each in self.fleet.backends}
         self.checks = Checks(self._upstreams, config)
         self.admission = Admission(config.max_open, 0, 0)  # who may wait is the servers' to say
-        self._metrics = RouterMetrics(self.fleet)
+        self._metrics = RouterMetrics(self.fleet, self.checks.metrics)
         proxy = Proxy(self.fleet, self._upstreams, self.checks, self.admission, config.max_body_bytes)
         routes = [
             Route("/health", self._health),
@@ -64,7 +64,7 @@ class Router:
         return _json({"status": "ready", "ready": self.fleet.num_ready, "backends": len(self.fleet.backends)})
 
     async def _page(self, request: Request) -> Response:
-        return Response(self._metrics.page(), media_type=self._metrics.content_type)
+        return Response(await self._metrics.page(), media_type=self._metrics.content_type)
 
 
 def _json(data: object) -> Response:

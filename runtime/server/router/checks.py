@@ -92,18 +92,16 @@ class Checks:
         while True:
             await asyncio.sleep(LOAD_INTERVAL)
             before = backend.num_sequences
-            page = await self._metrics(backend) if backend.ready else b""
+            page = await self.metrics(backend, self._config.check_timeout) if backend.ready else b""
             there = sum(float(number) for number in _OPEN.findall(page))
             # what came or went during the look may be counted there or not
             backend.elsewhere = max(0.0, there - max(before, backend.num_sequences))
 
-    async def _metrics(self, backend: Backend) -> bytes:
-        """The page; nothing if there is none."""
+    async def metrics(self, backend: Backend, timeout: float) -> bytes:
+        """What its `/metrics` says within so many seconds; nothing if there is no such page."""
         try:
-            async with (
-                asyncio.timeout(self._config.check_timeout),
-                self._upstreams[backend].ask("GET", b"/metrics") as reply,
-            ):
-                return await reply.whole(_PAGE) if reply.status == 200 else b""
+            async with asyncio.timeout(timeout), self._upstreams[backend].ask("GET", b"/metrics") as reply:
+                page = await reply.whole(_PAGE) if reply.status == 200 else b""
+                return page if reply.complete else b""  # half a page says half the truth
         except (Unreachable, Broken, TimeoutError):
             return b""

@@ -1,17 +1,28 @@
-"""What the router tells Prometheus: its own counts by backend. The servers' metrics are at the servers."""
+"""What the router tells Prometheus: its own counts by backend, and what each server says, with a label `replica`.
+
+One page for all, as the page at `/` needs it. A server that does not answer in time is left out, so its series end and
+do not stand still.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
 from importlib.metadata import version
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from prometheus_client.registry import Collector
+from prometheus_client.parser import text_string_to_metric_families
 
+from ..logs import fields
 from ..metrics import PREFIX
 from .backends import Backend, Fleet
+
+SCRAPE_TIMEOUT = 2.0  # seconds; a server waits up to one for its engine
+REPLICA = "replica"
+log = logging.getLogger(__name__)
 
 _COUNTERS: dict[str, tuple[str, Callable[[Backend], float]]] = {
     "router_requests": ("Requests sent there, those sent for another server included.", lambda b: b.counts.requests),
@@ -27,19 +38,27 @@ _GAUGES: dict[str, tuple[str, Callable[[Backend], float]]] = {
 }
 
 
-class RouterMetrics(Collector):
-    """The metrics of a fleet; `page` is what `/metrics` answers."""
+class RouterMetrics:
+    """The metrics of a fleet; `page` is what `/metrics` answers. scrape: the page of a server within so many seconds,
+    nothing if there is none."""
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, fleet: Fleet):
-        self._fleet = fleet
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
+    def __init__(self, fleet: Fleet, scrape: Callable[[Backend, float], Awaitable[bytes]]):
+        self._fleet, self._scrape = fleet, scrape
 
-    def page(self) -> bytes:
+    async def page(self) -> bytes:
         """All of it in Prometheus' text format."""
-        return generate_latest(self._registry)
+        there = [backend for backend in self._fleet.backends if not backend.silent]
+        pages = await asyncio.gather(*(self._scrape(backend, SCRAPE_TIMEOUT) for backend in there))
+        whole = Merged(self.collect())
+        for backend, page in zip(there, pages, strict=True):
+            try:
+                whole.add(backend.url, page.decode())
+            except (ValueError, LookupError) as error:  # a server elsewhere may be anybody's
+                log.warning("its metrics cannot be read: %s", error, extra=fields("metrics", backend=backend.url))
+        # it collects, that is all that is asked of a registry
+        return generate_latest(whole)  # type: ignore[arg-type]
 
     def collect(self) -> Iterable[Metric]:
         """The counts as they are now."""
@@ -49,6 +68,28 @@ class RouterMetrics(Collector):
                 for backend in self._fleet.backends:
                     metric.add_metric([backend.url], value(backend))
                 yield metric
-        info = InfoMetricFamily(PREFIX + "build", "What is routing.")
+        info = InfoMetricFamily(PREFIX + "router_build", "What is routing.")
         info.add_metric([], {"version": version("ingot")})
         yield info
+
+
+class Merged:
+    """Metrics of several pages by their names: of one name there may be one family on a page."""
+
+    def __init__(self, families: Iterable[Metric]):
+        self._families = {family.name: family for family in families}
+
+    def add(self, replica: str, page: str) -> None:
+        """What a server says, with its name. Raises ValueError: that is not Prometheus' text format."""
+        for family in list(text_string_to_metric_families(page)):
+            whole = self._families.setdefault(
+                family.name, Metric(family.name, family.documentation, family.type)
+            )  # fmt: skip
+            for sample in family.samples:
+                inner = sample.labels.get(REPLICA)  # it is a router, too
+                name = replica if inner is None else f"{replica} {inner}"
+                whole.samples.append(sample._replace(labels={**sample.labels, REPLICA: name}))
+
+    def collect(self) -> Iterable[Metric]:
+        """All of them."""
+        return self._families.values()
