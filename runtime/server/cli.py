@@ -46,7 +46,10 @@ def serve(
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in one step at most.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens in one step at most.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of a request at most, prompt and answer.")] = None,
-    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the GPU's memory to use.")] = 0.9,
+    gpu_memory_utilization: Annotated[
+        float | None,
+        typer.Option(help="Share of the GPU's memory for each engine; 0.9, or a part of it where they share a GPU."),
+    ] = None,
     prefix_cache: Annotated[bool, typer.Option(help="Reuse the KV pages of prompts that begin alike.")] = True,
     load_format: Annotated[str, typer.Option(help="dummy: random weights, the file is not read.")] = "auto",
     max_waiting: Annotated[int, typer.Option(help="Sequences that may wait; past them clients get 429.")] = 1024,
@@ -76,6 +79,8 @@ def serve(
     )  # fmt: skip
     options: dict[str, Any] = {
         "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens, "max_model_len": max_model_len,
-        "gpu_memory_utilization": gpu_memory_utilization, "prefix_cache": prefix_cache, "load_format": load_format,
+        "prefix_cache": prefix_cache, "load_format": load_format,
     }  # fmt: skip
+    if gpu_memory_utilization is not None:
+        options["gpu_memory_utilization"] = gpu_memory_utilization
     asyncio.run(run(config, options) if replicas == 1 else serve_replicas(config, options, replicas))

@@ -18,7 +18,7 @@ from ingot.runtime.server.router import replicas as replicas_module
 from ingot.runtime.server.router.backends import Backend
 from ingot.runtime.server.router.main import serve_replicas
 from ingot.runtime.server.router.replica import Setting
-from ingot.runtime.server.router.replicas import Replica, Replicas, devices_of
+from ingot.runtime.server.router.replicas import Gpu, Replica, Replicas, devices_of
 
 START = """
 import asyncio, logging, sys
@@ -174,7 +174,7 @@ def test_a_replica_that_hangs_is_replaced(tmp_path, monkeypatch):
     async def check():
         monkeypatch.setattr(Replica, "_start", start)
         monkeypatch.setattr(replicas_module, "FIRST_DELAY", 0.01)
-        replica, backend = Replica(0, ServerConfig(engine=tmp_path), {}, {}), Backend("http://a", silent=True)
+        replica, backend = Replica(0, ServerConfig(engine=tmp_path), {}, Gpu(None)), Backend("http://a", silent=True)
         running = asyncio.ensure_future(replica.run(backend))
         await asyncio.sleep(0.3)
         assert replica.num_starts == 1 and not running.done()  # it may still be opening the engine
@@ -200,6 +200,7 @@ def test_each_replica_gets_a_gpu_and_a_port(tmp_path, monkeypatch):
     config = ServerConfig(engine=tmp_path, api_keys=("a",))
     each = Replicas(3, config, {"max_num_seqs": 2}, ["4", "7"]).each
     assert [one._environment["CUDA_VISIBLE_DEVICES"] for one in each] == ["4", "7", "4"]
+    assert [one.gpu.share for one in each] == [0.45, None, 0.45] and each[0].gpu is each[2].gpu
     assert len({one.url for one in each}) == 3
     for devices in ([], ["0"]):  # nothing to share out
         assert Replicas(1, config, {}, devices).each[0]._environment.get("CUDA_VISIBLE_DEVICES") == os.environ.get(
@@ -210,3 +211,60 @@ def test_each_replica_gets_a_gpu_and_a_port(tmp_path, monkeypatch):
     assert setting.options == {"max_num_seqs": 2} and setting.config.port == int(each[1].url.rpartition(":")[2])
     with pytest.raises(EngineError, match="at least 1"):
         Replicas(0, config, {}, [])
+
+
+@pytest.mark.parametrize(
+    ("num_replicas", "devices", "asked", "shares"),
+    [
+        (2, [], None, [None, None]),
+        (2, [], 0.9, [None, None]),
+        (1, ["0"], None, [None]),
+        (2, ["0", "1", "2"], None, [None, None]),
+        (2, ["0", "1"], 0.9, [None, None]),
+        (3, ["0"], None, [0.3, 0.3, 0.3]),
+        (3, ["0"], 0.33, [0.33, 0.33, 0.33]),
+        (2, ["0"], 0.6, "is 0.6 for each replica, and 2 of them share a GPU; ask for at most 0.5, or leave it out"),
+        (3, ["0", "1"], 0.9, "2 of them share a GPU"),
+    ],
+)
+def test_replicas_share_the_memory_of_a_gpu(tmp_path, num_replicas, devices, asked, shares):
+    options = {} if asked is None else {"gpu_memory_utilization": asked}
+    if isinstance(shares, str):
+        with pytest.raises(EngineError, match=shares):
+            Replicas(num_replicas, ServerConfig(engine=tmp_path), options, devices)
+        return
+    each = Replicas(num_replicas, ServerConfig(engine=tmp_path), options, devices).each
+    assert [one.gpu.share and round(one.gpu.share, 6) for one in each] == shares
+
+
+def test_on_one_gpu_they_open_one_after_another(tmp_path, monkeypatch):
+    """An engine counts all that is in use against its share: the first gets one, the second both, and so on."""
+    told = []
+
+    async def start(self):
+        told.append((self.name, round(self.gpu.options()["gpu_memory_utilization"], 6)))
+        self.process = await asyncio.create_subprocess_exec("sleep", "60")
+
+    async def check():
+        monkeypatch.setattr(Replica, "_start", start)
+        monkeypatch.setattr(replicas_module, "FIRST_DELAY", 0.01)
+        replicas = Replicas(3, ServerConfig(engine=tmp_path), {}, ["0"])
+        backends = [Backend(f"http://{i}") for i in range(3)]
+        running = asyncio.ensure_future(replicas.run(backends))
+        for i, backend in enumerate(backends):
+            while len(told) <= i:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)
+            assert len(told) == i + 1, "the next one waits until this one is ready"
+            backend.ready = True
+        while len(replicas.each[0].gpu.holders) < 3:
+            await asyncio.sleep(0.01)
+        replicas.each[1].signal(signal.SIGKILL)
+        while len(told) < 4:
+            await asyncio.sleep(0.01)
+        running.cancel()
+        replicas.signal(signal.SIGKILL)
+        await replicas.ended()
+
+    asyncio.run(asyncio.wait_for(check(), 20))
+    assert told == [("replica 0", 0.3), ("replica 1", 0.6), ("replica 2", 0.9), ("replica 1", 0.9)]

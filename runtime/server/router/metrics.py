@@ -57,8 +57,7 @@ class RouterMetrics:
                 whole.add(backend.url, page.decode())
             except (ValueError, LookupError) as error:  # a server elsewhere may be anybody's
                 log.warning("its metrics cannot be read: %s", error, extra=fields("metrics", backend=backend.url))
-        # it collects, that is all that is asked of a registry
-        return generate_latest(whole)  # type: ignore[arg-type]
+        return generate_latest(whole)
 
     def collect(self) -> Iterable[Metric]:
         """The counts as they are now."""

@@ -1,7 +1,8 @@
 """Replicas of one engine as child processes: a port and a GPU each, started again when they die, stopped in order.
 
 A port is reserved by a socket that is bound and does not listen, so it stays the replica's own over restarts. Whether
-a replica serves is seen by the router's checks alone. Invariant: no replica outlives the router, see replica.py.
+a replica serves is seen by the router's checks alone. Replicas on one GPU share its memory, see `Gpu`. Invariant: no
+replica outlives the router, see replica.py.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
+
 from ....engines.errors import EngineError
+from ...capacity import ServeConfig
 from ..config import ServerConfig
 from ..logs import fields
 from .backends import Backend
@@ -27,6 +31,7 @@ from .replica import Setting
 LOOPBACK = "127.0.0.1"
 FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  # seconds before a start that follows a death; doubled each time
 STEADY = 60.0  # seconds of life after which a death counts as the first again
+_LOOK = 0.1  # seconds
 _COUNT_DEVICES = """
 import ctypes
 cuda, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
@@ -36,18 +41,36 @@ print(count.value)
 log = logging.getLogger(__name__)
 
 
-class Replica:
-    """One of them. environment: what it gets besides the router's own."""
+@dataclass(eq=False)
+class Gpu:
+    """Where replicas run: a GPU, or None where there is none to tell apart. share: of its memory, for each of them.
 
-    def __init__(self, number: int, config: ServerConfig, options: Mapping[str, Any], environment: Mapping[str, str]):
-        self.name = f"replica {number}"
+    An engine takes its share less what is in use already, by whomever: so those on one GPU open one after another, and
+    the one that opens is given its own share and those of all that hold theirs.
+    """
+
+    device: str | None
+    share: float | None = None
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    holders: set[Replica] = field(default_factory=set)
+
+    def options(self) -> dict[str, Any]:
+        """Of the engine that opens next."""
+        return {} if self.share is None else {"gpu_memory_utilization": self.share * (len(self.holders) + 1)}
+
+
+class Replica:
+    """One of them."""
+
+    def __init__(self, number: int, config: ServerConfig, options: Mapping[str, Any], gpu: Gpu):
+        self.name, self.gpu = f"replica {number}", gpu
         self._reserved = socket.socket()
         self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._reserved.bind((LOOPBACK, 0))
         port = self._reserved.getsockname()[1]
         self.url = f"http://{LOOPBACK}:{port}"
         self._setting = Setting(replace(config, host=LOOPBACK, port=port), dict(options), self.name)
-        self._environment = {**os.environ, **environment}
+        self._environment = {**os.environ, **({} if gpu.device is None else {"CUDA_VISIBLE_DEVICES": gpu.device})}
         self.process: asyncio.subprocess.Process | None = None
         self.num_starts = 0
 
@@ -55,17 +78,21 @@ class Replica:
         """Start it, and again whenever it dies or hangs, until cancelled. Raises EngineError: it never was ready."""
         was_ready, delay = False, FIRST_DELAY
         while True:
-            began = time.monotonic()
-            await self._start()
-            serves = False  # from now on silence is no longer that of an engine which is being loaded
-            assert self.process is not None
-            ended = asyncio.ensure_future(self.process.wait())
+            async with self.gpu.turn:
+                began = time.monotonic()
+                await self._start()
+                assert self.process is not None
+                ended = asyncio.ensure_future(self.process.wait())
+                while not (ended.done() or backend.ready):
+                    await asyncio.wait([ended], timeout=_LOOK)
+                self.gpu.holders.add(self)
+            serves = backend.ready  # from now on silence is no longer that of an engine which is being loaded
             while not ended.done():
-                serves |= backend.ready
-                if serves and backend.silent:
+                if backend.silent:
                     log.error("%s hangs and is killed", self.name, extra=fields("replica_hung", replica=self.name))
                     self.signal(signal.SIGKILL)
-                await asyncio.wait([ended], timeout=0.1)
+                await asyncio.wait([ended], timeout=_LOOK)
+            self.gpu.holders.discard(self)
             code = ended.result()
             what = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
             was_ready |= serves
@@ -88,7 +115,8 @@ class Replica:
         except OSError as error:
             raise EngineError(f"{self.name.capitalize()} cannot be started ({error}).") from None
         assert self.process.stdin is not None
-        self.process.stdin.write(self._setting.encode())
+        options = {**self._setting.options, **self.gpu.options()}
+        self.process.stdin.write(msgspec.structs.replace(self._setting, options=options).encode())
         with contextlib.suppress(ConnectionError):  # it is dead already: `run` will see
             await self.process.stdin.drain()
         started = fields("replica_started", replica=self.name, pid=self.process.pid, backend=self.url)
@@ -108,17 +136,13 @@ class Replica:
 
 
 class Replicas:
-    """All of them. Raises EngineError for a number that cannot be."""
+    """All of them. Raises EngineError for a number that cannot be, or for more memory of a GPU than it has."""
 
     def __init__(self, num_replicas: int, config: ServerConfig, options: Mapping[str, Any], devices: Sequence[str]):
         if num_replicas < 1:
             raise EngineError(f"replicas is {num_replicas}; it must be at least 1.")
-        if len(devices) > 1 and num_replicas > len(devices):
-            log.warning("%d replicas share %d GPUs", num_replicas, len(devices))
-        self.each = [
-            Replica(i, config, options, {"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} if len(devices) > 1 else {})
-            for i in range(num_replicas)
-        ]
+        gpus = _shared_out(devices, num_replicas, options.get("gpu_memory_utilization"))
+        self.each = [Replica(i, config, options, gpu) for i, gpu in enumerate(gpus)]
 
     async def run(self, backends: Sequence[Backend]) -> None:
         """Keep all of them running until cancelled. Raises EngineError: one could not be started at all."""
@@ -139,6 +163,26 @@ class Replicas:
         """Waits until all are gone; while `run` runs, they are started again instead."""
         for each in self.each:
             await each.ended()
+
+
+def _shared_out(devices: Sequence[str], num_replicas: int, asked: float | None) -> list[Gpu]:
+    """Where each replica runs. asked: the share of a GPU's memory for each replica, if the user said so."""
+    if not devices:
+        return [Gpu(None) for _ in range(num_replicas)]
+    most = -(-num_replicas // len(devices))  # on one GPU
+    if asked is not None and most * asked > 1:
+        raise EngineError(
+            f"gpu_memory_utilization is {asked:g} for each replica, and {most} of them share a GPU; ask for at most "
+            f"{1 / most:.2g}, or leave it out."
+        )
+    if most > 1:
+        log.warning("%d replicas share %d GPUs", num_replicas, len(devices))
+    gpus = []
+    for i, device in enumerate(devices[:num_replicas]):
+        here = len(range(i, num_replicas, len(devices)))
+        share = None if here == 1 else ServeConfig.gpu_memory_utilization / here if asked is None else asked
+        gpus.append(Gpu(device if len(devices) > 1 else None, share))
+    return [gpus[i % len(gpus)] for i in range(num_replicas)]
 
 
 async def devices_of(environment: Mapping[str, str]) -> list[str]:
