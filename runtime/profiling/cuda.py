@@ -21,6 +21,7 @@ from .table import Traced, Unit
 from .trace import Event, TraceError, align, exclusive, split
 from .workload import Watched
 
+KINDS = "kernel", "gpu_memset"  # of entries in a trace
 PARTS = ("stage", "body", "head", "sample.greedy")  # of a step whose requests are greedy
 
 
@@ -114,9 +115,9 @@ class CudaTracer:
 
 
 def read_trace(path: Path) -> list[Event]:
-    """Kernels of a trace in Chrome's format."""
+    """Kernels of a trace in Chrome's format, and what a product clears for itself."""
     entries: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
-    return [Event(e["name"], float(e["ts"]), float(e["dur"])) for e in entries if e.get("cat") == "kernel"]
+    return [Event(e["name"], float(e["ts"]), float(e["dur"])) for e in entries if e.get("cat") in KINDS]
 
 
 def read_step(

@@ -22,6 +22,9 @@ class Unit:
     num_launches: int = 1
 
 
+SLOW = 1.5  # times the median
+
+
 @dataclass(frozen=True)
 class Traced:
     """A step as it ran; microseconds. times: of each unit, without what overlaps with units before it; summed: of all
@@ -51,11 +54,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Profile:
-    """A step of one load, the mean of `num_steps`; microseconds.
+    """A step of one load, the mean of `num_steps`, without those that were SLOW; microseconds.
 
-    context: keys of a sequence. bucket: tokens that the step was padded to. wall_us: the median time from the step's
-    first kernel to the next step's while decoding (now and then a profiler stops to write), to its own last one for a
-    prompt. host_us: of the loop's thread, waiting left out.
+    context: keys of a sequence. bucket: tokens that the step was padded to. wall_us: from the step's first kernel to
+    the next step's while decoding, to its own last one for a prompt. host_us: of the loop's thread, waiting left out.
     untraced_us: a step's time seen from the loop, without the profiler.
     """
 
@@ -110,10 +112,13 @@ def summarise(
     ceilings: Ceilings, bucket: int,
 ) -> Profile:  # fmt: skip
     """The table of a load. plain: its steps without the profiler; steps, traced: with it, one for one."""
-    steady = [i for i in workload.steady(steps) if traced[i]]
-    kept = [each for i in steady if (each := traced[i])]
-    if not kept:
+    walls = {i: wall for i in workload.steady(steps) if (wall := _wall(workload, traced, i)) is not None}
+    if not walls:
         raise EngineError(f"none of the {len(steps)} steps was traced whole; profile again.")
+    # now and then a profiler stops to write, or the machine does something else
+    usual = SLOW * median(walls.values())
+    steady = [i for i, wall in walls.items() if wall <= usual]
+    kept = [each for i in steady if (each := traced[i])]
     load = steps[steady[len(steady) // 2]].load  # contexts grow by a key a step: the one in the middle is the mean
     times = [mean(values) for values in zip(*(each.times for each in kept), strict=True)]
     found: dict[str, Row] = {}
@@ -121,18 +126,21 @@ def summarise(
         name, floor = label(unit.site), ceilings.microseconds(cost(unit.site, unit.part, load))
         row = found.get(name, Row(name, 0, 0.0, 0.0))
         found[name] = Row(name, row.launches + unit.num_launches, row.us + us, row.floor_us + floor)
-    if workload.decoding:
-        pairs = [(traced[i], traced[i + 1]) for i in steady if i + 1 < len(traced)]
-        walls = [after.start - this.start for this, after in pairs if this and after]
-        walls = walls or [each.end - each.start for each in kept]
-    else:
-        walls = [each.end - each.start for each in kept]
     return Profile(
         phase="decode" if workload.decoding else "prefill", sequences=workload.sequences, tokens=load.tokens,
         context=round(mean(load.keys)), bucket=bucket, num_steps=len(kept),
         rows=tuple(sorted(found.values(), key=lambda row: -row.us)), summed_us=mean(each.summed for each in kept),
-        wall_us=median(walls), host_us=1e6 * median(_host(plain, workload)), untraced_us=1e6 * _period(plain, workload),
+        wall_us=mean(walls[i] for i in steady), host_us=1e6 * median(_host(plain, workload)),
+        untraced_us=1e6 * _period(plain, workload),
     )  # fmt: skip
+
+
+def _wall(workload: Workload, traced: Sequence[Traced | None], i: int) -> float | None:
+    """Microseconds of step i: to the next one's first kernel while decoding, to its own last one for a prompt."""
+    this, after = traced[i], traced[i + 1] if i + 1 < len(traced) else None
+    if not workload.decoding:
+        return this.end - this.start if this else None
+    return after.start - this.start if this and after else None
 
 
 def _host(steps: Sequence[Watched], workload: Workload) -> list[float]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from ...engines.errors import EngineError
 
+ASIDE = "reduce", "memset"  # what a product of a library does besides its main kernel
+
 
 class TraceError(EngineError):
     """The trace is not what the plan launches."""
@@ -19,7 +21,7 @@ class TraceError(EngineError):
 
 @dataclass(frozen=True)
 class Event:
-    """A kernel that ran on the GPU: microseconds of the profiler's clock."""
+    """A kernel that ran on the GPU, or memory that it cleared: microseconds of the profiler's clock."""
 
     name: str
     start: float
@@ -76,10 +78,10 @@ def align(names: Sequence[str], symbols: Sequence[str | None]) -> list[int]:
             found.append(name)
         # of products in a row, a reduction (over a split depth) belongs to the one before it
         alone = last - launch == 1
-        firsts = [i for i, name in enumerate(found) if (i == 0 if alone else "reduce" not in name.lower())]
-        if len(firsts) != last - launch or firsts[0] != 0:
+        firsts = [i for i, name in enumerate(found) if (i == 0 if alone else not any(w in name.lower() for w in ASIDE))]
+        if len(firsts) != last - launch or "reduce" in found[0].lower():
             raise _missing(names, at + len(found), last - 1, len(symbols), "a product of cuBLASLt")
-        owners += [launch - 1 + sum(first <= i for first in firsts) for i in range(len(found))]
+        owners += [launch - 1 + max(1, sum(first <= i for first in firsts)) for i in range(len(found))]
         launch = last
     if len(owners) != len(names):
         raise TraceError(f"a step's trace goes on with {names[len(owners)]} after the last of its {launch} launches.")

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -151,6 +152,8 @@ def test_kernels_of_libraries_belong_to_their_products():
     symbols = ["norm", None, "rope", None, None, "sample"]
     names = ["norm", "gemm_128", "splitKreduce", "rope", "gemm_64", "gemm_128", "splitKreduce", "sample"]
     assert align(names, symbols) == [0, 1, 1, 2, 3, 4, 4, 5]
+    cleared = ["norm", "Memset (Device)", "gemm_128", "rope", "Memset (Device)", *names[4:]]
+    assert align(cleared, symbols) == [0, 1, 1, 2, 3, 3, 4, 4, 5]
     for wrong, words in (
         (["norm", "rope", *names[4:]], "has rope where launch 2 of 6 is a product"),
         (names[:-1], "has the end where launch 6 of 6 is sample"),
@@ -198,7 +201,9 @@ def test_a_table_of_known_steps():
     assert found.untraced_us == pytest.approx(100) and found.host_us == pytest.approx(80)
     assert found.title == "decode, 2 sequences of 5 keys (padded to 4)"
     gaps = summarise(load, steps, steps, [*traced[:4], None, *traced[5:]], Ceilings(1e6, 1e6), 2)
-    assert gaps.num_steps == 3 and gaps.wall_us == pytest.approx(100), "a step that was not recorded is left out"
+    assert gaps.wall_us == pytest.approx(100), "a step that was not recorded is left out"
+    slow = replace(traced[5], start=560.0)  # the profiler wrote for 60 us
+    assert summarise(load, steps, steps, [*traced[:5], slow, *traced[6:]], Ceilings(1e6, 1e6), 2).wall_us < 101
     with pytest.raises(EngineError, match="none of the 8 steps was traced"):
         summarise(load, steps, steps, [None] * 8, Ceilings(1e6, 1e6), 2)
 
@@ -266,7 +271,7 @@ def test_a_profile_of_decode_and_prefill(bench, engine, tmp_path):
         assert head["floor_us"] == pytest.approx(1e6 * least)
     one, three, prompt = report["profiles"]
     assert abs(one["context"] - 24) <= 2 and abs(three["context"] - 24) <= 2 and prompt["context"] == 17
-    assert (one["num_steps"], prompt["num_steps"]) == (30, 8)
+    assert 15 <= one["num_steps"] <= 30 and 4 <= prompt["num_steps"] <= 8
     assert not_blank(tmp_path / "profile.png")
 
 
@@ -283,7 +288,7 @@ def test_a_table_in_the_terminal(bench, tmp_path):
     code, out, err = bench(*options)
     assert code == 0 and "steps.png" in err and not_blank(tmp_path / "steps.png")
     assert "GB/s" in out and "(both measured now)" in out and "prefill" not in out
-    assert "decode, 2 sequences of" in out and "us of the host. Mean of 30 steps." in out
+    assert "decode, 2 sequences of" in out and "us of the host. Mean of " in out
     header = next(line for line in out.splitlines() if "op of a step" in line)
     assert header.split()[4:] == ["launches", "us", "share", "floor", "us", "x", "floor"]
     rows = [row for row in map(str.split, out.splitlines()) if len(row) > 5 and row[-3].endswith("%")]
