@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ...engines.errors import EngineError
 from .channel import ChannelError, Close, Failed, Frames, FromEngine, Message, News, Ping, Pong, Ready, frame
@@ -99,8 +99,7 @@ class Child(asyncio.Protocol):
     # -- asyncio's callbacks -------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its type
 
     def data_received(self, data: bytes) -> None:
         assert self._transport is not None
