@@ -254,7 +254,7 @@ def fan_out(
     matcher: makes one for each answer.
     """
     base = secrets.randbits(63) if params.seed is None else params.seed
-    single = replace(params, n=1)
+    single = params if params.n == 1 else replace(params, n=1)
     arrival = time.monotonic()
     requests = []
     for i in range(params.n):

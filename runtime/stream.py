@@ -11,7 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from .grammar import Matcher
-from .request import CompletionOutput, FinishReason, Logprob, Request, RequestOutput, SamplingParams, fan_out
+from .request import (
+    CompletionOutput,
+    FinishReason,
+    Logprob,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+    fan_out,
+)
 from .step import Delta
 from .text import Text
 
@@ -88,8 +97,40 @@ class Answer(Transcript):
         self.finish_reason, self.stop_reason = reason, stop_reason
 
 
-class Stream:
+class Progress:
+    """A request's answers so far, as they are handed out; whoever they belong to fills them in."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    answers: Sequence[Transcript]
+    scores: list[Logprobs | None] | None  # the prompt's log-probabilities
+    num_cached: int  # of the prompt's tokens, those found in the prefix cache
+    metrics: RequestMetrics
+
+    @property
+    def finished(self) -> bool:
+        """Nothing more will come."""
+        return all(answer.finish_reason for answer in self.answers)
+
+    def output(self, deltas: bool = False) -> RequestOutput:
+        """A snapshot; with `deltas`, texts, tokens and logprobs only since the last such call."""
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=[answer.output(deltas) for answer in self.answers],
+            finished=self.finished,
+            prompt_logprobs=self.scores,
+            num_cached_tokens=self.num_cached,
+            metrics=self.metrics,
+        )
+
+
+class Stream(Progress):
     """A request as its user sees it. `listener` hears of it after each step that changed it."""
+
+    answers: list[Answer]
 
     def __init__(
         self,
@@ -102,7 +143,7 @@ class Stream:
         listener: Listener,
         matcher: Callable[[], Matcher | None] = lambda: None,
     ):
-        self.request_id = request_id
+        self.request_id, self.prompt, self.prompt_token_ids = request_id, prompt, list(prompt_token_ids)
         self.listener = listener
         self.error: Exception | None = None
         self.answers = [
@@ -111,21 +152,20 @@ class Stream:
         ]
         for answer in self.answers[1:]:  # the prompt is scored once
             answer.request.params = replace(answer.request.params, prompt_logprobs=None)
-        self._prompt, self._prompt_token_ids, self._text = prompt, list(prompt_token_ids), text
-        wants_scores = params.prompt_logprobs is not None
-        self._prompt_logprobs: list[Logprobs | None] | None = [None] if wants_scores else None
-        self._lock = threading.Lock()
+        self.scores = None if params.prompt_logprobs is None else [None]
+        self.metrics = self.answers[0].request.metrics
+        self._text, self._lock = text, threading.Lock()
 
     @property
     def finished(self) -> bool:
         """Nothing more will come."""
-        return self.error is not None or all(answer.finish_reason for answer in self.answers)
+        return self.error is not None or super().finished
 
     def take(self, answer: Answer, delta: Delta) -> str | None:
         """Add a delta to one of the answers; returns the stop string if one appeared."""
         with self._lock:
-            if delta.prompt_logprobs and answer.index == 0 and self._prompt_logprobs is not None:
-                self._prompt_logprobs += [spelt(entry, self._text) for entry in delta.prompt_logprobs]
+            if delta.prompt_logprobs and answer.index == 0 and self.scores is not None:
+                self.scores += [spelt(entry, self._text) for entry in delta.prompt_logprobs]
             return answer.take(delta)
 
     def fail(self, error: Exception) -> None:
@@ -137,19 +177,10 @@ class Stream:
                     answer.end("error")
 
     def output(self, deltas: bool = False) -> RequestOutput:
-        """A snapshot; with `deltas`, texts, tokens and logprobs only since the last such call."""
+        """As `Progress.output`, from any thread."""
         with self._lock:
-            request = self.answers[0].request
-            return RequestOutput(
-                request_id=self.request_id,
-                prompt=self._prompt,
-                prompt_token_ids=self._prompt_token_ids,
-                outputs=[answer.output(deltas) for answer in self.answers],
-                finished=self.finished,
-                prompt_logprobs=self._prompt_logprobs,
-                num_cached_tokens=request.num_cached or 0,
-                metrics=request.metrics,
-            )
+            self.num_cached = self.answers[0].request.num_cached or 0
+            return super().output(deltas)
 
 
 def spelt(entry: Logprobs, text: Text | None) -> Logprobs:

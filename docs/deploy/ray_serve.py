@@ -45,7 +45,8 @@ class Server:
             return
         await send({"type": "lifespan.startup.complete"})
         await receive()
-        await self.engine.close()
+        if self.engine is not None:
+            await self.engine.close()
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _start(self) -> None:

@@ -222,7 +222,7 @@ class EngineProcess:
         request = Pending(number, name, params, int(priority))
         self._open[number] = self._ids[name] = request
         try:
-            request.prompt, request.token_ids = await self._tokens(prompt, limits)
+            request.prompt, request.prompt_token_ids = await self._tokens(prompt, limits)
             await self._submit(request)
             finished = False
             while not finished:

@@ -11,18 +11,18 @@ import secrets
 import time
 from dataclasses import replace
 
-from ..request import Logprob, RequestMetrics, RequestOutput, SamplingParams
-from ..stream import Transcript
+from ..request import RequestMetrics, RequestOutput, SamplingParams
+from ..stream import Progress, Transcript
 from .channel import Submit, Update, options
 
 
-class Pending:
+class Pending(Progress):
     """A request under way: what was asked, what has come of it, and word for its consumer when that changes."""
 
     def __init__(self, number: int, request_id: str, params: SamplingParams, priority: int):
         self.number, self.request_id, self.priority = number, request_id, priority
-        self.prompt: str | None = None
-        self.token_ids: list[int] = []
+        self.prompt = None
+        self.prompt_token_ids = []
         if params.seed is None and not params.greedy:
             params = replace(params, seed=secrets.randbits(63))  # asked again, the answer is the same
         self.params = params
@@ -36,53 +36,38 @@ class Pending:
 
     def _clear(self) -> None:
         scored = self.params.logprobs is not None
-        self._answers = [Transcript(index, scored) for index in range(self.params.n)]
-        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = (
-            None if self.params.prompt_logprobs is None else []
-        )
-        self._num_cached = 0
-        self._metrics = RequestMetrics(self._arrival)
-
-    @property
-    def finished(self) -> bool:
-        return all(answer.finish_reason for answer in self._answers)
+        self.answers = [Transcript(index, scored) for index in range(self.params.n)]
+        self.scores = None if self.params.prompt_logprobs is None else []
+        self.num_cached = 0
+        self.metrics = RequestMetrics(self._arrival)
 
     def submit(self) -> Submit:
         """The message that asks for it."""
-        return Submit(self.number, self.token_ids, options(self.params), self.priority, self._arrival)
+        return Submit(self.number, self.prompt_token_ids, options(self.params), self.priority, self._arrival)
 
     def take(self, update: Update) -> None:
         """Add what came."""
         if self.finished:
             return
         for part in update.parts:
-            answer = self._answers[part.index]
+            answer = self.answers[part.index]
             answer.text += part.text
             answer.token_ids += part.token_ids
             if answer.logprobs is not None and part.logprobs is not None:
                 answer.logprobs += part.logprobs
                 answer.cumulative = part.cumulative
             answer.finish_reason, answer.stop_reason = part.finish_reason, part.stop_reason
-        if self._prompt_logprobs is not None and update.prompt_logprobs is not None:
-            self._prompt_logprobs += update.prompt_logprobs
-        self._num_cached = update.num_cached_tokens
-        times = self._metrics
+        if self.scores is not None and update.prompt_logprobs is not None:
+            self.scores += update.prompt_logprobs
+        self.num_cached = update.num_cached_tokens
+        times = self.metrics
         times.first_scheduled, times.first_token, times.finished = update.times
         self.news.set()
 
-    def output(self, deltas: bool) -> RequestOutput:
-        """A snapshot to hand out."""
+    def output(self, deltas: bool = False) -> RequestOutput:
+        """A snapshot to hand out, as `Progress.output`."""
         self.handed_out = True
-        return RequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=self.token_ids,
-            outputs=[answer.output(deltas) for answer in self._answers],
-            finished=self.finished,
-            prompt_logprobs=self._prompt_logprobs,
-            num_cached_tokens=self._num_cached,
-            metrics=self._metrics,
-        )
+        return super().output(deltas)
 
     def fail(self, error: Exception) -> None:
         """Nothing more will come."""
@@ -91,7 +76,7 @@ class Pending:
 
     def abort(self) -> None:
         """It ends with what there is."""
-        for answer in self._answers:
+        for answer in self.answers:
             answer.finish_reason = answer.finish_reason or "abort"
         self.news.set()
 

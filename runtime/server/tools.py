@@ -11,6 +11,7 @@ well-formed call of a tool that was offered is a call; anything else stays text,
 from __future__ import annotations
 
 import json
+import math
 import re
 import secrets
 import string
@@ -33,7 +34,14 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):  # it could not be written again
+        raise ValueError(f"{digits[:60]} is too large")
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
 
 
 class Call(NamedTuple):
@@ -150,7 +158,7 @@ class ToolReader:
                 arguments = _json(arguments)[0]
             if not isinstance(name, str) or name not in self._names or not isinstance(arguments, dict):
                 return []
-            calls.append(Call(_call_id(letters), name, json.dumps(arguments, ensure_ascii=False)))
+            calls.append(Call(_call_id(letters), name, _text(arguments)))
         return calls
 
     def _take(self, found: list[str | Call], calls: list[Call], text: str) -> None:
@@ -190,7 +198,17 @@ class CallList:
         if not isinstance(value, list):
             return [self._held] if self._held else []
         self.num_calls = len(value)
-        return [Call(_call_id(0), each["name"], json.dumps(each["arguments"], ensure_ascii=False)) for each in value]
+        return [Call(_call_id(0), each["name"], _text(each["arguments"])) for each in value]
+
+
+def _text(arguments: dict[str, Any]) -> str:
+    """JSON that can be sent: half a character, which a model can spell as an escape, stays one."""
+    text = json.dumps(arguments, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(arguments)
+    return text
 
 
 def _json(text: str) -> tuple[Any, str]:

@@ -5,7 +5,7 @@ import json
 import time
 
 import pytest
-from api_server import TEMPLATE, Scripted, api, cast, events
+from api_server import CHAT, CONVERSE, TEMPLATE, Scripted, api, cast, events
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ingot import AsyncLLM
@@ -51,6 +51,9 @@ CASES = {
     "<tool_call>not json</tool_call> more": ["<tool_call>not json</tool_call> more"],
     '<tool_call>{"name": "add", "arguments": {"a": ': ['<tool_call>{"name": "add", "arguments": {"a": '],
     '{"name": "add", "parameters": {"a": NaN}}': ['{"name": "add", "parameters": {"a": NaN}}'],
+    '{"name": "add", "parameters": {"a": 1e999}}': ['{"name": "add", "parameters": {"a": 1e999}}'],
+    # half a character, as an escape
+    '{"name": "add", "parameters": {"a": "\\ud800"}}': [("add", {"a": "\ud800"})],
     "[TOOL_CALLS]": ["[TOOL_CALLS]"],
     "[TOOL_CALLS]nothing here": ["[TOOL_CALLS]nothing here"],
     "<tool_call>" + "[" * 100000: ["<tool_call>" + "[" * 100000],
@@ -203,6 +206,20 @@ def test_a_tool_call_in_an_answer(llm):
     assert call["type"] == "function" and call["id"].startswith("call_")
     assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == WEATHER
     assert "get_weather" in asked[0]["prompt"], "the template is given the tools"
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_half_a_character_in_a_call_can_be_sent(llm, choice, stream):
+    said = '{"name": "add", "arguments": {"a": "é\\ud800"}}'
+    with TestClient(api(Scripted(llm, f"[{said}]" if choice == "required" else said))[0]) as client:
+        tools = [{"type": "function", "function": {"name": "add"}}]
+        body = {"messages": CHAT, "tools": tools, "tool_choice": choice, "stream": stream}
+        response = client.post(CONVERSE, json=body)
+    parts = [event["choices"][0]["delta"] for event in events(response)] if stream else [
+        response.json()["choices"][0]["message"]]  # fmt: skip
+    (call,) = [call for part in parts for call in part.get("tool_calls", ())]
+    assert json.loads(call["function"]["arguments"]) == {"a": "é\ud800"}
 
 
 def test_an_answer_of_calls_only_has_no_content(llm):
