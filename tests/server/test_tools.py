@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from copy import copy
 
 import pytest
 from api_server import CHAT, CONVERSE, TEMPLATE, Scripted, api, cast, events
@@ -263,6 +264,25 @@ def test_earlier_calls_and_results_go_back_to_the_template(llm):
              {"role": "tool", "tool_call_id": "call_1", "content": "3"}]  # fmt: skip
     _, _, asked = chat(llm, "3", tools=TOOLS, messages=turns)
     assert "<|assistant|>add([('a', 1)])<|end|><|tool|>3<|end|>" in asked[0]["prompt"]
+
+
+def test_roles_that_the_template_drops_are_refused(llm):
+    """Of the roles that a template may not know, developer is another name of system; what is dropped is refused."""
+    template = "{% for m in messages %}{% if m.role in ['system', 'user'] %}<|{{ m.role }}|>{{ m.content }}{% endif %}"
+    for known, role, rendered in ((template, "developer", "<|system|>be brief<|user|>a"), (template, "tool", None),
+                                  (template.replace("'system'", "'developer'"), "developer", "<|developer|>be brief"),
+                                  (template.replace("'system'", "'tool'"), "tool", "<|tool|>be brief")):  # fmt: skip
+        text = copy(llm.text)
+        text._template_source, text._template = known + "{% endfor %}", None
+        scripted = Scripted(llm, "x", text=text)
+        with TestClient(api(scripted)[0]) as client:
+            messages = [{"role": role, "content": "be brief"}, {"role": "user", "content": "a"}]
+            response = client.post(CONVERSE, json={"messages": messages})
+        if rendered is None:
+            assert response.status_code == 400 and "no role 'tool'" in response.json()["error"]["message"]
+            assert not scripted.asked
+        else:
+            assert response.status_code == 200 and scripted.asked[0][0]["prompt"].startswith(rendered)
 
 
 def test_earlier_calls_that_are_none_are_refused(llm):
