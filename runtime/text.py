@@ -107,6 +107,10 @@ class Text:
             what = " ".join(str(error).split()) or type(error).__name__
             raise RequestError(f"The chat template refuses these messages: {what}.") from None
 
+    def template_has(self, word: str) -> bool:
+        """Whether the chat template speaks of `word`, a role for one."""
+        return word in (self._template_source or "")
+
     def _affix(self, name: str) -> list[int]:
         token = self.tokenizer.token_to_id(self.special_tokens.get(name, ""))
         return [] if token is None else [token]

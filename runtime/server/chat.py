@@ -1,12 +1,14 @@
 """POST /v1/chat/completions: a conversation through the model's chat template, its answer taken apart.
 
-What the template cannot express (tools, reasoning_effort) is found out by rendering, and refused. An answer goes
+What the template cannot express (roles, tools, reasoning_effort) is found out by rendering, and refused. An answer goes
 through the readers of reasoning and of tool calls, streamed or not, so both say the same.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import lru_cache
@@ -15,7 +17,7 @@ from typing import Any
 from msgspec import UNSET, UnsetType
 
 from ...engines.errors import RequestError
-from ..request import CompletionOutput, Logprob
+from ..request import CompletionOutput, Logprob, SamplingParams
 from ..text import Text
 from . import answers, sse
 from .answers import (
@@ -36,8 +38,10 @@ from .formats import Tool
 from .generation import Collected, Counted, Encoded, Generator, Job, off_loop, reason_of
 from .protocol import ChatRequest, Message
 from .reasoning import CLOSE, OPEN, Piece, ReasoningReader
-from .tools import MARKERS, Call, CallList, ToolReader
+from .strict import can_be_strict, strict_grammar
+from .tools import HERMES, MARKERS, OPENERS, Call, CallList, ToolReader
 
+_ROLES = frozenset(("system", "user", "assistant"))  # every template knows them, or refuses them itself
 _TAKEN = frozenset(("self", "messages", "template", "add_generation_prompt", "tools", "tool_choice"))
 
 
@@ -47,12 +51,15 @@ async def prepare(generator: Generator, body: ChatRequest, request_id: str, arri
     text = generator.llm.text
     options: dict[str, Any] = body.sampling()
     more: dict[str, Any] = {}
-    if body.max_tokens is None and body.max_completion_tokens is None:
+    told = "max_tokens" in options or generator.llm.default_params().max_tokens != SamplingParams.max_tokens
+    if not told:  # neither by the client nor by generation_config
         more["max_tokens"] = None  # an answer ends by itself, or with the context
     if body.logprobs:
         more["logprobs"] = body.top_logprobs or 0
     if text and body.skip_special_tokens is None and _markers_vanish(text):
         more["skip_special_tokens"] = False
+    if body.strict_tool is not None:
+        options["structured_outputs"] = {"grammar": _strict(text, body, body.strict_tool)}
     params = generator.params(options, **more)
     values: dict[str, Any] = {}
     if tools := offered(body):
@@ -61,7 +68,7 @@ async def prepare(generator: Generator, body: ChatRequest, request_id: str, arri
         values["reasoning_effort"] = body.reasoning_effort
     prompt = await encode(text, body.messages, tools, body, values, body.add_special_tokens is True)
     generator.check_prompt(prompt.ids)
-    if params.structured_outputs and _reasons(body, prompt.text):
+    if params.structured_outputs and body.strict_tool is None and _reasons(body, prompt.text):
         sentence = (
             "The chat template has the model reason first, so the format of the answer cannot be kept; turn reasoning"
         )
@@ -82,20 +89,31 @@ async def encode(
             400, f"chat_template_kwargs sets {taken[0]}, which is not for it to set.", "chat_template_kwargs"
         )
     turns = [_turn(i, message) for i, message in enumerate(messages)]
+    for turn in turns:
+        if turn["role"] == "developer" and not text.template_has("developer"):
+            turn["role"] = "system"  # what OpenAI's API calls it now
     num_characters = sum(len(turn["content"]) for turn in turns) + 512 * len(tools)
     add_generation_prompt = body.add_generation_prompt is not False
 
     def render(**changes: Any) -> str:
-        given = {**extra, **values, **changes}
-        return text.render(turns, add_generation_prompt=add_generation_prompt, **given)
+        given = {"messages": turns, **extra, **values, **changes}
+        return text.render(add_generation_prompt=add_generation_prompt, **given)
 
     def work() -> Encoded:
         given = [tool.model_dump(exclude_unset=True) for tool in tools]
         rendered = render(tools=given) if given else render()
-        _check_honoured(render, rendered, given, values)
+        _check_honoured(render, rendered, turns, given, values)
         return Encoded(rendered, text.encode(rendered, add_special_tokens=add_special_tokens))
 
     return await off_loop(num_characters, work)
+
+
+def _strict(text: Text | None, body: ChatRequest, field: str) -> str:
+    """The grammar of an answer that may call strict tools. Raises ApiError: the model has no format for it."""
+    if text is None or not can_be_strict(text):
+        raise ApiError(400, f"{field} needs tool_choice 'required' or a named function: the way in which this model "
+                       "writes calls cannot be bound to a schema.", field, "unsupported_parameter")  # fmt: skip
+    return strict_grammar(text, offered(body), body.parallel_tool_calls is not False)
 
 
 def offered(body: ChatRequest) -> list[Tool]:
@@ -152,7 +170,8 @@ class _Reader:
         if body.forced_tools:
             self._tools = CallList()
         elif tools:
-            self._tools = ToolReader((tool.function.name for tool in tools), parallel)
+            openers = OPENERS if body.strict_tool is None else (HERMES,)  # others are not bound
+            self._tools = ToolReader((tool.function.name for tool in tools), parallel, openers)
 
     def push(self, text: str, final: bool) -> list[Piece | Call]:
         found: list[Piece | Call] = []
@@ -289,8 +308,19 @@ def _past_call(where: str, call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def _check_honoured(render: Callable[..., str], rendered: str, tools: Sequence[Any], values: Mapping[str, Any]) -> None:
-    """Raises ApiError where the template pays no attention to tools or reasoning_effort: silently dropped."""
+def _check_honoured(
+    render: Callable[..., str], rendered: str, turns: Sequence[dict[str, Any]], tools: Sequence[Any],
+    values: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Raises ApiError where the template pays no attention to a role, tools or reasoning_effort: silently dropped."""
+    if roles := {turn["role"] for turn in turns} - _ROLES:
+        mark = secrets.token_hex(8)
+        marked = [{**turn, "content": f"{turn['content']}{mark}{i}."} for i, turn in enumerate(turns)]
+        text = render(messages=marked, **({"tools": tools} if tools else {}))
+        roles -= {turns[int(i)]["role"] for i in re.findall(rf"{mark}(\d+)\.", text)}
+        if roles:
+            sentence = f"The chat template of this model has no role {min(roles)[:60]!r}; use another."
+            raise ApiError(400, sentence, "messages")
     if tools and rendered == render():
         raise ApiError(400, "The chat template of this model has no place for tools; leave them out.", "tools")
     if "reasoning_effort" in values and render(reasoning_effort="low") == render(reasoning_effort="high"):

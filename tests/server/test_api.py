@@ -218,6 +218,15 @@ def test_defaults_are_the_models_and_a_chat_has_no_end_of_its_own(llm):
         assert priority == -3
 
 
+def test_a_chat_ends_where_generation_config_says(llm):
+    scripted = Scripted(llm, "x")
+    scripted.default_params = lambda: SamplingParams(max_tokens=99)
+    with TestClient(api(scripted)[0]) as client:
+        for more in ({}, {"max_tokens": 120}):
+            assert client.post(CONVERSE, json={"messages": CHAT, **more}).status_code == 200
+    assert [params.max_tokens for _, params, _, _ in scripted.asked] == [99, 120]
+
+
 def test_content_parts_are_joined(client):
     parts = [{"type": "text", "text": "print "}, {"type": "text", "text": "hello"}]
     body = dict(GREEDY)
