@@ -19,7 +19,6 @@ from .formats import ResponseFormat, Tool, calls_schema
 
 MAX_TOOLS = 128  # OpenAI's limit
 
-_STRICT = "needs tool_choice 'required' or a named function: other answers are not bound to a schema"
 TokenKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH)]
 
@@ -163,11 +162,18 @@ class ChatRequest(_Generation, _Templated):
         if self.forced_tools and "structured_outputs" in super().sampling():
             sentence = f"tool_choice {self.tool_choice!r} and a format of the answer exclude each other; send one."
             raise ApiError(400, sentence, "tool_choice")
-        for i, tool in enumerate(self.tools or ()):
-            if tool.function.strict and not self.forced_tools and self.tool_choice != "none":
-                name = f"tools[{i}].function.strict"
-                raise ApiError(400, f"{name} {_STRICT}.", name, "unsupported_parameter")
+        if self.strict_tool is not None and "structured_outputs" in super().sampling():
+            sentence = f"{self.strict_tool} and a format of the answer exclude each other; send one."
+            raise ApiError(400, sentence, self.strict_tool)
         return self
+
+    @property
+    def strict_tool(self) -> str | None:
+        """The first strict tool of which a call is bound to its schema while other words are free; None without one."""
+        if self.forced_tools or self.tool_choice == "none":
+            return None
+        strict = (i for i, tool in enumerate(self.tools or ()) if tool.function.strict)
+        return next((f"tools[{i}].function.strict" for i in strict), None)
 
     @property
     def forced_tools(self) -> list[Tool]:

@@ -15,14 +15,14 @@ import math
 import re
 import secrets
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from .reasoning import overlap
 
 HERMES, HERMES_END, MISTRAL, LLAMA = "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>"
 MARKERS = (HERMES, HERMES_END, MISTRAL, LLAMA, "[ARGS]", "[CALL_ID]")  # a tokenizer may have them as special tokens
-_OPENERS = (HERMES, MISTRAL, LLAMA)
+OPENERS = (HERMES, MISTRAL, LLAMA)
 _KEYS = "name|type|function|parameters|arguments"
 _BARE = re.compile(rf'\s*\{{\s*"(?:{_KEYS})"\s*:')  # an answer that may be a call in Llama 3's format
 _PERHAPS_BARE = re.compile(r'\s*(?:\{\s*(?:"(?P<key>[a-z]*)(?:"\s*)?)?)?')
@@ -55,13 +55,13 @@ class Call(NamedTuple):
 class ToolReader:
     """Finds the calls of the tools `names` in one answer. `parallel` False: only the first call counts.
 
-    White space next to a call is dropped.
+    openers: the formats that are read. White space next to a call is dropped.
     """
 
-    def __init__(self, names: Iterable[str], parallel: bool = True):
-        self._names, self._parallel = frozenset(names), parallel
+    def __init__(self, names: Iterable[str], parallel: bool = True, openers: Sequence[str] = OPENERS):
+        self._names, self._parallel, self._openers = frozenset(names), parallel, openers
         self._held, self._inside = "", ""  # inside: the opener whose call is being read
-        self._at_start, self._after_call = True, False
+        self._at_start, self._after_call = LLAMA in openers, False
         self._space = ""  # not yet said
         self._examined = 0  # no closing tag of a call before here
         self.num_calls = 0
@@ -93,13 +93,13 @@ class ToolReader:
             if perhaps and not final and any(key.startswith(perhaps["key"] or "") for key in _KEYS.split("|")):
                 return False
             self._at_start = False
-        openers = [(at, opener) for opener in _OPENERS if (at := self._held.find(opener)) >= 0]
+        openers = [(at, opener) for opener in self._openers if (at := self._held.find(opener)) >= 0]
         if openers:
             at, opener = min(openers)
             before, self._held, self._inside = self._held[:at], self._held[at + len(opener) :], opener
             self._say(found, before)
             return True
-        keep = 0 if final else max(overlap(self._held, opener) for opener in _OPENERS)
+        keep = 0 if final else max(overlap(self._held, opener) for opener in self._openers)
         certain = self._held[: len(self._held) - keep]
         self._held = self._held[len(certain) :]
         self._say(found, certain)
