@@ -71,7 +71,8 @@ def check_length(num: int, limits: Limits) -> None:
 
 
 def _ids(prompt: Any, vocab_size: int) -> list[int]:
-    kinds = set(map(type, prompt)) if isinstance(prompt, Sequence) else {str}  # of few types, however long a prompt is
+    several = isinstance(prompt, Sequence) and not isinstance(prompt, bytes)  # bytes are numbers, too, but no tokens
+    kinds = set(map(type, prompt)) if several else {str}  # of few types, however long a prompt is
     if not all(issubclass(kind, Integral) and kind is not bool for kind in kinds):
         raise RequestError(f"The prompt is {str(prompt)[:60]!r}; it must be text or a list of token ids.")
     ids = list(map(int, prompt))

@@ -37,6 +37,7 @@ _NUMBERS: dict[str, tuple[float, float]] = {
     "temperature": (0.0, math.inf), "top_p": (math.ulp(0.0), 1.0), "min_p": (0.0, 1.0),
     "repetition_penalty": (0.01, 100.0), "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0),
 }  # fmt: skip
+RANGES = {**_INTEGERS, **_NUMBERS}  # of all that have one
 _SWITCHES = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "prefix_cache")
 _OPTIONAL = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
 

@@ -8,6 +8,7 @@ they are long; so their schemas are added to /openapi.json here, too.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from importlib.metadata import version as version_of
@@ -23,6 +24,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
 
 from ...engines.errors import EngineError, RequestError
+from ..request import RANGES
 from . import chat, completions
 from .answers import Answer, ChatChoice, ChunkChoice, Detokenized, ModelCard, ModelList, TextChoice, Tokens
 from .body import Body, parse
@@ -236,9 +238,22 @@ def _described(app: FastAPI, plain: Callable[[], dict[str, Any]]) -> Callable[[]
             )
             _, structs = msgspec.json.schema_components(_ANSWERS, ref_template=_REFERENCE + "{name}")
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            for body in bodies["$defs"].values():
+                _add_ranges(body["properties"])
             schemas.update(bodies["$defs"])
             schemas.update(structs)
             app.openapi_schema = document
         return app.openapi_schema
 
     return openapi
+
+
+def _add_ranges(properties: dict[str, Any]) -> None:
+    """What `SamplingParams` will check, so that clients can read it; chat's `logprobs` is a switch."""
+    for name in RANGES.keys() & properties.keys():
+        for form in properties[name].get("anyOf", ()):
+            if form.get("type") in ("integer", "number") and "minimum" not in form:
+                low, high = RANGES[name]
+                form["minimum"] = 0 if name == "max_tokens" else low  # 0 with echo
+                if high < math.inf:
+                    form["maximum"] = high

@@ -271,6 +271,10 @@ def test_the_document_describes_the_bodies(client):
         assert operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith(f"/{name}")
         assert schemas[name]["additionalProperties"] is False and schemas[name]["properties"]
         assert "400" in operation["responses"]
+    properties = schemas["ChatRequest"]["properties"]
+    assert properties["top_p"]["anyOf"][0]["maximum"] == 1 and properties["logprobs"]["anyOf"][0]["type"] == "boolean"
+    assert schemas["CompletionRequest"]["properties"]["logprobs"]["anyOf"][0] == {
+        "type": "integer", "minimum": 0, "maximum": 20}  # fmt: skip
     references = set(_references(document))
     assert references and all(r.removeprefix("#/components/schemas/") in schemas for r in references)
 
