@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -35,7 +36,9 @@ async def server(engine: Path, *options: str):
     assert process.stdout is not None
     line = await asyncio.to_thread(process.stdout.readline)
     try:
-        yield int(line.split(":")[2].split("/")[0]), process
+        address = re.search(r"http://[\d.]+:(\d+)", line)
+        assert address, f"{line!r} tells no address"
+        yield int(address[1]), process
     finally:
         process.terminate()
         await asyncio.to_thread(process.wait, 60)
