@@ -26,20 +26,22 @@ def test_counts_and_latencies_are_those_of_the_requests(demo_engine, deltas):
             assert observed.vocab_size == llm.vocab_size
 
             async def one(prompt, num_tokens):
-                async for _ in observed.generate(
-                    prompt, SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True), deltas=deltas
-                ):
-                    pass
+                """Tokens that came after the first output, which has several where the consumer is late."""
+                sizes = []
+                params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
+                async for output in observed.generate(prompt, params, deltas=deltas):
+                    sizes.append(len(output.outputs[0].token_ids))
+                return num_tokens - sizes[0]
 
-            await asyncio.gather(one("import os\n", 9), one("class A:\n    def", 17))
+            num_later = sum(await asyncio.gather(one("import os\n", 9), one("class A:\n    def", 17)))
             left = observed.generate("def f():", SamplingParams(max_tokens=100, ignore_eos=True), deltas=deltas)
             await anext(left)
             await left.aclose()
-            while llm.metrics().running:
+            while llm.metrics().running or llm.metrics().kv_utilisation:  # pages are given back after the last token
                 await asyncio.sleep(0.01)
-            return samples(await metrics.page()), llm.metrics()
+            return samples(await metrics.page()), llm.metrics(), num_later
 
-    found, engine = asyncio.run(main())
+    found, engine, num_later = asyncio.run(main())
     assert found["ingot:request_success_total", "length"] == 2
     assert found["ingot:request_success_total", "abort"] == 1
     assert found["ingot:generation_tokens_total", None] == engine.output_tokens >= 26
@@ -52,8 +54,8 @@ def test_counts_and_latencies_are_those_of_the_requests(demo_engine, deltas):
     for name in ("time_to_first_token_seconds", "request_queue_time_seconds"):  # also of the one that was left
         assert found[f"ingot:{name}_count", None] == 3, name
     assert found["ingot:request_generation_tokens_sum", None] == 26
-    # of 26 tokens of two answers 24 followed another; the third request may have had some before it was left
-    assert 24 <= found["ingot:inter_token_latency_seconds_count", None] < 124
+    # the third request may have had some before it was left
+    assert num_later <= found["ingot:inter_token_latency_seconds_count", None] < num_later + 100
     ttft, e2e = (found[f"ingot:{name}_sum", None]
                  for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds"))  # fmt: skip
     assert 0 < ttft < e2e < 60
