@@ -97,7 +97,8 @@ def test_a_bad_prompt_costs_the_others_nothing(llm):
         llm.generate([[5] * 5000], progress=False)
     with pytest.raises(RequestError, match="4096"):
         llm.generate([[5, 4096]], progress=False)
-    for prompt, sentence in (("fine \ud800", "not Unicode"), (b"bytes", "text or a list"), ([1, True], "text or a list")):
+    wrong = ("fine \ud800", "not Unicode"), (b"bytes", "text or a list"), ([1, True], "text or a list")
+    for prompt, sentence in wrong:
         with pytest.raises(RequestError, match=sentence):
             llm.generate(["fine", prompt], progress=False)
     with pytest.raises(RequestError, match="2 of them for 1 prompts"):
