@@ -3,7 +3,8 @@
     python benchmarks/serving.py ENGINE cost [--concurrency 64] [--requests 256] [--output-len 64]
     python benchmarks/serving.py ENGINE soak [--seconds 120] [--streams 256]
 
-cost: output tokens/s of streamed completions over HTTP against `LLM.generate` on the same engine and prompts, in turns.
+cost: output tokens/s of streamed completions over HTTP against `LLM.generate` on the same engine and prompts, in turns,
+and the CPU time of a token in each process: where load, API and engine share processors, the floor is what these say.
 soak: streams from a second process that end, are left in the middle, ask for too much or are no JSON at all; at the end
 the engine must hold nothing, its memory must be flat, and every finished stream must be what the offline engine says.
 """
@@ -87,31 +88,71 @@ async def cost(args: argparse.Namespace) -> None:
     texts = prompts(args.requests)
     params = SamplingParams(max_tokens=args.output_len, temperature=0, ignore_eos=True)
     found: dict[str, list[float]] = {"offline": [], "http": []}
+    used: dict[str, list[float]] = {"offline": [], "engine": [], "api": [], "load": []}  # us of CPU a token
+    num_chunks: list[float] = []
     total = args.requests * args.output_len
     bodies = [completion(text, args.output_len) for text in texts]
     for _ in range(args.rounds):
         with LLM(args.engine, max_num_seqs=args.concurrency, prefix_cache=False) as llm:
             llm.generate(texts[:8], params, progress=False)
-            start = time.perf_counter()
+            start, before = time.perf_counter(), time.process_time()
             await asyncio.to_thread(llm.generate, texts, params, progress=False)
             found["offline"].append(total / (time.perf_counter() - start))
-        async with server(args.engine, "--max-num-seqs", str(args.concurrency), "--no-prefix-cache") as (port, _):
+            used["offline"].append(1e6 * (time.process_time() - before) / total)
+        limits = "--max-num-seqs", str(args.concurrency), "--no-prefix-cache", *args.option
+        async with server(args.engine, *limits) as (port, process):
             await asyncio.gather(*(send(port, "/v1/completions", body) for body in bodies[:8]))
             gate = asyncio.Semaphore(args.concurrency)
+            chunks: list[int] = []
 
-            async def one(body: bytes, port: int = port, gate: asyncio.Semaphore = gate) -> None:
+            async def one(
+                body: bytes, port: int = port, gate: asyncio.Semaphore = gate, chunks: list[int] = chunks
+            ) -> None:
                 async with gate:
                     status, lines = await send(port, "/v1/completions", body)
                 assert status == 200 and b"data: [DONE]\n" in lines[-8:]
+                chunks.append(sum(line.startswith(b"data: {") for line in lines))
 
-            start = time.perf_counter()
+            start, before, (api, engine) = time.perf_counter(), time.process_time(), seconds_of(process.pid)
             await asyncio.gather(*map(one, bodies))
             found["http"].append(total / (time.perf_counter() - start))
+            used["load"].append(1e6 * (time.process_time() - before) / total)
+            api_then, engine_then = seconds_of(process.pid)
+            used["api"].append(1e6 * (api_then - api) / total)
+            used["engine"].append(1e6 * (engine_then - engine) / total)
+            num_chunks.append(total / sum(chunks))
     offline, http = (statistics.median(found[name]) for name in ("offline", "http"))
     print(
         f"concurrency {args.concurrency}, {args.requests} requests of {args.output_len} tokens: offline "
         f"{offline:.0f} tok/s, over HTTP {http:.0f} tok/s: {100 * http / offline:.1f} %  ({found})"
     )
+    cpu = {name: statistics.median(values) for name, values in used.items()}
+    shared = cpu["engine"] + cpu["api"] + cpu["load"]
+    print(
+        f"  CPU of a token, us: engine offline {cpu['offline']:.0f}; over HTTP engine {cpu['engine']:.0f}, API "
+        f"{cpu['api']:.0f}, load {cpu['load']:.0f}; {statistics.median(num_chunks):.2f} tokens a chunk"
+    )
+    print(
+        f"  engine / (engine + API) {100 * cpu['engine'] / (cpu['engine'] + cpu['api']):.1f} %; with the load on the "
+        f"same processors, kept busy: {100 * cpu['offline'] / shared:.1f} %"
+    )
+
+
+def seconds_of(pid: int) -> tuple[float, float]:
+    """CPU seconds of a server so far: its API's processes, and the engine's."""
+    api = engine = 0.0
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (path / "stat").read_text().rpartition(")")[2].split()
+            if path.name == str(pid) or int(fields[1]) == pid:
+                used = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+                if b"ingot.runtime.server.child" in (path / "cmdline").read_bytes():
+                    engine += used
+                else:
+                    api += used
+        except OSError:  # it has ended
+            pass
+    return api, engine
 
 
 async def soak(args: argparse.Namespace) -> None:
@@ -200,6 +241,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--option", action="append", default=[], help="of `ingot serve`, may be given more than once")
     parser.add_argument("--seconds", type=int, default=120)
     parser.add_argument("--streams", type=int, default=256)
     args = parser.parse_args()

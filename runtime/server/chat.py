@@ -148,15 +148,17 @@ async def events(generator: Generator, body: ChatRequest, job: Job, created: int
     def chunk(parts: list[ChunkChoice], usage: Usage | UnsetType | None) -> bytes:
         return sse.event(Answer(job.id, "chat.completion.chunk", created, generator.model, parts, usage))
 
+    data = b""
     async with aclosing(generator.run(job)) as outputs:
         async for p, output in outputs:
             counted.add(p, output)
             usage = counted.usage() if body.usage_in_chunks else None if body.include_usage else UNSET
             data = b"".join(chunk([part], usage) for one in output.outputs for part in choices[one.index].parts(one))
-            if data:
+            if data and not counted.complete:
                 yield data
     if body.include_usage:
-        yield chunk([], counted.usage())
+        data += chunk([], counted.usage())
+    yield data + sse.DONE
 
 
 class _Reader:

@@ -43,6 +43,7 @@ def serve(
         list[str] | None, typer.Option(help="Let pages of this origin call the API (CORS).")
     ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Engines behind one router, a GPU each where there are.")] = 1,
+    api_workers: Annotated[int, typer.Option(min=1, help="Processes that answer HTTP, before one engine.")] = 1,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in one step at most.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens in one step at most.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of a request at most, prompt and answer.")] = None,
@@ -58,6 +59,9 @@ def serve(
     queue_timeout: Annotated[float | None, typer.Option(help="Seconds until its first token.")] = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that open requests have after SIGTERM.")] = 30.0,
     watchdog: Annotated[float, typer.Option(help="Seconds without a step after which the engine is replaced.")] = 60.0,
+    stream_pause: Annotated[
+        float, typer.Option(help="Seconds at most that tokens wait for more where many streams are open; 0: none do.")
+    ] = 0.05,
     log_level: Level = LogLevel.warning,
     log_format: Form = LogFormat.text,
     verbose: Verbose = False,
@@ -65,17 +69,22 @@ def serve(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Serve an engine with OpenAI's API until SIGTERM or Ctrl-C, which let open requests end."""
+    if api_workers > 1 and replicas > 1:
+        raise typer.BadParameter(
+            "--api-workers and --replicas cannot be combined: each replica has an API process of its own already."
+        )
     log_level = LogLevel.info if verbose else log_level
     set_up("serving", log_level, log_format)
     from .config import ServerConfig
     from .main import serve as run
     from .router.main import serve_replicas
+    from .workers import serve_workers
 
     config = ServerConfig(
         engine=engine, host=host, port=port, served_model_name=served_model_name, api_keys=tuple(api_key or ()),
         allowed_origins=tuple(allow_origin or ()), max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens,
         request_timeout=request_timeout, queue_timeout=queue_timeout, drain_timeout=drain_timeout, watchdog=watchdog,
-        otlp_endpoint=otlp_endpoint, log_level=log_level, log_format=log_format,
+        stream_pause=stream_pause, otlp_endpoint=otlp_endpoint, log_level=log_level, log_format=log_format,
     )  # fmt: skip
     options: dict[str, Any] = {
         "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens, "max_model_len": max_model_len,
@@ -83,4 +92,9 @@ def serve(
     }  # fmt: skip
     if gpu_memory_utilization is not None:
         options["gpu_memory_utilization"] = gpu_memory_utilization
-    asyncio.run(run(config, options) if replicas == 1 else serve_replicas(config, options, replicas))
+    if replicas > 1:
+        asyncio.run(serve_replicas(config, options, replicas))
+    elif api_workers > 1:
+        asyncio.run(serve_workers(config, options, api_workers))
+    else:
+        asyncio.run(run(config, options))

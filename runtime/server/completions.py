@@ -79,6 +79,7 @@ async def events(generator: Generator, body: CompletionRequest, job: Job, create
     def chunk(parts: list[TextChoice], usage: Usage | UnsetType | None) -> bytes:
         return sse.event(Answer(job.id, "text_completion", created, generator.model, parts, usage))
 
+    data = b""
     async with aclosing(generator.run(job)) as outputs:
         async for p, output in outputs:
             counted.add(p, output)
@@ -92,10 +93,11 @@ async def events(generator: Generator, body: CompletionRequest, job: Job, create
                     part = choice.part(delta, output.prompt_logprobs)
                     if part.text or part.logprobs or part.finish_reason or part.token_ids:
                         data += chunk([part], usage)
-            if data:
+            if data and not counted.complete:
                 yield data
     if body.include_usage:
-        yield chunk([], counted.usage(_echo_only(body)))
+        data += chunk([], counted.usage(_echo_only(body)))
+    yield data + sse.DONE
 
 
 class _Choice:

@@ -17,8 +17,10 @@ class ServerConfig:
     `Authorization: Bearer KEY`; none: everybody is. max_waiting, max_waiting_tokens: requests and prompt tokens that
     may wait for a place in the batch; past them clients get 429. request_timeout: from arrival to the last token;
     queue_timeout: to the first. drain_timeout: how long open requests may go on after SIGTERM. watchdog: a step that
-    takes longer means that the engine hangs. otlp_endpoint: base URL of the collector that gets a span per request;
-    log_level and log_format: those of logs.py, which whoever starts a process sets up.
+    takes longer means that the engine hangs. stream_pause: how long the next words of a stream may wait for more where
+    many streams are open, so that their events do not take the processor from the engine; 0: not at all. otlp_endpoint:
+    base URL of the collector that gets a span per request; log_level and log_format: those of logs.py, which whoever
+    starts a process sets up.
     """
 
     engine: Path
@@ -35,6 +37,7 @@ class ServerConfig:
     queue_timeout: float | None = None
     drain_timeout: float = 30.0
     watchdog: float = 60.0
+    stream_pause: float = 0.05
     otlp_endpoint: str | None = None
     log_level: str = "warning"
     log_format: str = "text"
@@ -49,8 +52,9 @@ class ServerConfig:
                 raise EngineError(f"{name} is {value:g}; it must be above 0 seconds.")
         if not 0 <= self.port <= 65535:
             raise EngineError(f"port is {self.port}; it must be 0 to 65535.")
-        if self.drain_timeout < 0:
-            raise EngineError(f"drain_timeout is {self.drain_timeout:g}; it must be 0 seconds or more.")
+        for name in ("drain_timeout", "stream_pause"):
+            if not getattr(self, name) >= 0:
+                raise EngineError(f"{name} is {getattr(self, name):g}; it must be 0 seconds or more.")
         wanted(self.otlp_endpoint)
 
     @property

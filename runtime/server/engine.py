@@ -34,7 +34,8 @@ class EngineProcess:
     """An engine directory, open for streaming in another process. `options` are those of `LLM`.
 
     watchdog: seconds without a step after which the engine hangs and is replaced. start_timeout: seconds that opening
-    it may take. patience: seconds that a request waits for a new engine process before it fails.
+    it may take. patience: seconds that a request waits for a new engine process before it fails. longest_pause: seconds
+    that the words of a stream may wait for more where many are open, see service.py.
     Use it with `async with`, or `start` and `close`; what it says of the engine is known from then on.
     """
 
@@ -45,11 +46,13 @@ class EngineProcess:
         watchdog: float = 60.0,
         start_timeout: float = 600.0,
         patience: float = 30.0,
+        longest_pause: float = 0.0,
         **options: Any,
     ):
         self._folder = Path(engine).resolve()
         self._options = asdict(ServeConfig(**options))
         self._watchdog, self._start_timeout, self._patience = watchdog, start_timeout, patience
+        self._longest_pause = longest_pause
         self._supervisor: Supervisor | None = None
         self._ready: Ready | None = None
         self._text: Text | None = None
@@ -64,9 +67,7 @@ class EngineProcess:
 
     async def start(self) -> None:
         """Start the engine process. Raises EngineError as `LLM` does; nothing is left running then."""
-        self._supervisor = Supervisor(
-            self._folder, self._options, self._hear, self._lost, self._watchdog, self._start_timeout
-        )
+        self._supervisor = self._supervised()
         text = asyncio.create_task(asyncio.to_thread(Text.open, self._folder))
         text.add_done_callback(lambda task: task.cancelled() or task.exception())  # of no interest if nobody asks
         try:
@@ -77,6 +78,13 @@ class EngineProcess:
             await self.close()
             raise
         self._metrics = self._ready.metrics
+
+    def _supervised(self) -> Any:
+        """What keeps the engine process: a Supervisor, or what looks like one (link.py)."""
+        return Supervisor(
+            self._folder, self._options, self._hear, self._lost, self._watchdog, self._start_timeout,
+            self._longest_pause,
+        )  # fmt: skip
 
     async def close(self) -> None:
         """End the engine process, by force if it does not end by itself; open requests end with "abort"."""

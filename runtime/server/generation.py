@@ -68,16 +68,24 @@ class Collected:
 
 
 class Counted:
-    """Tokens of a job, as they come."""
+    """Tokens of a job, as they come, and whether all have."""
 
     def __init__(self, job: Job):
         self._num_prompt = sum(len(prompt.ids) for prompt in job.prompts)
         self._cached = [0] * len(job.prompts)
         self._num_output = 0
+        self._num_unfinished = len(job.prompts)
+
+    @property
+    def complete(self) -> bool:
+        """There is no more to come."""
+        return not self._num_unfinished
 
     def add(self, index: int, output: RequestOutput) -> None:
         self._cached[index] = output.num_cached_tokens
-        self._num_output += sum(len(answer.token_ids) for answer in output.outputs)
+        self._num_unfinished -= output.finished
+        for answer in output.outputs:
+            self._num_output += len(answer.token_ids)
 
     def usage(self, prompt_only: bool = False) -> Usage:
         num_output = 0 if prompt_only else self._num_output

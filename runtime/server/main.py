@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ import uvicorn
 from ...engines.errors import EngineError
 from .admission import Admission
 from .app import create_app
+from .board import Slot
 from .config import ServerConfig
 from .engine import EngineProcess
 from .metrics import Observed, ServerMetrics
@@ -38,27 +39,36 @@ async def serve(config: ServerConfig, options: Mapping[str, Any], print_ready: b
 
     Raises EngineError: the engine cannot be opened, or the port is taken.
     """
-    listener = _listen(config)
+    with listen(config.host, config.port) as listener:
+        settings = {"watchdog": config.watchdog, "longest_pause": config.stream_pause, **options}
+        async with EngineProcess(config.engine, **settings) as engine:
+
+            def announce() -> None:
+                if print_ready:
+                    print(
+                        f"ingot serves {config.model_name} at {address_of(listener)}: {engine.max_model_len} tokens of "
+                        f"context, {engine.num_kv_tokens} KV tokens, {engine.max_num_seqs} sequences at a time",
+                        flush=True,
+                    )
+
+            await serve_api(config, engine, listener, announce, Slot())
+
+
+async def serve_api(
+    config: ServerConfig, engine: EngineProcess, listener: socket.socket, announce: Callable[[], None], slot: Slot
+) -> None:
+    """Serve an open engine on a socket until a signal says stop. slot: this process's among those of the server."""
+    metrics = ServerMetrics(engine, config.model_name, slot)
+    admission = Admission(engine.max_num_seqs, config.max_waiting, config.max_waiting_tokens, slot)
+    app = create_app(Observed(engine, metrics), config, admission, metrics)
+    server = Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
+    stop = asyncio.create_task(_stop(server, engine, admission, config.drain_timeout))
+    listener.listen(BACKLOG)  # whoever reads that it serves may come at once
+    announce()
     try:
-        async with EngineProcess(config.engine, watchdog=config.watchdog, **options) as engine:
-            metrics = ServerMetrics(engine, config.model_name)
-            admission = Admission(engine.max_num_seqs, config.max_waiting, config.max_waiting_tokens)
-            app = create_app(Observed(engine, metrics), config, admission, metrics)
-            server = Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
-            stop = asyncio.create_task(_stop(server, engine, admission, config.drain_timeout))
-            listener.listen(BACKLOG)  # whoever reads that it serves may come at once
-            if print_ready:
-                print(
-                    f"ingot serves {config.model_name} at {address_of(listener)}: {engine.max_model_len} tokens of "
-                    f"context, {engine.num_kv_tokens} KV tokens, {engine.max_num_seqs} sequences at a time",
-                    flush=True,
-                )
-            try:
-                await server.serve(sockets=[listener])
-            finally:
-                stop.cancel()
+        await server.serve(sockets=[listener])
     finally:
-        listener.close()
+        stop.cancel()
 
 
 async def _stop(server: Server, engine: EngineProcess, admission: Admission, drain_timeout: float) -> None:
@@ -68,19 +78,23 @@ async def _stop(server: Server, engine: EngineProcess, admission: Admission, dra
     server.should_exit = True
 
 
-def _listen(config: ServerConfig) -> socket.socket:
-    """The socket, bound before the engine opens: a taken port is known at once."""
+def listen(host: str, port: int, shared: bool = False) -> socket.socket:
+    """A socket, bound before the engine opens: a taken port is known at once. shared: others may have the same port.
+
+    Raises EngineError.
+    """
     try:
-        family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # asyncio does so only for sockets it makes; without it small pieces wait for the client's acknowledgement
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        listener.bind((config.host, config.port))
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind((host, port))
     except OSError as error:
         raise EngineError(
-            f"{config.host}:{config.port} cannot be served on ({error.strerror or error}); choose another --port or "
-            "--host."
+            f"{host}:{port} cannot be served on ({error.strerror or error}); choose another --port or --host."
         ) from None
     return listener
 

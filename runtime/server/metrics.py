@@ -1,23 +1,33 @@
 """What the server tells Prometheus, by the names that vLLM's users know where the meaning is the same.
 
 States and counts are the engine's own snapshot, read when somebody scrapes. Latencies are histograms, observed where
-answers pass on their way out: `Observed` stands before the engine and looks as it does.
+answers pass on their way out: `Observed` stands before the engine and looks as it does. They count in a slot of
+board.py, so whichever process is asked tells of all; and several tokens at once cost one call, not one each.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterable
+from bisect import bisect_left
+from collections.abc import AsyncIterator, Iterable, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from ..metrics import Metrics
 from ..request import RequestOutput
+from .board import Slot
 from .telemetry import current
 
 PREFIX = "ingot:"
@@ -45,20 +55,43 @@ _COUNTERS = {
 }
 
 
+class Histogram:
+    """Values counted by size, in places of a slot: one per bucket, each alone, one for what is larger, and the sum."""
+
+    def __init__(self, name: str, what: str, bounds: Sequence[float], slot: Slot):
+        self._name, self._what, self._bounds, self._slot = name, what, tuple(bounds), slot
+        self._begin = slot.take(len(self._bounds) + 2)
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Count a value so many times."""
+        own = self._slot.own
+        own[self._begin + bisect_left(self._bounds, value)] += times
+        own[self._begin + len(self._bounds) + 1] += value * times
+
+    def family(self, model_name: str) -> Metric:
+        """What all processes have counted."""
+        count, buckets = 0.0, []
+        for i, bound in enumerate((*self._bounds, float("inf"))):
+            count += self._slot.total(self._begin + i)
+            buckets.append((floatToGoString(bound), count))
+        family = HistogramMetricFamily(PREFIX + self._name, self._what, labels=["model_name"])
+        family.add_metric([model_name], buckets, self._slot.total(self._begin + len(self._bounds) + 1))
+        return family
+
+
 class ServerMetrics(Collector):
     """The metrics of one engine; `page` is what `/metrics` answers. llm: has `metrics()`, as AsyncLLM does."""
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, llm: Any, model_name: str):
+    def __init__(self, llm: Any, model_name: str, slot: Slot | None = None):
         self._llm, self.model = llm, model_name
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
+        self._histograms: list[Histogram] = []
+        slot = slot or Slot()
 
-        def histogram(name: str, what: str, buckets: Iterable[float]) -> Histogram:
-            return Histogram(
-                PREFIX + name, what, ("model_name",), registry=self._registry, buckets=tuple(buckets)
-            ).labels(model_name)
+        def histogram(name: str, what: str, bounds: Sequence[float]) -> Histogram:
+            self._histograms.append(Histogram(name, what, bounds, slot))
+            return self._histograms[-1]
 
         self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", (0.001, *SLOW))
         self.inter_token = histogram("inter_token_latency_seconds", "Between tokens of an answer.", FAST)
@@ -67,6 +100,8 @@ class ServerMetrics(Collector):
         self.e2e = histogram("e2e_request_latency_seconds", "From arrival to the last token.", SLOW)
         self.prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", COUNTS)
         self.generated = histogram("request_generation_tokens", "Tokens of an answer.", COUNTS)
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
 
     async def page(self) -> bytes:
         """All of it in Prometheus' text format, as the engine is now; if it does not answer, as it was last."""
@@ -90,6 +125,8 @@ class ServerMetrics(Collector):
         for reason, count in sorted(found.finished.items()):
             ended.add_metric([self.model, reason], count)
         yield ended
+        for each in self._histograms:
+            yield each.family(self.model)
         info = InfoMetricFamily(PREFIX + "build", "What is serving.")
         info.add_metric([], {"version": version("ingot"), "model_name": self.model})
         yield info
@@ -123,9 +160,8 @@ class Observed:
                     if last is None:
                         self._begin(output)
                     else:
-                        share = (now - last) / new  # several tokens that come at once came one after the other
-                        for _ in range(new):
-                            self._metrics.inter_token.observe(share)
+                        # several tokens that come at once came one after the other
+                        self._metrics.inter_token.observe((now - last) / new, new)
                     last = now
                 if output.finished:
                     self._end(output, seen)

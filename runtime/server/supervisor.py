@@ -49,16 +49,20 @@ class Child(asyncio.Protocol):
         self._process: asyncio.subprocess.Process | None = None
         self._burial: asyncio.Task[None] | None = None
 
-    async def spawn(self, folder: Path, options: Mapping[str, Any]) -> None:
-        """Start the process: `ready` is set when it is open, `over` in any case. Raises EngineError if it cannot be."""
+    async def spawn(self, setting: Mapping[str, Any], listener: socket.socket | None) -> None:
+        """Start the process: `ready` is set when it is open, `over` in any case. Raises EngineError if it cannot be.
+
+        setting, listener: see child.py.
+        """
         ours, theirs = socket.socketpair()
         with theirs:  # the last reference to it is then the process's own
             await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=ours)
-            setting = json.dumps({"engine": str(folder), "options": dict(options)})
+            fds = [sock.fileno() for sock in (theirs, listener) if sock is not None]
+            told = json.dumps({**setting, "listener": fds[1] if listener else None})
             try:
                 self._process = await asyncio.create_subprocess_exec(
-                    sys.executable, "-m", f"{__package__}.child", str(theirs.fileno()), setting,
-                    pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL,
+                    sys.executable, "-m", f"{__package__}.child", str(theirs.fileno()), told,
+                    pass_fds=fds, stdin=asyncio.subprocess.DEVNULL,
                     start_new_session=True,  # Ctrl-C in a terminal is for the API; and the group can be killed
                 )  # fmt: skip
             except OSError as error:
@@ -147,7 +151,7 @@ class Supervisor:
     """Starts and restarts `Child`ren. `hear` gets their messages, `lost` a sentence whenever one is gone.
 
     watchdog: seconds that an engine with open requests may take for a step, and any engine for an answer to a ping.
-    start_timeout: seconds until it is open.
+    start_timeout: seconds until it is open. longest_pause, listener: see child.py.
     """
 
     def __init__(
@@ -158,8 +162,11 @@ class Supervisor:
         lost: Callable[[str], None],
         watchdog: float,
         start_timeout: float,
+        longest_pause: float = 0.0,
+        listener: socket.socket | None = None,
     ):
-        self._folder, self._options = folder, options
+        self._setting = {"engine": str(folder), "options": dict(options), "longest_pause": longest_pause}
+        self._clients = listener
         self._listener, self._lost = hear, lost
         self._watchdog, self._start_timeout = watchdog, start_timeout
         self.child: Child | None = None  # only while it is open
@@ -253,7 +260,7 @@ class Supervisor:
 
     async def _open(self) -> Ready:
         child = self._starting = Child(self._hear)
-        await child.spawn(self._folder, self._options)
+        await child.spawn(self._setting, self._clients)
         either: list[asyncio.Future[Any]] = [child.ready, child.over]
         await asyncio.wait(either, timeout=self._start_timeout, return_when=asyncio.FIRST_COMPLETED)
         if not child.ready.done():
