@@ -194,7 +194,7 @@ async def soak(args: argparse.Namespace) -> None:
                 if status == 429:
                     await asyncio.sleep(rng.random())
 
-        memory: list[int] = []
+        memory: list[list[int]] = []
 
         async def watch() -> None:
             while time.monotonic() < end:
@@ -211,7 +211,8 @@ async def soak(args: argparse.Namespace) -> None:
         f"{args.streams} streams, {args.seconds} s: " + ", ".join(f"{n} {what}" for what, n in sorted(counts.items()))
     )
     print(f"  wrong: {len(wrong)} {wrong[:3]}; at the end {state}")
-    print(f"  resident memory of server and engine, MiB, every 5 s: {[m >> 20 for m in memory]}")
+    for name, sizes in zip(("server", "engine"), zip(*memory, strict=True), strict=True):
+        print(f"  resident memory of the {name}, MiB, every 5 s: {[size >> 20 for size in sizes]}")
     if first_tokens:
         first_tokens.sort()
         print(f"  short requests took {statistics.median(first_tokens):.2f} s (median), {first_tokens[-1]:.2f} at most")
@@ -219,8 +220,8 @@ async def soak(args: argparse.Namespace) -> None:
     raise SystemExit(1 if failed else 0)
 
 
-def resident(pid: int) -> int:
-    """Bytes of a process and its children."""
+def resident(pid: int) -> list[int]:
+    """Bytes of a process and of each of its children."""
     pids = [pid]
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -230,7 +231,7 @@ def resident(pid: int) -> int:
         except OSError:
             pass
     page = os.sysconf("SC_PAGE_SIZE")
-    return sum(int(Path(f"/proc/{each}/statm").read_text().split()[1]) * page for each in pids)
+    return [int(Path(f"/proc/{each}/statm").read_text().split()[1]) * page for each in pids]
 
 
 def main() -> None:

@@ -175,7 +175,8 @@ def test_a_replica_that_hangs_is_replaced(tmp_path, monkeypatch):
     async def check():
         monkeypatch.setattr(Replica, "_start", start)
         monkeypatch.setattr(replicas_module, "FIRST_DELAY", 0.01)
-        replica, backend = Replica(0, ServerConfig(engine=tmp_path), {}, Gpu(None)), Backend("http://a", silent=True)
+        replica = Replica(0, ServerConfig(engine=tmp_path), {}, Gpu(None), {})
+        backend = Backend("http://a", silent=True)
         running = asyncio.ensure_future(replica.run(backend))
         await asyncio.sleep(0.3)
         assert replica.num_starts == 1 and not running.done()  # it may still be opening the engine
@@ -199,7 +200,13 @@ def test_each_replica_gets_a_gpu_and_a_port(tmp_path, monkeypatch):
     monkeypatch.setattr(replicas_module, "_COUNT_DEVICES", "import no_driver")
     assert asyncio.run(devices_of({})) == []
     config = ServerConfig(engine=tmp_path, api_keys=("a",))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     each = Replicas(3, config, {"max_num_seqs": 2}, ["4", "7"]).each
+    assert [one._environment["OMP_NUM_THREADS"] for one in each] == ["2", "2", "2"]
+    assert "OMP_NUM_THREADS" not in Replicas(1, config, {}, []).each[0]._environment
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert Replicas(2, config, {}, []).each[0]._environment["OMP_NUM_THREADS"] == "7"
     assert [one._environment["CUDA_VISIBLE_DEVICES"] for one in each] == ["4", "7", "4"]
     assert [one.gpu.share for one in each] == [0.45, None, 0.45] and each[0].gpu is each[2].gpu
     assert len({one.url for one in each}) == 3

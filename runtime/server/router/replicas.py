@@ -62,7 +62,9 @@ class Gpu:
 class Replica:
     """One of them."""
 
-    def __init__(self, number: int, config: ServerConfig, options: Mapping[str, Any], gpu: Gpu):
+    def __init__(
+        self, number: int, config: ServerConfig, options: Mapping[str, Any], gpu: Gpu, threads: Mapping[str, str]
+    ):  # fmt: skip
         self.name, self.gpu = f"replica {number}", gpu
         self._reserved = socket.socket()
         self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -70,7 +72,8 @@ class Replica:
         port = self._reserved.getsockname()[1]
         self.url = f"http://{LOOPBACK}:{port}"
         self._setting = Setting(replace(config, host=LOOPBACK, port=port), dict(options), self.name)
-        self._environment = {**os.environ, **({} if gpu.device is None else {"CUDA_VISIBLE_DEVICES": gpu.device})}
+        device = {} if gpu.device is None else {"CUDA_VISIBLE_DEVICES": gpu.device}
+        self._environment = {**threads, **os.environ, **device}
         self.process: asyncio.subprocess.Process | None = None
         self.num_starts = 0
 
@@ -142,7 +145,11 @@ class Replicas:
         if num_replicas < 1:
             raise EngineError(f"replicas is {num_replicas}; it must be at least 1.")
         gpus = _shared_out(devices, num_replicas, options.get("gpu_memory_utilization"))
-        self.each = [Replica(i, config, options, gpu) for i, gpu in enumerate(gpus)]
+        # threads of one step wait for each other, and spin: with more of them than processors a step takes many times
+        # as long. What the user has set goes before it
+        share = max(1, (os.cpu_count() or 1) // num_replicas)
+        threads = {"OMP_NUM_THREADS": str(share)} if num_replicas > 1 else {}
+        self.each = [Replica(i, config, options, gpu, threads) for i, gpu in enumerate(gpus)]
 
     async def run(self, backends: Sequence[Backend]) -> None:
         """Keep all of them running until cancelled. Raises EngineError: one could not be started at all."""
