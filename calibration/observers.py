@@ -154,10 +154,11 @@ class Entropy:
 
     TensorRT's calibrator: S. Migacz, "8-bit inference with TensorRT", GTC 2017. P is the histogram with what is beyond
     the range added to its last bin; Q is what is left of the histogram when all bins that round to the same stored
-    number share their count evenly, bins that were empty excepted. Meant for int8; other formats have other levels.
+    number share their count evenly, bins that were empty excepted. Every `stride`-th number of bins is tried, down to
+    128 of 2048: the range is at least 1/16 of the power of two above the largest magnitude. Meant for int8.
     """
 
-    def __init__(self, channels: bool = False, num_bins: int = 2048, stride: int = 8) -> None:
+    def __init__(self, channels: bool = False, num_bins: int = 2048, stride: int = 16) -> None:
         self.histogram, self.stride = Histogram(channels, num_bins), stride
 
     def update(self, x: Tensor) -> None:
@@ -171,9 +172,10 @@ class Entropy:
         centres = self.histogram.centres
         # fewer bins than levels would be a perfect fit that says nothing
         first = min(int(format.highest) + 1, 128)
+        last = int((self.histogram.extremes.absmax.reshape(-1) / width).amax()) + 1  # bins up to the largest number
         return least(
             (width * bins, _divergence(counts, centres, width * bins, bins, format))
-            for bins in range(self.histogram.num_bins, first - 1, -self.stride)
+            for bins in range(max(last, first), first - 1, -self.stride)
         )
 
 
@@ -217,6 +219,8 @@ def _divergence(counts: Tensor, centres: Tensor, threshold: Tensor, bins: int, f
     zeros = torch.zeros(len(counts), 128, dtype=torch.float64, device=counts.device)
     mass = zeros.scatter_add(1, level, kept)
     share = zeros.scatter_add(1, level, (full > 0).double())  # bins that are not empty
-    spread = (mass / share.clamp(min=1)).gather(1, level).where(full > 0, 0)  # Q
-    p, q = full / full.sum(1, keepdim=True), spread / spread.sum(1, keepdim=True).clamp(min=1)
-    return (p * (p.clamp(min=1e-300) / q.clamp(min=1e-300)).log()).sum(1)
+    spread = (mass / share.clamp(min=1)).gather(1, level)
+    # a last bin that holds nothing but what saturates has nothing in Q: half a count, or KL would be infinite
+    spread = spread.clamp(min=0.5).where(full > 0, 0)  # Q
+    p, q = full / full.sum(1, keepdim=True), spread / spread.sum(1, keepdim=True)
+    return torch.special.xlogy(p, p / q.where(full > 0, 1)).sum(1)
