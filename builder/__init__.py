@@ -28,6 +28,9 @@ class BuildConfig:
     target: str = "cpu"
     dtype: str = "auto"
     force: bool = False  # replace an engine that is already at `out`
+    quant: str = ""  # a recipe, by name or path; none: weights as they are
+    calibration_data: str = ""  # text to calibrate with and, held out, to check with
+    accept_accuracy: bool = False  # build what the recipe's bound refuses
     # of the cuda target, whose plan has fixed sizes
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 4096
@@ -61,7 +64,7 @@ def build_engine(
     """Build the engine that `config` asks for and return its manifest.
 
     `on_phase(name)` is called as each phase begins, `on_bytes(done, total)` while weights are
-    written, `on_pass(name, num_nodes)` after each pass.
+    calibrated (nodes) and written, `on_pass(name, num_nodes)` after each pass.
     Raises BuildError: no such checkpoint, a damaged one, a refused architecture, `out` that may not be written.
     """
     from ..engines.manifest import BuildRecord, Manifest
@@ -71,6 +74,7 @@ def build_engine(
     from .checkpoint import Checkpoint
     from .export import export
     from .passes import optimise
+    from .quantisation import Quantisation
     from .record import activation_dtype, kv_layers, model_info, versions
     from .targets import target_of
     from .text_files import copy_text_files
@@ -80,6 +84,7 @@ def build_engine(
     check_destination(Path(config.out), config.force)
     with phase("read the checkpoint"):
         checkpoint = Checkpoint.open(config.model)
+        quantisation = Quantisation.of(config, checkpoint)
         dtype = activation_dtype(config.dtype, checkpoint.config)
     with target.begin(config) as compile:
         with phase("check the architecture"):
@@ -90,6 +95,10 @@ def build_engine(
             num_exported = graph.graph.num_nodes()
         with phase("optimise"):
             graph = optimise(graph, on_pass)
+        quantised = None
+        if quantisation:
+            with phase(f"calibrate and check {quantisation.recipe.name}"):
+                quantised = quantisation.apply(graph, on_bytes)
         with engine_directory(config.out, config.force) as folder:
             with phase("write the weights"):
                 save_graph(graph, folder, on_bytes)
@@ -105,4 +114,4 @@ def build_engine(
                 self_check_error=error,
                 versions=versions(),
             )
-            return Manifest(model, kv_layers(graph), config.target, target_info, record).save(folder)
+            return Manifest(model, kv_layers(graph), config.target, target_info, record, quantised).save(folder)

@@ -1,4 +1,5 @@
-"""`build-engine MODEL -o DIR`, which is also `ingot build`: the build with progress on stderr, the result on stdout."""
+"""`build-engine MODEL -o DIR`, which is also `ingot build`: the build with progress on stderr, the result on stdout.
+And `ingot recipes`."""
 
 from __future__ import annotations
 
@@ -27,6 +28,13 @@ def build(
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's own.", metavar="DTYPE")
     ] = "auto",
+    quant: Annotated[str, typer.Option(help="Store weights in fewer bits: `ingot recipes`, or a YAML file.")] = "",
+    calibration_data: Annotated[
+        str, typer.Option(metavar="FILE", help="Text for --quant: to calibrate with and, held out, to check with.")
+    ] = "",
+    accept_accuracy: Annotated[
+        bool, typer.Option("--accept-accuracy", help="Build it even if it is worse than the recipe allows.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the engine that is already there.")] = False,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="cuda: sequences of a step at most.")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="cuda: tokens of a step at most.")] = 4096,
@@ -46,8 +54,8 @@ def build(
     out = out or retarget
     assert out is not None
     config = BuildConfig(
-        model or "", str(out), target, dtype, force, max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens, tune=tune, gpu_arch=gpu_arch,
+        model or "", str(out), target, dtype, force, quant, calibration_data, accept_accuracy,
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, tune=tune, gpu_arch=gpu_arch,
     )  # fmt: skip
     manifest = _build_with_progress(config, verbose)
     if as_json:
@@ -55,7 +63,28 @@ def build(
         return
     if verbose:
         _show_phases(out, manifest)
+    if manifest.quantisation:
+        from ..calibration.accuracy import Accuracy
+
+        print(Accuracy.of(manifest.quantisation["accuracy"]).table())
     print(f"{out}: {manifest.num_bytes / 1e6:.1f} MB for {manifest.target}, built in {manifest.build.seconds:.1f} s")
+
+
+def recipes() -> None:
+    """What `--quant` knows: each recipe, by how much perplexity may rise, and its rules."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..calibration.recipe import recipes as known
+
+    table = Table(box=box.SIMPLE)
+    for column in ("recipe", "perplexity", "what it does", "rules"):
+        table.add_column(column)
+    for recipe in known():
+        rules = "\n".join(f"{rule.match}: {rule.spelt()}" for rule in recipe.rules)
+        table.add_row(recipe.name, f"+{100 * recipe.perplexity:g}% at most", recipe.description, rules)
+    Console().print(table)
 
 
 def _build_with_progress(config: BuildConfig, verbose: bool) -> Manifest:

@@ -33,6 +33,7 @@ def describe(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "kv_bytes_per_token": manifest.kv_bytes_per_token,
         "kv_layers": [asdict(layer) for layer in manifest.kv_layers],
         "ops": operations(ops),
+        "quantisation": manifest.quantisation,
         "build": asdict(manifest.build),
     }
 

@@ -78,6 +78,7 @@ class Manifest:
     target: str
     target_info: dict[str, Any]  # cpu: compiler, flags, or why there are no native kernels
     build: BuildRecord
+    quantisation: dict[str, Any] | None = None  # recipe, its rules and bound, the accuracy that was measured
     files: dict[str, FileRecord] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     ingot_version: str = field(default_factory=lambda: version("ingot"))
@@ -238,6 +239,7 @@ def _parse(fields: dict[str, Any]) -> Manifest:
         target=fields["target"],
         target_info=fields["target_info"],
         build=BuildRecord(**fields["build"]),
+        quantisation=fields.get("quantisation"),
         files={name: FileRecord(**record) for name, record in fields["files"].items()},
         format_version=fields["format_version"],
         ingot_version=fields["ingot_version"],

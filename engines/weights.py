@@ -76,11 +76,10 @@ def write_weights(
 
 
 def declared_weights(model: ir.Model) -> dict[str, tuple[DType, tuple[int, ...]]]:
-    """Element type and shape of each weight, from the graph alone: the file is not needed."""
-    weights = {name: value.const_value for name, value in model.graph.initializers.items()}
-    return {
-        name: (_dtype(tensor), tuple(tensor.shape.numpy())) for name, tensor in weights.items() if tensor is not None
-    }
+    """Element type and shape of each weight as the file has it, from the graph alone: the file is not needed."""
+    tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
+    weights = [_weight(name, tensor) for name, tensor in tensors.items() if tensor is not None]
+    return {weight.name: (weight.dtype, weight.shape) for weight in weights}
 
 
 def random_weights(model: ir.Model) -> dict[str, torch.Tensor]:
@@ -120,9 +119,11 @@ def save_graph(model: ir.Model, folder: Path, progress: Callable[[int, int], Non
     try:
         for weight in weights:
             offset, length = places[weight.name]
+            tensor = initialisers[weight.name]
+            assert tensor is not None
             model.graph.initializers[weight.name].const_value = ir.ExternalTensor(
-                WEIGHTS_FILE, offset, length, weight.dtype.onnx, shape=ir.Shape(weight.shape), name=weight.name,
-                base_dir=folder,
+                WEIGHTS_FILE, offset, length, tensor.dtype, shape=ir.Shape(tuple(tensor.shape.numpy())),
+                name=weight.name, base_dir=folder,
             )  # fmt: skip
         ir.save(model, folder / GRAPH_FILE)
     finally:
@@ -138,8 +139,12 @@ def load_graph(folder: Path) -> ir.Model:
 
 
 def _weight(name: str, tensor: ir.TensorProtocol) -> Weight:
-    return Weight(name, _dtype(tensor), tuple(tensor.shape.numpy()), tensor.numpy)
+    """INT4 lies in the file as ONNX packs it, two numbers in a byte, the first in the lower half: [.., K / 2] uint8."""
+    import onnx_ir as ir
 
-
-def _dtype(tensor: ir.TensorProtocol) -> DType:
-    return next(d for d in DTYPES.values() if d.onnx == tensor.dtype)
+    if tensor.dtype == ir.DataType.INT4:
+        *rows, columns = tensor.shape.numpy()
+        packed = (*rows, columns // 2)
+        return Weight(name, DTYPES["uint8"], packed, lambda: np.frombuffer(tensor.tobytes(), np.uint8).reshape(packed))
+    dtype = next(d for d in DTYPES.values() if d.onnx == tensor.dtype)
+    return Weight(name, dtype, tuple(tensor.shape.numpy()), tensor.numpy)

@@ -18,6 +18,7 @@ from . import OPS
 from .binder import Binder, Run, from_reference
 from .dtypes import to_torch
 from .onnx_ops import ONNX_OPS
+from .onnx_quantise import unpack_int4
 from .opschema import complete_attributes, where
 
 Values = list[Any]
@@ -77,15 +78,24 @@ class Program:
 
         Runs under `torch.inference_mode`: outputs may be changed in place only under it.
         """
+        values = self.begin(inputs)
+        for run in self.launches:
+            run(values)
+        return {name: values[slot] for name, slot in self.outputs.items()}
+
+    def begin(self, inputs: Mapping[str, torch.Tensor]) -> Values:
+        """What the first launch is called with, for callers that run `launches` themselves."""
         values = self._template.copy()
         try:
             for name, slot in self.inputs.items():
                 values[slot] = inputs[name]
         except KeyError:
             raise EngineError(f"the graph input '{name}' was not given; given were {', '.join(inputs)}") from None
-        for run in self.launches:
-            run(values)
-        return {name: values[slot] for name, slot in self.outputs.items()}
+        return values
+
+    def slot_of(self, value: ir.Value) -> int:
+        """Where a launch finds an input, an initialiser or a node's output."""
+        return self._slots[value]
 
     def _bind(self, graph: ir.Graph) -> list[tuple[ir.Node, Run, list[int]]]:
         """Binds every node; evaluates the constant ones now and returns the others, as (node, run, input slots)."""
@@ -182,7 +192,8 @@ def _reference(binder: Binder, attributes: dict[str, Any], constants: tuple, nod
 
 def _initializer(name: str, value: ir.Value, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
     if name in weights:
-        return weights[name]
+        packed = value.dtype == ir.DataType.INT4 and weights[name].dtype == torch.uint8
+        return unpack_int4(weights[name], tuple(value.shape.numpy())) if packed and value.shape else weights[name]
     if value.const_value is None:
         raise EngineError(f"the initialiser '{name}' has no data in the graph and none was given in the weights")
     return to_torch(value.const_value)

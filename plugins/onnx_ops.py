@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from .binder import Attributes, Binder, Constants, Run
 from .dtypes import TORCH_DTYPES
 from .onnx_movement import MOVEMENT_OPS
+from .onnx_quantise import bind_dequantize
 
 
 def plain(function: Run) -> Binder:
@@ -229,6 +230,7 @@ ONNX_OPS: dict[str, Binder] = {
     "ArgMin": bind_arg(torch.argmin),
     "Cast": bind_cast,
     "CastLike": plain(lambda x, like: x.to(like.dtype)),
+    "DequantizeLinear": bind_dequantize,
     "Gelu": bind_gelu,
     "Gemm": bind_gemm,
     "LayerNormalization": bind_layer_norm,

@@ -1,0 +1,129 @@
+"""Recipes: which weights are stored in which numbers, and how much worse the model may become by it.
+
+A recipe is a YAML file: ordered rules, each a glob on the weight's name in the engine's graph (`ingot inspect DIR -v`
+shows them); the first that matches decides. `engines/recipes` has those that come with ingot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from ..engines.errors import BuildError
+from .formats import Format
+
+FOLDER = Path(__file__).resolve().parents[1] / "engines" / "recipes"
+METHODS = "keep", "rtn", "gptq"
+NEEDS_TEXT = {"gptq"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`match`: a glob. `method`: `keep` (as it is), `rtn` (round to nearest) or `gptq`, into `format`."""
+
+    match: str
+    method: str
+    format: Format | None = None
+    act_order: bool = False  # gptq: the columns with the largest activations first
+
+    def spelt(self) -> str:
+        """In a few words: `gptq int4 in groups of 128`."""
+        if self.format is None:
+            return self.method
+        shared = f" in groups of {self.format.group}" if self.format.group else ""
+        return f"{self.method} {self.format.dtype}{shared}{'' if self.format.symmetric else ', zero points'}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """perplexity: by how much of itself it may rise on the text that the build is checked with (0.01: 1%)."""
+
+    name: str
+    description: str
+    perplexity: float
+    rules: tuple[Rule, ...]
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether any rule looks at activations."""
+        return any(rule.method in NEEDS_TEXT for rule in self.rules)
+
+    def rule(self, weight: str) -> Rule | None:
+        """The first rule that matches; None: the weight is kept."""
+        return next((rule for rule in self.rules if fnmatchcase(weight, rule.match)), None)
+
+    @classmethod
+    def open(cls, name: str) -> Recipe:
+        """A recipe of ingot's by its name, or one of the user's by its path.
+
+        Raises BuildError: no such recipe (the known ones are named), or a file that is none, with the place.
+        """
+        path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            known = ", ".join(recipe.name for recipe in recipes())
+            raise BuildError(
+                f"the recipe '{name}' cannot be read ({error}); pass one of {known}, or the path of a YAML file."
+            ) from error
+        return parse(text, path.stem, str(path))
+
+
+def recipes() -> list[Recipe]:
+    """Those that come with ingot, by name."""
+    return [parse(path.read_text(encoding="utf-8"), path.stem, str(path)) for path in sorted(FOLDER.glob("*.yaml"))]
+
+
+def parse(text: str, name: str, where: str) -> Recipe:
+    """The recipe in a YAML text. Raises BuildError."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BuildError(f"{where} is not YAML: {' '.join(str(error).split())}.") from error
+    entries = _mapping(data, {"description", "perplexity", "rules"}, where)
+    rules, bound = entries.get("rules"), entries.get("perplexity")
+    if not isinstance(rules, list) or not rules:
+        raise BuildError(f"{where} has the rules {rules!r}; expected a list of at least one.")
+    if isinstance(bound, bool) or not isinstance(bound, int | float) or not bound >= 0:
+        raise BuildError(f"{where} has the perplexity {bound!r}; expected how much it may rise, as 0.01 for 1%.")
+    return Recipe(
+        name, str(entries.get("description", "")), float(bound),
+        tuple(_rule(entry, f"rule {i} of {where}") for i, entry in enumerate(rules, 1)),
+    )  # fmt: skip
+
+
+def _rule(data: Any, where: str) -> Rule:
+    entries = _mapping(data, {field.name for field in fields(Rule)}, where)
+    match, method = entries.get("match"), entries.get("method")
+    if not isinstance(match, str) or not match:
+        raise BuildError(f"{where} has the match {match!r}; expected a glob of weight names, as '*.mlp.*'.")
+    if method not in METHODS:
+        raise BuildError(f"{where} has the method {method!r}; expected one of {', '.join(METHODS)}.")
+    form = entries.get("format")
+    if (form is None) != (method == "keep"):
+        raise BuildError(f"{where} has the method {method} and the format {form!r}; `keep` has none, others need one.")
+    order = entries.get("act_order", False)
+    if not isinstance(order, bool) or (order and method != "gptq"):
+        raise BuildError(f"{where} has the act_order {order!r}; expected true or false, and only with gptq.")
+    return Rule(match, method, None if form is None else _format(form, where), order)
+
+
+def _format(data: Any, where: str) -> Format:
+    entries = _mapping(data, {field.name for field in fields(Format)}, f"the format of {where}")
+    try:
+        return Format(**entries)
+    except (TypeError, ValueError) as error:
+        raise BuildError(f"the format of {where} is {data!r}: {error}.") from error
+
+
+def _mapping(data: Any, known: set[str], where: str) -> Mapping[str, Any]:
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise BuildError(f"{where} holds {str(data)[:60]!r}; expected the keys {', '.join(sorted(known))}.")
+    if unknown := sorted(data.keys() - known):
+        raise BuildError(f"{where} has the unknown key '{unknown[0]}'; known are {', '.join(sorted(known))}.")
+    return data
