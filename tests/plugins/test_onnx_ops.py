@@ -124,8 +124,11 @@ CASES = [
     ("DequantizeLinear", [np.arange(-6, 6, dtype=np.int8).reshape(3, 4), np.float32(0.5)], {}),
     ("DequantizeLinear", [np.arange(-6, 6, dtype=np.int8).reshape(3, 4), f(3)], {"axis": 0}),
     ("DequantizeLinear", [np.arange(12, dtype=np.int8).reshape(3, 4), f(4), np.arange(4, dtype=np.int8)], {"axis": 1}),
-    ("DequantizeLinear", [np.arange(-12, 12, dtype=np.int8).reshape(3, 8), f(3, 2), np.ones((3, 2), np.int8)],
-     {"axis": 1, "block_size": 4}),
+    (
+        "DequantizeLinear",
+        [np.arange(-12, 12, dtype=np.int8).reshape(3, 8), f(3, 2), np.ones((3, 2), np.int8)],
+        {"axis": 1, "block_size": 4},
+    ),
     ("Constant", [], {"value_ints": [1, 2, 3]}),
     ("Constant", [], {"value_float": 1.5}),
     ("Constant", [], {"value": helper.make_tensor("v", TensorProto.FLOAT, [2], [1.0, 2.0])}),
