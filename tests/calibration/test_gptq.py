@@ -60,19 +60,13 @@ def brain_surgeon(weight, x, format, damp, order):
     h = 2 * x.double().T @ x.double()
     h += damp * h.diagonal().mean() * torch.eye(num_columns, dtype=torch.float64)
     group = format.group or num_columns
-    sorted_order = order == list(range(num_columns))
     scales = round_to_nearest(weight, format)
     result = torch.zeros_like(weight, dtype=torch.float64)
     rest = weight.double().clone()
     left = list(order)
-    scale, zero = scales.scale.clone(), None if scales.zero is None else scales.zero.clone()
+    scale, zero = scales.scale, scales.zero
     while left:
         q, g = left[0], left[0] // group
-        if sorted_order and format.group and q % group == 0:
-            now = round_to_nearest(rest[:, q : q + group].float(), format)
-            scale[:, g : g + 1] = now.scale
-            if zero is not None:
-                zero[:, g : g + 1] = now.zero
         inverse = torch.linalg.inv(h[left][:, left])
         for row in range(num_rows):
             s = scale[row // (format.rows or num_rows), g].double()
@@ -121,23 +115,16 @@ def test_act_order_helps_where_columns_differ():
     assert sorted_ < 0.85 * plain
 
 
-def test_static_groups_keep_columns_and_scales_in_place():
-    x, weight = inputs(256, 64, spread=1.5), weights(8, 64)
-    quantised, order = gptq(weight, hessian_of(x), Format("int4", 16), act_order=True)
-    assert torch.equal(quantised.scale, round_to_nearest(weight, Format("int4", 16)).scale)
-    assert sorted(order.tolist()) == list(range(64)) and order.tolist() != list(range(64))
-
-
-def test_clip_is_that_of_each_group_when_its_turn_comes():
-    x, weight, format = inputs(256, 64), weights(8, 64), Format("int4", 16)
+@pytest.mark.parametrize("act_order", [False, True])
+def test_scales_are_those_of_the_weight_and_its_clip(act_order):
+    x, weight, format = inputs(256, 64, spread=1.5), weights(8, 64), Format("int4", 16, symmetric=False)
     clip = torch.ones(8, 4)
     clip[:, 0], clip[:, 2] = 0.5, 0.75
-    for act_order in (False, True):
-        whole, _ = gptq(weight, hessian_of(x), format, act_order)
-        clipped, _ = gptq(weight, hessian_of(x), format, act_order, clip=clip)
-        assert torch.allclose(clipped.scale[:, 0], whole.scale[:, 0] / 2)
-        if act_order:
-            assert torch.allclose(clipped.scale, whole.scale * clip)
+    quantised, order = gptq(weight, hessian_of(x), format, act_order, clip=clip)
+    nearest = round_to_nearest(weight, format, clip=clip)
+    assert torch.equal(quantised.scale, nearest.scale) and torch.equal(quantised.zero, nearest.zero)
+    if act_order:
+        assert sorted(order.tolist()) == list(range(64)) and order.tolist() != list(range(64))
 
 
 def test_without_correlation_it_rounds_to_nearest():
