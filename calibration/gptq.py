@@ -78,8 +78,8 @@ def gptq(
     act_order rounds the columns of the largest inputs first, while most others can still make up for them. The second
     value is the order [K] int64 in which columns were rounded, for those who want to see it; None without act_order.
     damp: added to the diagonal, in units of its mean. block: columns after which the rest of the weight is brought up
-    to date; changes speed, not numbers. clip: as in `round_to_nearest`; `awq.search_clip` finds a good one, which takes
-    another 4 to 8% off the error on those layers.
+    to date; changes speed, not numbers. clip: as in `round_to_nearest`; `awq.search_clip` finds one that takes another
+    1 to 8% off the error on those layers (`benchmarks/quantisers.py`).
     Raises QuantisationError: NaN or infinite weights, a group that does not divide K, a Hessian with no inverse.
     """
     check_finite(weight, "a weight")
