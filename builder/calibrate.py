@@ -16,6 +16,7 @@ import onnx_ir as ir
 import torch
 
 from ..calibration.accuracy import Accuracy, Layer, compare, with_layers
+from ..calibration.awq import search_clip
 from ..calibration.formats import Quantised, round_to_nearest
 from ..calibration.gptq import Hessian, gptq
 from ..calibration.recipe import Recipe, recipes
@@ -27,6 +28,7 @@ from .quantise import Chosen, choose
 
 WIDTH, NUM_WINDOWS, HELD_OUT = 512, 64, 16  # tokens of a window; windows to calibrate with, and to check with
 FEWEST = 2048  # tokens of text that say anything
+SAMPLED = 4  # batches that ranges are searched with
 BATCH = 4  # windows in a step: bounds the logits in memory
 
 
@@ -114,7 +116,9 @@ def _quantised(each: Chosen, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tens
     hessian = Hessian()
     for x in inputs:
         hessian.update(x)
-    quantised, _ = gptq(weight, hessian, each.format, act_order=each.rule.act_order)
+    sample = torch.cat(list(inputs[:SAMPLED]))
+    clip = search_clip(weight, sample, each.format) if each.format.integer else 1.0
+    quantised, _ = gptq(weight, hessian, each.format, each.rule.act_order, clip=clip)
     return weight, quantised
 
 

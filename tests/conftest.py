@@ -3,9 +3,15 @@
 import os
 from pathlib import Path
 
-import pytest
-import torch
-from hypothesis import HealthCheck, settings
+# OpenMP threads beyond the processors spin while they wait for each other: workers of pytest and the servers that
+# tests start share them. Read when torch is imported
+if "PYTEST_XDIST_WORKER" in os.environ:
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "engines" / "demo"

@@ -55,7 +55,7 @@ def test_it_serves_and_lets_open_requests_end(engine):
         assert "<title>" in httpx2.get(f"{url}/").text
         (child,) = children(process.pid)
         found = []
-        reader = threading.Thread(target=stream, args=(url, found, 1500))
+        reader = threading.Thread(target=stream, args=(url, found, 600))
         reader.start()
         while len(found) < 3:
             time.sleep(0.01)
