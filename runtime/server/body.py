@@ -71,8 +71,8 @@ class Fields(BaseModel):
             else:
                 near = difflib.get_close_matches(name[:SHOWN], known, n=1)
                 hint = f"did you mean {near[0]}?" if near else "leave it out."
-                raise ApiError(400, f"{name[:SHOWN]} is not a field of this request; {hint}", name[:SHOWN],
-                               "unknown_parameter")  # fmt: skip
+                shown = name[:SHOWN] if name.isprintable() and name.strip() else repr(name)[:SHOWN]
+                raise ApiError(400, f"{shown} is not a field of this request; {hint}", shown, "unknown_parameter")
         return {name: value for name, value in data.items() if name not in unknown}
 
 
