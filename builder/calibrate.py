@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 
-from ..calibration.accuracy import Accuracy, Layer, compare, with_layers
+from ..calibration.accuracy import Accuracy, Layer, compare
 from ..calibration.awq import search_clip
 from ..calibration.formats import Quantised, round_to_nearest
 from ..calibration.gptq import Hessian, gptq
 from ..calibration.recipe import Recipe, recipes
 from ..engines.errors import BuildError
-from ..plugins.dtypes import to_torch
 from .checkpoint import Checkpoint
 from .node_major import Windows, run
 from .quantise import Chosen, choose
@@ -71,10 +70,10 @@ def calibrate(
     calibration = text.calibration if recipe.needs_text else ()
     num = len(calibration)
 
-    def weight_of(name: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    def weight_of(name: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor | None:
         each = chosen.get(name)
         if each is None:
-            return originals[name]()
+            return None
         try:
             weight, quantised = _quantised(each, inputs[:num])
         except BuildError as error:
@@ -85,10 +84,9 @@ def calibrate(
         layers.append(Layer(name, each.rule.spelt(), _error(inputs[num:], weight, result)))
         return result
 
-    originals = {name: _loader(value) for name, value in model.graph.initializers.items()}
     after = run(model, calibration + text.held_out, weight_of, lambda done, total: on_node(total + done, 2 * total))
     accuracy = compare(before, after[num:], [windows.tokens for windows in text.held_out])
-    return list(chosen.values()), made, with_layers(accuracy, layers)
+    return list(chosen.values()), made, replace(accuracy, layers=tuple(layers))
 
 
 def check(accuracy: Accuracy, recipe: Recipe, model: ir.Model, text: Text) -> None:
@@ -130,10 +128,6 @@ def _error(inputs: Sequence[torch.Tensor], weight: torch.Tensor, quantised: torc
         change += float((x.float() @ quantised.float().T - y).square().sum())
         whole += float(y.square().sum())
     return (change / whole) ** 0.5 if whole else 0.0
-
-
-def _loader(value: ir.Value) -> Callable[[], torch.Tensor]:
-    return lambda: to_torch(value.const_value)
 
 
 def _tokens(path: Path, checkpoint: Checkpoint) -> list[int]:

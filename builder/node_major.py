@@ -17,8 +17,9 @@ from ..plugins.dtypes import TORCH_DTYPES, to_torch
 from ..plugins.interpreter import Program
 from .passes.graph import nodes
 
-# name of a Linear's weight, what the node reads from each batch [T, K] -> the weight [N, K] it is run with
-WeightOf = Callable[[str, Sequence[torch.Tensor]], torch.Tensor]
+# name of a Linear's weight, what the node reads from each batch [T, K] -> the weight [N, K] it is run with, or None:
+# its own
+WeightOf = Callable[[str, Sequence[torch.Tensor]], torch.Tensor | None]
 Pools = dict[tuple[str, tuple[int, ...]], torch.Tensor]
 
 
@@ -45,15 +46,15 @@ class Windows:
 def run(
     model: ir.Model,
     batches: Sequence[Windows],
-    weight_of: WeightOf | None = None,
+    weight_of: WeightOf = lambda name, inputs: None,
     on_node: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[torch.Tensor]:
     """The logits [B * W, vocabulary] of each batch.
 
-    weight_of: what Linear nodes are run with, asked once for each weight, in the order of the graph; None: the graph's
-    own. `on_node(done, total)` counts nodes.
+    weight_of: what Linear nodes are run with, asked once for each weight, in the order of the graph.
+    `on_node(done, total)` counts nodes.
     """
-    lazy = _read_by_linear(model)
+    lazy = linear_weights(model)
     # a weight is loaded when its node's turn comes; until then its shape is all there is
     meta = {name: torch.empty(tuple(value.shape.numpy()), device="meta") for name, value in lazy.items() if value.shape}
     program = Program(model, meta)
@@ -64,7 +65,9 @@ def run(
         slot = node.sources[1] if node.op == "Linear" else -1
         if slot in names:
             reads = [values[node.sources[0]] for values in alive]
-            weight = weight_of(names[slot], reads) if weight_of else to_torch(lazy[names[slot]].const_value)
+            weight = weight_of(names[slot], reads)
+            if weight is None:
+                weight = to_torch(lazy[names[slot]].const_value)
             for values in alive:
                 values[slot] = weight
         for values in alive:
@@ -76,7 +79,7 @@ def run(
     return [values[logits] for values in alive]
 
 
-def _read_by_linear(model: ir.Model) -> Mapping[str, ir.Value]:
+def linear_weights(model: ir.Model) -> Mapping[str, ir.Value]:
     """Weights that one Linear reads, and nobody else."""
     found = {}
     for node in nodes(model, "Linear"):

@@ -1,6 +1,7 @@
 """Quantised weights in the graph: standard DequantizeLinear in front of each Linear, so every target reads the same.
 
-A weight that only Linear reads becomes `NAME.quantised`, `NAME.scale` and, where there are zero points, `NAME.zero`.
+A weight that one Linear reads, and nobody else, becomes `NAME.quantised`, `NAME.scale` and, where there are zero
+points, `NAME.zero`.
 Weights that something else reads too (a head tied to the embedding) stay as they are. What is rounded to the nearest is
 made from the checkpoint when it is written, so no weight is in memory before; what a calibration made is kept.
 """
@@ -19,7 +20,8 @@ from ..calibration.recipe import Recipe, Rule
 from ..engines.dtypes import DTYPES
 from ..engines.errors import BuildError
 from ..plugins.dtypes import to_torch
-from .passes.graph import nodes, size
+from .node_major import linear_weights
+from .passes.graph import size
 
 ELEMENTS = {"int4": ir.DataType.INT4, "int8": ir.DataType.INT8, "fp8_e4m3": ir.DataType.FLOAT8E4M3FN}
 
@@ -51,7 +53,7 @@ def choose(model: ir.Model, recipe: Recipe) -> list[Chosen]:
 
     Raises BuildError: a rule that matches no weight that could be quantised, or a recipe that quantises none.
     """
-    weights = [value for value in _linear_weights(model)]
+    weights = list(linear_weights(model).values())
     decided = [(value, recipe.rule(value.name or "")) for value in weights]
     used = {rule for _, rule in decided}
     for rule in recipe.rules:
@@ -83,13 +85,6 @@ def _made(quantised: Quantised) -> Quantised:
 
 def _rounded(each: Chosen) -> Quantised:
     return round_to_nearest(each.weight(), each.format)
-
-
-def _linear_weights(model: ir.Model) -> list[ir.Value]:
-    """Weights [N, K] that Linear nodes read, and nobody else."""
-    values = [node.inputs[1] for node in nodes(model, "Linear")]
-    found = [value for value in values if value is not None and value.is_initializer()]
-    return [value for value in dict.fromkeys(found) if all(node.op_type == "Linear" for node, _ in value.uses())]
 
 
 def _dequantise(model: ir.Model, each: Chosen, make: Callable[[], Quantised]) -> None:

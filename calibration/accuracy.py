@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -88,7 +88,3 @@ def compare(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor], token
             num += len(rows)
     first, second = (math.exp(min(loss / num, 700.0)) for loss in losses)
     return Accuracy(num, first, second, kl / num, same / num)
-
-
-def with_layers(accuracy: Accuracy, layers: Sequence[Layer]) -> Accuracy:
-    return replace(accuracy, layers=tuple(layers))
