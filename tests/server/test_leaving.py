@@ -71,7 +71,8 @@ def test_a_client_that_leaves_a_stream_ends_the_work(llm, address, prompts):
     body = {**LONG, "prompt": prompts, "stream": True}
     aborted = llm.metrics().finished.get("abort", 0)
     with httpx2.Client() as client, client.stream("POST", f"{address}/v1/completions", json=body) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: a generator that is collected closes the connection
+        next(lines)
         assert llm.metrics().running > 0
     assert idle(llm) < 1
     assert llm.metrics().finished["abort"] - aborted == (1 if isinstance(prompts, str) else len(prompts))
