@@ -28,6 +28,8 @@ class Rule:
     method: str
     format: Format | None = None
     act_order: bool = False  # gptq: the columns with the largest activations first
+    # what the product reads: a scale for each token, or group of its columns (dynamic); rows 0: one for all (static)
+    activation: Format | None = None
 
     def spelt(self) -> str:
         """In a few words: `gptq int4 in groups of 128`."""
@@ -110,7 +112,13 @@ def _rule(data: Any, where: str) -> Rule:
     order = entries.get("act_order", False)
     if not isinstance(order, bool) or (order and method != "gptq"):
         raise BuildError(f"{where} has the act_order {order!r}; expected true or false, and only with gptq.")
-    return Rule(match, method, None if form is None else _format(form, where), order)
+    activation = entries.get("activation")
+    if activation is not None and form is None:
+        raise BuildError(f"{where} quantises activations, but not the weight; give it a format.")
+    return Rule(
+        match, method, None if form is None else _format(form, where), order,
+        None if activation is None else _format(activation, f"the activation of {where}"),
+    )  # fmt: skip
 
 
 def _format(data: Any, where: str) -> Format:

@@ -19,6 +19,7 @@ DOMAIN = "ingot"
 VERSION = 1
 
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+_EIGHT_BITS = ["tensor(int8)", "tensor(float8e4m3fn)"]
 _INTS = ["tensor(int32)", "tensor(int64)"]
 _TYPES = {"int": OpSchema.AttrType.INT, "float": OpSchema.AttrType.FLOAT, "string": OpSchema.AttrType.STRING}
 
@@ -50,6 +51,9 @@ def declare(
             ("T", _FLOATS, "the activation type"),
             ("C", _FLOATS, "the type of rotary tables and of router weights, often fp32"),
             ("I", _INTS, "an index type"),
+            ("Q", _EIGHT_BITS, "the type of quantised activations and pages"),
+            ("W", [*_EIGHT_BITS, "tensor(int4)"], "the type of quantised weights"),
+            ("X", [*_FLOATS, *_EIGHT_BITS], "activations, quantised or not"),
         ],
     )
     if infer:

@@ -32,6 +32,8 @@ CASES = {
     "GatedLinear": (["x", "w"], {"activation": "silu"}, 1),
     "GatedActivation": (["x"], {"activation": "silu"}, 1),
     "Experts": (["x", "index", "route", "gate_up", "down"], {"activation": "relu"}, 1),
+    "QuantiseTokens": (["x"], {"dtype": TensorProto.INT8, "group": 8}, 2),
+    "QuantisedLinear": (["x8", "w8", "w_scale", "", "x_scale"], {"dtype": TensorProto.BFLOAT16, "group": 8}, 1),
     "RotaryPagedAttention": (["q", "cos_sin", *PAGED[3:]], ATTENTION, 1),
     "PagedAttention": (PAGED, ATTENTION, 1),
 }
@@ -42,6 +44,10 @@ def tensors(tokens):
         "x": torch.randn(tokens, 24),
         "w": torch.randn(10, 24),
         "d": torch.randn(12),
+        "x8": torch.ones(tokens, 24, dtype=torch.int8),
+        "w8": torch.ones(10, 24, dtype=torch.int8),
+        "w_scale": torch.rand(10, 3),
+        "x_scale": torch.rand(tokens, 1),
         "positions": torch.arange(tokens, dtype=torch.int32),
         "inv_freq": torch.rand(4),
         "cos_sin": torch.randn(tokens, 8),
@@ -66,7 +72,7 @@ def test_inferred_shapes_are_the_references(op):
     tokens = 5
     given = tensors(tokens)
     node = helper.make_node(op, inputs, [f"y{i}" for i in range(num_outputs)], domain="ingot", **attributes)
-    types = {torch.float32: TensorProto.FLOAT, torch.int32: TensorProto.INT32}
+    types = {torch.float32: TensorProto.FLOAT, torch.int32: TensorProto.INT32, torch.int8: TensorProto.INT8}
     infos = [
         helper.make_tensor_value_info(
             name, types[given[name].dtype], ["T" if size == tokens else size for size in given[name].shape]
@@ -84,7 +90,8 @@ def test_inferred_shapes_are_the_references(op):
     onnx.checker.check_model(inferred, full_check=True, check_custom_domain=True)
     results = OPS[op].reference(*(given.get(name) for name in inputs), **attributes)
     results = results if isinstance(results, tuple) else (results,)
-    dtypes = {TensorProto.FLOAT: torch.float32, TensorProto.FLOAT16: torch.float16}
+    dtypes = {TensorProto.FLOAT: torch.float32, TensorProto.FLOAT16: torch.float16,
+              TensorProto.BFLOAT16: torch.bfloat16, TensorProto.INT8: torch.int8}  # fmt: skip
     for info, result in zip(inferred.graph.output, results, strict=True):
         type_ = info.type.tensor_type
         assert dtypes[type_.elem_type] == result.dtype
