@@ -7,23 +7,28 @@ makes the quantised one, and goes on with that. Its logits on the held-out text 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
+from ..calibration import QuantisationError
 from ..calibration.accuracy import Accuracy, Layer, compare
 from ..calibration.awq import search_clip
-from ..calibration.formats import Quantised, round_to_nearest
+from ..calibration.formats import round_to_nearest
 from ..calibration.gptq import Hessian, gptq
+from ..calibration.observers import OBSERVERS
 from ..calibration.recipe import Recipe, recipes
+from ..calibration.scales import Scales
 from ..engines.errors import BuildError
 from .checkpoint import Checkpoint
 from .node_major import Windows, run
-from .quantise import Chosen, choose
+from .quantise import Chosen, choose, quantised
 
 WIDTH, NUM_WINDOWS, HELD_OUT = 512, 64, 16  # tokens of a window; windows to calibrate with, and to check with
 FEWEST = 2048  # tokens of text that say anything
@@ -56,37 +61,42 @@ class Text:
 
 
 def calibrate(
-    model: ir.Model, recipe: Recipe, text: Text, on_node: Callable[[int, int], None] = lambda done, total: None
-) -> tuple[list[Chosen], dict[str, Quantised], Accuracy]:
-    """What the recipe quantises, the weights that were not just rounded, and the accuracy on held-out text.
+    model: ir.Model,
+    recipe: Recipe,
+    text: Text,
+    on_node: Callable[[int, int], None] = lambda done, total: None,
+    scales: Scales | None = None,
+) -> tuple[Scales, Accuracy]:
+    """What was found for the weights that the recipe quantises, and the accuracy on held-out text.
 
-    `on_node(done, total)` counts nodes of both passes. Raises BuildError: a recipe that does not fit the model, weights
-    or activations that are not finite, with the weight's name.
+    scales: of an earlier calibration with this recipe; what they have is not searched for again, and they are added to.
+    `on_node(done, total)` counts nodes of both passes. The model stays as it is. Raises BuildError: a recipe that does
+    not fit the model, weights or activations that are not finite, with the weight's name.
     """
+    scales = Scales() if scales is None else scales
     chosen = {each.name: each for each in choose(model, recipe)}
     before = run(model, text.held_out, on_node=lambda done, total: on_node(done, 2 * total))
-    made: dict[str, Quantised] = {}
     layers: list[Layer] = []
     calibration = text.calibration if recipe.needs_text else ()
     num = len(calibration)
 
-    def weight_of(name: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    def replace(name: str, inputs: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]] | None:
         each = chosen.get(name)
         if each is None:
             return None
         try:
-            weight, quantised = _quantised(each, inputs[:num])
-        except BuildError as error:
+            reads = _quantised_inputs(each, inputs, num, scales)
+            _search(each, reads[:num], scales)
+            result = quantised(each, scales).dequantise(inputs[0].dtype)
+        except QuantisationError as error:
             raise BuildError(f"the weight '{name}' cannot be quantised: {error}") from error
-        if each.rule.method != "rtn":
-            made[name] = quantised
-        result = quantised.dequantise(weight.dtype)
-        layers.append(Layer(name, each.rule.spelt(), _error(inputs[num:], weight, result)))
-        return result
+        change = _error(each.weight(), inputs[num:], result, reads[num:])
+        layers.append(Layer(name, each.rule.spelt(), change))
+        return result, reads
 
-    after = run(model, calibration + text.held_out, weight_of, lambda done, total: on_node(total + done, 2 * total))
+    after = run(model, calibration + text.held_out, replace, lambda done, total: on_node(total + done, 2 * total))
     accuracy = compare(before, after[num:], [windows.tokens for windows in text.held_out])
-    return list(chosen.values()), made, replace(accuracy, layers=tuple(layers))
+    return scales, dataclasses.replace(accuracy, layers=tuple(layers))
 
 
 def check(accuracy: Accuracy, recipe: Recipe, model: ir.Model, text: Text) -> None:
@@ -95,7 +105,7 @@ def check(accuracy: Accuracy, recipe: Recipe, model: ir.Model, text: Text) -> No
         return
     for other in sorted(recipes(), key=lambda other: other.perplexity):
         if other.perplexity < recipe.perplexity:
-            _, _, found = calibrate(model, other, text)
+            _, found = calibrate(model, other, text)
             if found.passes(recipe):
                 advice = f"--quant {other.name} stays within it ({100 * found.rise:+.2f}%)"
                 break
@@ -107,25 +117,38 @@ def check(accuracy: Accuracy, recipe: Recipe, model: ir.Model, text: Text) -> No
     )
 
 
-def _quantised(each: Chosen, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Quantised]:
-    weight = each.weight()
-    if each.rule.method == "rtn":
-        return weight, round_to_nearest(weight, each.format)
-    hessian = Hessian()
+def _quantised_inputs(each: Chosen, inputs: Sequence[Tensor], num: int, scales: Scales) -> Sequence[Tensor]:
+    """What a Linear reads, in the numbers that an engine will have; a static scale is of the first `num` inputs."""
+    form = each.rule.activation
+    if form is None:
+        return inputs
+    if each.rule.static and each.name not in scales.activations:
+        observer = OBSERVERS[each.rule.observer]()
+        for x in inputs[:num]:
+            observer.update(x)
+        scales.activations[each.name] = observer.scale(form)
+    scale = scales.activations[each.name] if each.rule.static else None
+    return [round_to_nearest(x, form, scale).dequantise(x.dtype) for x in inputs]
+
+
+def _search(each: Chosen, inputs: Sequence[Tensor], scales: Scales) -> None:
+    """Finds what rounding to the nearest does not say of a weight, and adds it to the scales."""
+    if each.rule.method != "gptq" or each.name in scales.weights:
+        return
+    weight, hessian = each.weight(), Hessian()
     for x in inputs:
         hessian.update(x)
     sample = torch.cat(list(inputs[:SAMPLED]))
     clip = search_clip(weight, sample, each.format) if each.format.integer else 1.0
-    quantised, _ = gptq(weight, hessian, each.format, each.rule.act_order, clip=clip)
-    return weight, quantised
+    scales.weights[each.name], _ = gptq(weight, hessian, each.format, each.rule.act_order, clip=clip)
 
 
-def _error(inputs: Sequence[torch.Tensor], weight: torch.Tensor, quantised: torch.Tensor) -> float:
+def _error(weight: Tensor, inputs: Sequence[Tensor], result: Tensor, reads: Sequence[Tensor]) -> float:
     """Root mean square of the change of the outputs, over that of the outputs."""
     change, whole = 0.0, 0.0
-    for x in inputs:
+    for x, read in zip(inputs, reads, strict=True):
         y = x.float() @ weight.float().T
-        change += float((x.float() @ quantised.float().T - y).square().sum())
+        change += float((read.float() @ result.float().T - y).square().sum())
         whole += float(y.square().sum())
     return (change / whole) ** 0.5 if whole else 0.0
 

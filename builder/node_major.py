@@ -17,9 +17,9 @@ from ..plugins.dtypes import TORCH_DTYPES, to_torch
 from ..plugins.interpreter import Program
 from .passes.graph import nodes
 
-# name of a Linear's weight, what the node reads from each batch [T, K] -> the weight [N, K] it is run with, or None:
-# its own
-WeightOf = Callable[[str, Sequence[torch.Tensor]], torch.Tensor | None]
+# name of a Linear's weight, what the node reads from each batch [T, K] -> the weight [N, K] and the inputs that it is
+# run with instead, or None: its own
+Replace = Callable[[str, Sequence[torch.Tensor]], tuple[torch.Tensor, Sequence[torch.Tensor]] | None]
 Pools = dict[tuple[str, tuple[int, ...]], torch.Tensor]
 
 
@@ -46,12 +46,12 @@ class Windows:
 def run(
     model: ir.Model,
     batches: Sequence[Windows],
-    weight_of: WeightOf = lambda name, inputs: None,
+    replace: Replace = lambda name, inputs: None,
     on_node: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[torch.Tensor]:
     """The logits [B * W, vocabulary] of each batch.
 
-    weight_of: what Linear nodes are run with, asked once for each weight, in the order of the graph.
+    replace: what Linear nodes are run with, asked once for each weight, in the order of the graph.
     `on_node(done, total)` counts nodes.
     """
     lazy = linear_weights(model)
@@ -63,17 +63,19 @@ def run(
     alive = [program.begin({**windows.inputs(), **_pools(model, windows, shared)}) for windows in batches]
     for done, (launch, node) in enumerate(zip(program.launches, program.nodes, strict=True), 1):
         slot = node.sources[1] if node.op == "Linear" else -1
-        if slot in names:
-            reads = [values[node.sources[0]] for values in alive]
-            weight = weight_of(names[slot], reads)
-            if weight is None:
-                weight = to_torch(lazy[names[slot]].const_value)
+        if slot not in names:
             for values in alive:
-                values[slot] = weight
-        for values in alive:
-            launch(values)
-            if slot in names:
+                launch(values)
+        else:
+            source, name = node.sources[0], names[slot]
+            reads = [values[source] for values in alive]
+            weight, instead = replace(name, reads) or (to_torch(lazy[name].const_value), reads)
+            for values, own, x in zip(alive, reads, instead, strict=True):
+                values[slot], values[source] = weight, x
+                launch(values)
                 values[slot] = None
+                if values[source] is not None:  # others read it, as it is
+                    values[source] = own
         on_node(done, len(program.launches))
     (logits,) = (slot for name, slot in program.outputs.items() if name == step.LOGITS)
     return [values[logits] for values in alive]

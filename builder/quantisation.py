@@ -58,10 +58,10 @@ class Quantisation:
 
         Raises BuildError: the model became worse than the recipe's bound, or as `calibrate` does.
         """
-        chosen, made, accuracy = calibrate(graph, self.recipe, self.text, on_node or (lambda done, total: None))
+        scales, accuracy = calibrate(graph, self.recipe, self.text, on_node or (lambda done, total: None))
         if not self.accept:
             check(accuracy, self.recipe, graph, self.text)
-        quantise(graph, chosen, made)
+        quantise(graph, self.recipe, scales)
         return {
             "recipe": self.recipe.name, "rules": [asdict(rule) for rule in self.recipe.rules],
             "bound": self.recipe.perplexity, "accepted": self.accept and not accuracy.passes(self.recipe),

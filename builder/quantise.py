@@ -8,7 +8,7 @@ made from the checkpoint when it is written, so no weight is in memory before; w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +17,7 @@ import torch
 
 from ..calibration.formats import Format, Quantised, round_to_nearest
 from ..calibration.recipe import Recipe, Rule
+from ..calibration.scales import Scales
 from ..engines.dtypes import DTYPES
 from ..engines.errors import BuildError
 from ..plugins.dtypes import to_torch
@@ -69,22 +70,28 @@ def choose(model: ir.Model, recipe: Recipe) -> list[Chosen]:
     return chosen
 
 
-def quantise(model: ir.Model, chosen: list[Chosen], calibrated: Mapping[str, Quantised]) -> None:
-    """Puts the chosen weights into the graph in their formats, in place; those not in `calibrated` are rounded.
+def quantise(model: ir.Model, recipe: Recipe, scales: Scales) -> None:
+    """Puts the weights that the recipe chooses into the graph in their formats, in place, as `scales` say.
 
-    Raises BuildError (when the weights are read) for one that cannot be stored so.
+    Raises BuildError: scales of another recipe or model, or (when the weights are read) a weight that cannot be stored
+    so.
     """
-    for each in chosen:
-        made = calibrated.get(each.name)
-        _dequantise(model, each, partial(_made, made) if made else partial(_rounded, each))
+    for each in choose(model, recipe):
+        _dequantise(model, each, partial(quantised, each, scales))
 
 
-def _made(quantised: Quantised) -> Quantised:
-    return quantised
-
-
-def _rounded(each: Chosen) -> Quantised:
-    return round_to_nearest(each.weight(), each.format)
+def quantised(each: Chosen, scales: Scales) -> Quantised:
+    """The weight in its format: what a calibration made of it, or rounded. Raises BuildError."""
+    made = scales.weights.get(each.name)
+    if each.rule.method == "gptq":
+        if made is None or made.format != each.format or made.values.shape != tuple(each.value.shape or ()):
+            raise BuildError(
+                f"the scales have no weight '{each.name}' as {each.rule.spelt()}; they were made with another recipe "
+                "or model: calibrate anew."
+            )
+        return made
+    clip = scales.clipping.get(each.name)
+    return round_to_nearest(each.weight(), each.format, clip=1.0 if clip is None else clip)
 
 
 def _dequantise(model: ir.Model, each: Chosen, make: Callable[[], Quantised]) -> None:

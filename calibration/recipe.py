@@ -14,15 +14,18 @@ from typing import Any
 
 from ..engines.errors import BuildError
 from .formats import Format
+from .observers import OBSERVERS
 
 FOLDER = Path(__file__).resolve().parents[1] / "engines" / "recipes"
-METHODS = "keep", "rtn", "gptq"
-NEEDS_TEXT = {"gptq"}
+METHODS = "keep", "rtn", "gptq", "awq", "smoothquant"
+SMOOTHS = {"awq", "smoothquant"}  # methods that move numbers between a weight and what it reads
+NEEDS_TEXT = {"gptq"} | SMOOTHS
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`match`: a glob. `method`: `keep` (as it is), `rtn` (round to nearest) or `gptq`, into `format`."""
+    """`match`: a glob. `method`: `keep` (as it is), `rtn` (round to nearest), `gptq`, `awq` or `smoothquant`, into
+    `format`."""
 
     match: str
     method: str
@@ -30,13 +33,28 @@ class Rule:
     act_order: bool = False  # gptq: the columns with the largest activations first
     # what the product reads: a scale for each token, or group of its columns (dynamic); rows 0: one for all (static)
     activation: Format | None = None
+    observer: str = "absmax"  # what a static scale of activations covers: see calibration/observers.py
+
+    @property
+    def static(self) -> bool:
+        """Whether the scale of the activations is found by calibration."""
+        return self.activation is not None and self.activation.rows == 0
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether it looks at activations."""
+        return self.method in NEEDS_TEXT or self.static
 
     def spelt(self) -> str:
-        """In a few words: `gptq int4 in groups of 128`."""
+        """In a few words: `gptq int4 in groups of 128, act-order`, `rtn fp8_e4m3, activations fp8_e4m3 per token`."""
         if self.format is None:
             return self.method
-        shared = f" in groups of {self.format.group}" if self.format.group else ""
-        return f"{self.method} {self.format.dtype}{shared}{'' if self.format.symmetric else ', zero points'}"
+        words = [f"{self.method} {self.format.dtype}{_blocks(self.format)}"]
+        words += ["zero points"] * (not self.format.symmetric) + ["act-order"] * self.act_order
+        if self.activation is not None:
+            scales = f"static ({self.observer})" if self.static else _blocks(self.activation) or "per token"
+            words.append(f"activations {self.activation.dtype} {scales.strip()}")
+        return ", ".join(words)
 
 
 @dataclass(frozen=True)
@@ -51,7 +69,7 @@ class Recipe:
     @property
     def needs_text(self) -> bool:
         """Whether any rule looks at activations."""
-        return any(rule.method in NEEDS_TEXT for rule in self.rules)
+        return any(rule.needs_text for rule in self.rules)
 
     def rule(self, weight: str) -> Rule | None:
         """The first rule that matches; None: the weight is kept."""
@@ -115,10 +133,34 @@ def _rule(data: Any, where: str) -> Rule:
     activation = entries.get("activation")
     if activation is not None and form is None:
         raise BuildError(f"{where} quantises activations, but not the weight; give it a format.")
-    return Rule(
-        match, method, None if form is None else _format(form, where), order,
-        None if activation is None else _format(activation, f"the activation of {where}"),
-    )  # fmt: skip
+    read = None if activation is None else _activation(activation, where)
+    observer = entries.get("observer", "absmax")
+    if observer not in OBSERVERS or ("observer" in entries and (read is None or read.rows)):
+        raise BuildError(
+            f"{where} has the observer {observer!r}; expected one of {', '.join(OBSERVERS)}, and only with static "
+            "activations (rows: 0)."
+        )
+    if method == "smoothquant" and read is None:
+        raise BuildError(f"{where} smooths activations that it does not quantise; give it an activation, or use rtn.")
+    return Rule(match, method, None if form is None else _format(form, where), order, read, observer)
+
+
+def _activation(data: Any, where: str) -> Format:
+    """A scale for each token or group of its columns, or one for all: what engines compute."""
+    form = _format(data, f"the activation of {where}")
+    if form.dtype == "int4" or not form.symmetric or form.rows > 1 or (form.group and not form.rows):
+        raise BuildError(
+            f"the activation of {where} is {data!r}; expected int8 or fp8_e4m3 without zero points, and a scale for "
+            "each token (rows: 1), for groups of its columns (rows: 1, group) or for all (rows: 0)."
+        )
+    return form
+
+
+def _blocks(form: Format) -> str:
+    """What shares a scale, in a few words; nothing for a whole row."""
+    if form.rows != 1:
+        return f" in blocks of {form.rows or 'all'} x {form.group or 'all'}"
+    return f" in groups of {form.group}" if form.group else ""
 
 
 def _format(data: Any, where: str) -> Format:

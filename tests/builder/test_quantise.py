@@ -86,14 +86,15 @@ def test_node_by_node_is_the_whole_program(graph):
 def test_the_file_computes_what_was_measured(graph, checkpoint, source, rules, tmp_path):
     """The logits of the saved graph are those that the accuracy was measured with, for every format."""
     text = Text.read(source, checkpoint)
-    originals = {name: to_torch(value.const_value) for name, value in graph.graph.initializers.items()}
     batch = windows(2, 24)
-    chosen, made, accuracy = calibrate(graph, recipe(rules), text)
+    chosen = choose(graph, recipe(rules))
+    scales, accuracy = calibrate(graph, recipe(rules), text)
     assert len(chosen) == len(accuracy.layers) == 4 * checkpoint.config.num_hidden_layers
     assert all(0 < layer.error < 0.5 for layer in accuracy.layers) and accuracy.num_tokens > 200
-    numbers = {each.name: made.get(each.name) or round_to_nearest(each.weight(), each.format) for each in chosen}
-    measured = run(graph, [batch], lambda name, _: numbers[name].dequantise() if name in numbers else originals[name])
-    quantise(graph, chosen, made)
+    numbers = {each.name: scales.weights.get(each.name) or round_to_nearest(each.weight(), each.format)
+               for each in chosen}  # fmt: skip
+    measured = run(graph, [batch], lambda name, x: (numbers[name].dequantise(), x) if name in numbers else None)
+    quantise(graph, recipe(rules), scales)
     save_graph(graph, tmp_path)
     loaded = load_graph(tmp_path)
     torch.testing.assert_close(whole(loaded, batch), measured[0])
@@ -142,8 +143,8 @@ def test_better_recipes_are_better(graph, checkpoint, source):
     for name, method, form in (("int8", "rtn", "int8"), ("rtn", "rtn", "int4, group: 64"),
                                ("gptq", "gptq", "int4, group: 64")):  # fmt: skip
         rules = recipe(f"[{{match: '*', method: {method}, format: {{dtype: {form}}}}}]")
-        _, made, found[name] = calibrate(graph, rules, text)
-        assert bool(made) == (name == "gptq")
+        scales, found[name] = calibrate(graph, rules, text)
+        assert bool(scales.weights) == (name == "gptq")
     assert found["int8"].kl < 0.1 * found["gptq"].kl < 0.09 * found["rtn"].kl
     assert found["int8"].top1 > found["gptq"].top1 > 0.5
 
@@ -227,7 +228,7 @@ def test_the_first_rule_that_matches_decides():
     ("{perplexity: 0.1, rules: []}", "expected a list of at least one"),
     ("{perplexity: -1, rules: [{match: '*', method: keep}]}", "perplexity -1"),
     ("{perplexity: yes, rules: [{match: '*', method: keep}]}", "perplexity True"),
-    ("{perplexity: 0.1, rules: [{match: '*', method: awk}]}", "method 'awk'; expected one of keep, rtn, gptq"),
+    ("{perplexity: 0.1, rules: [{match: '*', method: awk}]}", "method 'awk'; expected one of keep, rtn, gptq, awq"),
     ("{perplexity: 0.1, rules: [{match: '*', method: rtn}]}", "method rtn and the format None"),
     ("{perplexity: 0.1, rules: [{match: '*', method: keep, format: {dtype: int8}}]}", "`keep` has none"),
     ("{perplexity: 0.1, rules: [{match: '*', method: rtn, format: {dtype: int3}}]}", "int3"),
