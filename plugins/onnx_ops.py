@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from .binder import Attributes, Binder, Constants, Run
 from .dtypes import TORCH_DTYPES
 from .onnx_movement import MOVEMENT_OPS
-from .onnx_quantise import bind_dequantize
+from .onnx_quantise import bind_dequantize, bind_quantize
 
 
 def plain(function: Run) -> Binder:
@@ -231,6 +231,7 @@ ONNX_OPS: dict[str, Binder] = {
     "Cast": bind_cast,
     "CastLike": plain(lambda x, like: x.to(like.dtype)),
     "DequantizeLinear": bind_dequantize,
+    "QuantizeLinear": bind_quantize,
     "Gelu": bind_gelu,
     "Gemm": bind_gemm,
     "LayerNormalization": bind_layer_norm,

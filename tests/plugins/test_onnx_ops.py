@@ -123,6 +123,8 @@ CASES = [
     ("Trilu", [f(4, 5), np.int64(1)], {}),
     ("DequantizeLinear", [np.arange(-6, 6, dtype=np.int8).reshape(3, 4), np.float32(0.5)], {}),
     ("DequantizeLinear", [np.arange(-6, 6, dtype=np.int8).reshape(3, 4), f(3)], {"axis": 0}),
+    ("QuantizeLinear", [f(3, 4) * 50, np.float32(0.5)], {"output_dtype": 3}),
+    ("QuantizeLinear", [f(3, 4), positive(4) / 9, np.arange(4, dtype=np.int8)], {"axis": 1, "output_dtype": 3}),
     ("DequantizeLinear", [np.arange(12, dtype=np.int8).reshape(3, 4), f(4), np.arange(4, dtype=np.int8)], {"axis": 1}),
     (
         "DequantizeLinear",
