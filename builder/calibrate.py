@@ -8,10 +8,7 @@ makes the quantised one, and goes on with that. Its logits on the held-out text 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import onnx_ir as ir
 import torch
@@ -26,38 +23,11 @@ from ..calibration.observers import OBSERVERS
 from ..calibration.recipe import Recipe, recipes
 from ..calibration.scales import Scales
 from ..engines.errors import BuildError
-from .checkpoint import Checkpoint
-from .node_major import Windows, run
+from .calibration_text import Text
+from .node_major import run
 from .quantise import Chosen, choose, quantised
 
-WIDTH, NUM_WINDOWS, HELD_OUT = 512, 64, 16  # tokens of a window; windows to calibrate with, and to check with
-FEWEST = 2048  # tokens of text that say anything
 SAMPLED = 4  # batches that ranges are searched with
-BATCH = 4  # windows in a step: bounds the logits in memory
-
-
-@dataclass(frozen=True)
-class Text:
-    """Windows to calibrate with and, taken from between them, windows to check with."""
-
-    calibration: tuple[Windows, ...]
-    held_out: tuple[Windows, ...]
-
-    @classmethod
-    def read(cls, path: Path, checkpoint: Checkpoint) -> Text:
-        """A text file, or JSON Lines whose objects have a `text`. Every fifth window is held out.
-
-        Raises BuildError: no such file, no text in it or too little, a checkpoint without a tokenizer.
-        """
-        tokens = torch.tensor(_tokens(path, checkpoint), dtype=torch.int32)
-        if len(tokens) < FEWEST:
-            raise BuildError(f"{path} has {len(tokens)} tokens of text; calibration needs at least {FEWEST}.")
-        width = min(WIDTH, len(tokens) // 10, checkpoint.config.max_position_embeddings)
-        windows = tokens[: len(tokens) // width * width].view(-1, width)
-        # spread over the whole text, whatever its length
-        every = windows[torch.linspace(0, len(windows) - 1, min(len(windows), NUM_WINDOWS + HELD_OUT)).long()]
-        held = torch.arange(len(every)) % 5 == 4
-        return cls(*(tuple(map(Windows, every[part].split(BATCH))) for part in (~held, held)))
 
 
 def calibrate(
@@ -151,33 +121,3 @@ def _error(weight: Tensor, inputs: Sequence[Tensor], result: Tensor, reads: Sequ
         change += float((read.float() @ result.float().T - y).square().sum())
         whole += float(y.square().sum())
     return (change / whole) ** 0.5 if whole else 0.0
-
-
-def _tokens(path: Path, checkpoint: Checkpoint) -> list[int]:
-    from tokenizers import Tokenizer
-
-    source = checkpoint.path / "tokenizer.json"
-    if not source.is_file():
-        raise BuildError(
-            f"{checkpoint.path} has no tokenizer.json, so {path} cannot be read for it; add the tokenizer."
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BuildError(f"the calibration text {path} cannot be read: {error}.") from error
-    if path.suffix == ".jsonl":
-        text = "\n\n".join(_texts(text, path))
-    if not text.strip():
-        raise BuildError(f"the calibration text {path} is empty; give it some {FEWEST} tokens or more.")
-    return Tokenizer.from_file(str(source)).encode(text).ids
-
-
-def _texts(lines: str, path: Path) -> list[str]:
-    found = []
-    for number, line in enumerate(lines.splitlines(), 1):
-        if line.strip():
-            try:
-                found.append(str(json.loads(line)["text"]))
-            except (ValueError, KeyError, TypeError) as error:
-                raise BuildError(f'line {number} of {path} is not an object with a "text".') from error
-    return found

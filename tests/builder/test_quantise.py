@@ -8,7 +8,8 @@ import pytest
 import torch
 from hand_made import DEMO
 from ingot import LLM, BuildConfig, SamplingParams, build_engine
-from ingot.builder.calibrate import Text, calibrate
+from ingot.builder.calibrate import calibrate
+from ingot.builder.calibration_text import Text
 from ingot.builder.checkpoint import Checkpoint
 from ingot.builder.export import export
 from ingot.builder.node_major import Windows, run
@@ -193,19 +194,6 @@ def test_options_that_make_no_sense(tmp_path, source):
     ):
         with pytest.raises(BuildError, match=words):
             build_engine(BuildConfig(str(DRAFT), str(tmp_path / "e"), **{"calibration_data": str(source), **options}))
-
-
-@pytest.mark.parametrize("name, content, words", [
-    ("few.txt", "def f(): pass\n", "tokens of text; calibration needs at least 2048"),
-    ("empty.txt", " \n", "is empty"),
-    ("bytes.txt", b"\xff\xfe\xff", "cannot be read"),
-    ("lines.jsonl", '{"text": "a"}\n{"words": 1}\n', "line 2 of .* is not an object with a"),
-])  # fmt: skip
-def test_text_that_is_none(checkpoint, tmp_path, name, content, words):
-    path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(BuildError, match=words):
-        Text.read(path, checkpoint)
 
 
 # -- recipes -----------------------------------------------------------------------------------------------------------
