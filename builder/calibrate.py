@@ -1,8 +1,9 @@
-"""Quantises the weights that a recipe chooses, layer by layer, and measures what it cost, in two passes over some text.
+"""Finds how the weights that a recipe chooses are quantised, layer by layer, and measures what it cost, in two passes.
 
-The first pass runs the model as it is, on held-out text. The second goes through the graph once more with calibration
-text and the same held-out text: at each weight it sees what really reaches it (all before it are quantised already),
-makes the quantised one, and goes on with that. Its logits on the held-out text are those of the quantised model.
+The first pass runs the model as it is: on held-out text, and where the recipe smooths on calibration text too, which
+says how. The second goes through the smoothed graph with both texts: at each weight it sees what really reaches it
+(all before it are quantised already), puts weight and activations into their formats, and goes on with that. Its logits
+on the held-out text are those of the quantised model.
 """
 
 from __future__ import annotations
@@ -16,18 +17,20 @@ from torch import Tensor
 
 from ..calibration import QuantisationError
 from ..calibration.accuracy import Accuracy, Layer, compare
-from ..calibration.awq import search_clip
-from ..calibration.formats import round_to_nearest
+from ..calibration.awq import search_clip, search_scales
+from ..calibration.formats import check_finite, round_to_nearest
 from ..calibration.gptq import Hessian, gptq
-from ..calibration.observers import OBSERVERS
+from ..calibration.observers import OBSERVERS, AbsMax
 from ..calibration.recipe import Recipe, recipes
 from ..calibration.scales import Scales
+from ..calibration.smoothquant import search_smoothing
 from ..engines.errors import BuildError
 from .calibration_text import Text
 from .node_major import run
-from .quantise import Chosen, choose, quantised
+from .passes.smoothing import Site
+from .quantise import Chosen, choose, quantise_others, quantised, sites, smooth
 
-SAMPLED = 4  # batches that ranges are searched with
+SAMPLED = 8192  # tokens that searches try their candidates with
 
 
 def calibrate(
@@ -44,14 +47,30 @@ def calibrate(
     not fit the model, weights or activations that are not finite, with the weight's name.
     """
     scales = Scales() if scales is None else scales
-    chosen = {each.name: each for each in choose(model, recipe)}
-    before = run(model, text.held_out, on_node=lambda done, total: on_node(done, 2 * total))
-    layers: list[Layer] = []
     calibration = text.calibration if recipe.needs_text else ()
+    chosen = choose(model, recipe)
+    smoothed = {name: site for site in sites(chosen) for name in site.names}
+    weights = {each.name: each for each in chosen}
+
+    def look(name: str, inputs: Sequence[Tensor]) -> None:
+        _check_finite(name, inputs)
+        if name in smoothed and name not in scales.smoothing:
+            site = smoothed[name]
+            s = _smoothing(site, [weights[name] for name in site.names], inputs[: len(seen)])
+            scales.smoothing.update(dict.fromkeys(site.names, s))
+
+    seen = calibration if smoothed else ()
+    before = run(model, seen + text.held_out, look, lambda done, total: on_node(done, 2 * total))[len(seen) :]
+    prepared = model.clone()
+    smooth(prepared, recipe, scales)
+    weights = {each.name: each for each in choose(prepared, recipe)}
+    quantise_others(prepared, list(weights.values()))
+    layers: list[Layer] = []
     num = len(calibration)
 
     def replace(name: str, inputs: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]] | None:
-        each = chosen.get(name)
+        _check_finite(name, inputs)
+        each = weights.get(name)
         if each is None:
             return None
         try:
@@ -64,7 +83,7 @@ def calibrate(
         layers.append(Layer(name, each.rule.spelt(), change))
         return result, reads
 
-    after = run(model, calibration + text.held_out, replace, lambda done, total: on_node(total + done, 2 * total))
+    after = run(prepared, calibration + text.held_out, replace, lambda done, total: on_node(total + done, 2 * total))
     accuracy = compare(before, after[num:], [windows.tokens for windows in text.held_out])
     return scales, dataclasses.replace(accuracy, layers=tuple(layers))
 
@@ -101,16 +120,48 @@ def _quantised_inputs(each: Chosen, inputs: Sequence[Tensor], num: int, scales: 
     return [round_to_nearest(x, form, scale).dequantise(x.dtype) for x in inputs]
 
 
+def _smoothing(site: Site, members: Sequence[Chosen], inputs: Sequence[Tensor]) -> Tensor:
+    """s [K] that serves all Linears of the site best, by the method of their rule."""
+    rule, weights, sample = members[0].rule, [each.weight() for each in members], _sample(inputs)
+    if rule.method == "awq":
+        mean_abs = sum((x.float().abs().sum(0) for x in inputs), torch.zeros(sample.shape[1]))
+        mean_abs = mean_abs / sum(len(x) for x in inputs)
+        return site.fit(search_scales(weights, sample, site.share(mean_abs), members[0].format))
+    assert rule.activation
+    largest = AbsMax(channels=True)
+    for x in inputs:
+        largest.update(x)
+    return site.fit(search_smoothing(weights, sample, rule.activation, members[0].format, largest.absmax, site.share))
+
+
 def _search(each: Chosen, inputs: Sequence[Tensor], scales: Scales) -> None:
     """Finds what rounding to the nearest does not say of a weight, and adds it to the scales."""
-    if each.rule.method != "gptq" or each.name in scales.weights:
-        return
-    weight, hessian = each.weight(), Hessian()
+    method, name = each.rule.method, each.name
+    if method == "awq" and name not in scales.clipping and each.format.integer:
+        scales.clipping[name] = search_clip(each.weight(), _sample(inputs), each.format)
+    elif method == "gptq" and name not in scales.weights:
+        weight, hessian = each.weight(), Hessian()
+        for x in inputs:
+            hessian.update(x)
+        clip = search_clip(weight, _sample(inputs), each.format) if each.format.integer else 1.0
+        scales.weights[name], _ = gptq(weight, hessian, each.format, each.rule.act_order, clip=clip)
+
+
+def _sample(inputs: Sequence[Tensor]) -> Tensor:
+    """Rows from all of the text, at most `SAMPLED`: what searches try their candidates with."""
+    step = -(-sum(len(x) for x in inputs) // SAMPLED)
+    return torch.cat([x[::step] for x in inputs])
+
+
+def _check_finite(name: str, inputs: Sequence[Tensor]) -> None:
     for x in inputs:
-        hessian.update(x)
-    sample = torch.cat(list(inputs[:SAMPLED]))
-    clip = search_clip(weight, sample, each.format) if each.format.integer else 1.0
-    scales.weights[each.name], _ = gptq(weight, hessian, each.format, each.rule.act_order, clip=clip)
+        try:
+            check_finite(x, f"what the weight '{name}' reads")
+        except QuantisationError as error:
+            raise BuildError(
+                f"{error}; it is the first in the model, so look at the checkpoint's weights before it, or build in "
+                "another --dtype."
+            ) from error
 
 
 def _error(weight: Tensor, inputs: Sequence[Tensor], result: Tensor, reads: Sequence[Tensor]) -> float:

@@ -5,7 +5,7 @@ arXiv:2211.10438. X W^T = (X / s) (W * s)^T for any s [K]; the norm before the l
 an engine computes nothing more.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,31 +32,34 @@ def smoothing(absmax_x: Tensor, weights: Sequence[Tensor], alpha: float) -> Tens
     return log_s.where(alive, 0).clamp(-11, 11).exp()  # within 6e4, the largest number of fp16
 
 
-def search_alpha(
+def search_smoothing(
     weights: Sequence[Tensor],
     inputs: Tensor,
     activation: Format = INT8,
     weight: Format = INT8,
     absmax_x: Tensor | None = None,
+    share: Callable[[Tensor], Tensor] = lambda s: s,
     num_grid: int = 20,
-) -> float:
-    """The alpha of 0, 1/num_grid .. 1 with the least error ||XW^T - Q(X/s) Q(Ws)^T||^2, summed over the weights.
+) -> Tensor:
+    """The s [K] of alpha 0, 1/num_grid .. 1, or none (ones), with the least error ||XW^T - Q(X/s) Q(Ws)^T||^2, summed
+    over the weights.
 
     inputs [T, K]: a sample of what the weights [N_i, K] read, quantised to `activation` as it comes (a scale for each
-    token by default). absmax_x [K]: of all calibration text, where that is more than the sample.
+    token by default). absmax_x [K]: of all calibration text, where that is more than the sample. share: makes s one
+    that can be used, as where channels of several heads must have the same.
+    Raises QuantisationError: NaN or infinite inputs or weights.
     """
     check_finite(inputs, "an activation")
     inputs = inputs.float()
     absmax_x = inputs.abs().amax(0) if absmax_x is None else absmax_x
     targets = [inputs @ w.float().T for w in weights]  # [T, N_i]
-    best, least = 0.0, float("inf")
-    for step in range(num_grid + 1):
-        s = smoothing(absmax_x, weights, step / num_grid)
+    best, least = torch.ones_like(absmax_x, dtype=torch.float32), float("inf")
+    for s in (best, *(share(smoothing(absmax_x, weights, step / num_grid)) for step in range(num_grid + 1))):
         x = round_to_nearest(inputs / s, activation).dequantise()
         error = sum(
             float((x @ round_to_nearest(w.float() * s, weight).dequantise().T - target).square().sum())
             for w, target in zip(weights, targets, strict=True)
         )
         if error < least:
-            best, least = step / num_grid, error
+            best, least = s, error
     return best
