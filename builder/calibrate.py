@@ -30,7 +30,7 @@ from .node_major import run
 from .passes.smoothing import Site
 from .quantise import Chosen, choose, quantise_others, quantised, sites, smooth
 
-SAMPLED = 8192  # tokens that searches try their candidates with
+SAMPLED = 4096  # tokens that searches try their candidates with
 
 
 def calibrate(

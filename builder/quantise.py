@@ -23,7 +23,7 @@ from ..calibration.scales import Scales
 from ..engines.errors import BuildError
 from ..plugins.dtypes import to_torch
 from .node_major import linear_weights
-from .passes.graph import attribute, dims, nodes, operand
+from .passes.graph import attribute, dims, nodes, operand, size
 from .passes.quantise_activation import quantise_activation
 from .passes.quantise_weight import quantise_experts, quantise_linear, quantise_table
 from .passes.smoothing import Site
@@ -179,10 +179,21 @@ def _check(each: Chosen, recipe: Recipe) -> None:
             f"{where} stores the experts' weight '{each.name}' by {rule.method}, which needs what each expert reads; "
             "give experts a rule of their own before it, with the method rtn or keep."
         )
+    try:
+        columns = size(each.value, 1) if each.kind != "experts" else size(each.value, 1 if _transposed(each) else 2)
+        each.format.scale_shape(1, columns)
+        if rule.activation:
+            rule.activation.scale_shape(1, columns)
+    except QuantisationError as error:
+        raise BuildError(f"the weight '{each.name}' cannot be quantised as {where} wants it: {error}") from error
     if each.format.dtype == "int4" and int(dims(each.value)[-1] or 0) % 2:
         raise BuildError(
             f"{where} stores '{each.name}' in int4, two numbers in a byte, but it has an odd number of columns."
         )
+
+
+def _transposed(each: Chosen) -> bool:
+    return bool(attribute(each.reader, "transposed", 0))
 
 
 def _tables(model: ir.Model) -> Iterator[ir.Value]:

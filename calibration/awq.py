@@ -28,6 +28,8 @@ def search_scales(
     check_finite(inputs, "an activation")
     mean_abs = mean_abs.float()
     mean_abs = mean_abs.clamp(min=1e-4 * float(mean_abs.amax()) or 1.0)  # channels without input: of no account
+    if len(inputs) > inputs.shape[1]:  # ||X delta||^2 = ||R delta||^2 with the triangle R of X = Q R: fewer rows
+        inputs = torch.linalg.qr(inputs.float(), mode="r").R
     best, least = torch.ones_like(mean_abs), float("inf")
     for step in range(num_grid + 1):
         s = mean_abs ** (step / num_grid)
