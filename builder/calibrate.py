@@ -9,7 +9,7 @@ on the held-out text are those of the quantised model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import onnx_ir as ir
 import torch
@@ -26,7 +26,8 @@ from ..calibration.scales import Scales
 from ..calibration.smoothquant import search_smoothing
 from ..engines.errors import BuildError
 from .calibration_text import Text
-from .node_major import run
+from .journal import Journal
+from .node_major import OnNode, run
 from .passes.smoothing import Site
 from .quantise import Chosen, choose, quantise_others, quantised, sites, smooth
 
@@ -37,35 +38,46 @@ def calibrate(
     model: ir.Model,
     recipe: Recipe,
     text: Text,
-    on_node: Callable[[int, int], None] = lambda done, total: None,
+    on_node: OnNode = lambda done, total, name: None,
     scales: Scales | None = None,
+    *,
+    device: str = "cpu",
+    journal: Journal | None = None,
 ) -> tuple[Scales, Accuracy]:
     """What was found for the weights that the recipe quantises, and the accuracy on held-out text.
 
     scales: of an earlier calibration with this recipe; what they have is not searched for again, and they are added to.
-    `on_node(done, total)` counts nodes of both passes. The model stays as it is. Raises BuildError: a recipe that does
-    not fit the model, weights or activations that are not finite, with the weight's name.
+    device: where the node at hand is computed. journal: what is found goes there, and what is there counts as found.
+    `on_node(done, total, name)` counts nodes of both passes. The model stays as it is. Raises BuildError: a recipe that
+    does not fit the model, weights or activations that are not finite, with the weight's name.
     """
-    scales = Scales() if scales is None else scales
+    journal = journal or Journal.none()
+    if journal.accuracy:
+        return journal.scales, journal.accuracy
+    scales = journal.scales if scales is None else scales
     calibration = text.calibration if recipe.needs_text else ()
     chosen = choose(model, recipe)
     smoothed = {name: site for site in sites(chosen) for name in site.names}
     weights = {each.name: each for each in chosen}
+    seen = calibration if smoothed else ()
 
     def look(name: str, inputs: Sequence[Tensor]) -> None:
         _check_finite(name, inputs)
         if name in smoothed and name not in scales.smoothing:
             site = smoothed[name]
-            s = _smoothing(site, [weights[name] for name in site.names], inputs[: len(seen)])
+            s = _smoothing(site, [weights[name] for name in site.names], inputs[: len(seen)]).cpu()
             scales.smoothing.update(dict.fromkeys(site.names, s))
+            journal.add(scales)
 
-    seen = calibration if smoothed else ()
-    before = run(model, seen + text.held_out, look, lambda done, total: on_node(done, 2 * total))[len(seen) :]
+    before = journal.walk("before")
+    if not before.complete:
+        batches = (*seen, *text.held_out)
+        before.keep(run(model, batches, look, lambda done, total, name: on_node(done, 2 * total, name),
+                        unread=len(seen), device=device, snapshots=before))  # fmt: skip
     prepared = model.clone()
     smooth(prepared, recipe, scales)
     weights = {each.name: each for each in choose(prepared, recipe)}
     quantise_others(prepared, list(weights.values()))
-    layers: list[Layer] = []
     num = len(calibration)
 
     def replace(name: str, inputs: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]] | None:
@@ -76,16 +88,22 @@ def calibrate(
         try:
             reads = _quantised_inputs(each, inputs, num, scales)
             _search(each, reads[:num], scales)
-            result = quantised(each, scales).dequantise(inputs[0].dtype)
+            result = quantised(each, scales).dequantise(inputs[0].dtype).to(inputs[0].device)
         except QuantisationError as error:
             raise BuildError(f"the weight '{name}' cannot be quantised: {error}") from error
-        change = _error(each.weight(), inputs[num:], result, reads[num:])
-        layers.append(Layer(name, each.rule.spelt(), change))
+        change = _error(each.weight().to(result.device), inputs[num:], result, reads[num:])
+        journal.add(scales, Layer(name, each.rule.spelt(), change))
         return result, reads
 
-    after = run(prepared, calibration + text.held_out, replace, lambda done, total: on_node(total + done, 2 * total))
-    accuracy = compare(before, after[num:], [windows.tokens for windows in text.held_out])
-    return scales, dataclasses.replace(accuracy, layers=tuple(layers))
+    batches = (*calibration, *text.held_out)
+    after = run(prepared, batches, replace, lambda done, total, name: on_node(total + done, 2 * total, name),
+                unread=num, device=device, snapshots=journal.walk("after"))  # fmt: skip
+    accuracy = compare(before.logits(), after, [windows.tokens for windows in text.held_out])
+    accuracy = dataclasses.replace(
+        accuracy, layers=tuple(journal.layers[name] for name in weights if name in journal.layers)
+    )
+    journal.finish(accuracy)
+    return scales, accuracy
 
 
 def check(accuracy: Accuracy, recipe: Recipe, model: ir.Model, text: Text) -> None:
@@ -115,16 +133,17 @@ def _quantised_inputs(each: Chosen, inputs: Sequence[Tensor], num: int, scales: 
         observer = OBSERVERS[each.rule.observer]()
         for x in inputs[:num]:
             observer.update(x)
-        scales.activations[each.name] = observer.scale(form)
-    scale = scales.activations[each.name] if each.rule.static else None
+        scales.activations[each.name] = observer.scale(form).cpu()
+    scale = scales.activations[each.name].to(inputs[0].device) if each.rule.static else None
     return [round_to_nearest(x, form, scale).dequantise(x.dtype) for x in inputs]
 
 
 def _smoothing(site: Site, members: Sequence[Chosen], inputs: Sequence[Tensor]) -> Tensor:
     """s [K] that serves all Linears of the site best, by the method of their rule."""
-    rule, weights, sample = members[0].rule, [each.weight() for each in members], _sample(inputs)
+    rule, sample = members[0].rule, _sample(inputs)
+    weights = [each.weight().to(sample.device) for each in members]
     if rule.method == "awq":
-        mean_abs = sum((x.float().abs().sum(0) for x in inputs), torch.zeros(sample.shape[1]))
+        mean_abs = sum((x.float().abs().sum(0) for x in inputs), torch.zeros(sample.shape[1], device=sample.device))
         mean_abs = mean_abs / sum(len(x) for x in inputs)
         return site.fit(search_scales(weights, sample, site.share(mean_abs), members[0].format))
     assert rule.activation
@@ -138,13 +157,15 @@ def _search(each: Chosen, inputs: Sequence[Tensor], scales: Scales) -> None:
     """Finds what rounding to the nearest does not say of a weight, and adds it to the scales."""
     method, name = each.rule.method, each.name
     if method == "awq" and name not in scales.clipping and each.format.integer:
-        scales.clipping[name] = search_clip(each.weight(), _sample(inputs), each.format)
+        sample = _sample(inputs)
+        scales.clipping[name] = search_clip(each.weight().to(sample.device), sample, each.format).cpu()
     elif method == "gptq" and name not in scales.weights:
-        weight, hessian = each.weight(), Hessian()
+        weight, hessian = each.weight().to(inputs[0].device), Hessian()
         for x in inputs:
             hessian.update(x)
         clip = search_clip(weight, _sample(inputs), each.format) if each.format.integer else 1.0
-        scales.weights[name], _ = gptq(weight, hessian, each.format, each.rule.act_order, clip=clip)
+        found, _ = gptq(weight, hessian, each.format, each.rule.act_order, clip=clip)
+        scales.weights[name] = found.to("cpu")
 
 
 def _sample(inputs: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -126,7 +126,7 @@ def _lines(lines: Iterable[str], path: Path) -> Iterator[str | list[Any]]:
                 entry = json.loads(line)
             except ValueError:
                 entry = line.strip()
-            yield _document(entry, lambda at=number: f"line {at} of {path}")
+            yield _document(entry, f"line {number} of {path}")
 
 
 def _rows(name: str, split: str, source: str) -> Iterator[str | list[Any]]:
@@ -139,7 +139,7 @@ def _rows(name: str, split: str, source: str) -> Iterator[str | list[Any]]:
         ) from error
     try:
         for number, row in enumerate(load_dataset(name, split=split, streaming=True), 1):
-            yield _document(row, lambda at=number: f"row {at} of the dataset {source}")
+            yield _document(row, f"row {number} of the dataset {source}")
     except BuildError:
         raise
     except Exception as error:  # no such name or split, offline, gated, a file in it is damaged: all kinds of classes
@@ -150,14 +150,14 @@ def _rows(name: str, split: str, source: str) -> Iterator[str | list[Any]]:
         ) from error
 
 
-def _document(entry: Any, where: Callable[[], str]) -> str | list[Any]:
+def _document(entry: Any, where: str) -> str | list[Any]:
     if isinstance(entry, dict):
         if isinstance(entry.get("text"), str):
             return entry["text"]
         if isinstance(entry.get("messages"), list) and entry["messages"]:
             return entry["messages"]
     found = f"the keys {', '.join(map(str, entry))[:80]}" if isinstance(entry, dict) else repr(entry)[:60]
-    raise BuildError(f'{where()} is not an object with a "text" or "messages"; found {found}.')
+    raise BuildError(f'{where} is not an object with a "text" or "messages"; found {found}.')
 
 
 def _enough(documents: Iterable[str | list[Any]], num_characters: int) -> Iterator[str | list[Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,12 +57,13 @@ class Quantisation:
 
         Raises BuildError: the model became worse than the recipe's bound, or as `calibrate` does.
         """
-        scales, accuracy = calibrate(graph, self.recipe, self.text, on_node or (lambda done, total: None))
+        report = on_node or (lambda done, total: None)
+        scales, accuracy = calibrate(graph, self.recipe, self.text, lambda done, total, name: report(done, total))
         if not self.accept:
             check(accuracy, self.recipe, graph, self.text)
         quantise(graph, self.recipe, scales)
         return {
             "recipe": self.recipe.name, "rules": [asdict(rule) for rule in self.recipe.rules],
             "bound": self.recipe.perplexity, "accepted": self.accept and not accuracy.passes(self.recipe),
-            "text": hashlib.sha256(self.data.read_bytes()).hexdigest(), "accuracy": accuracy.describe(),
+            "text": self.text.digest, "accuracy": accuracy.describe(),
         }  # fmt: skip

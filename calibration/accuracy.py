@@ -7,7 +7,7 @@ greedy reader sees; errors by layer say where to spend more bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -71,8 +71,9 @@ class Accuracy:
         return cls(**{**described, "layers": tuple(Layer(**layer) for layer in described["layers"])})
 
 
-def compare(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor], tokens: Sequence[torch.Tensor]) -> Accuracy:
-    """before, after: logits [B * W, V] of each batch. tokens: [B, W], what was read; row t predicts token t + 1."""
+def compare(before: Iterable[torch.Tensor], after: Iterable[torch.Tensor], tokens: Iterable[torch.Tensor]) -> Accuracy:
+    """before, after: logits [B * W, V] of each batch, asked for one by one. tokens: [B, W], what was read; row t
+    predicts token t + 1."""
     num, losses, kl, same = 0, [0.0, 0.0], 0.0, 0
     for old, new, windows in zip(before, after, tokens, strict=True):
         batch, width = windows.shape

@@ -109,6 +109,11 @@ class Quantised:
             blocks = blocks - self.zero.float()[:, None, :, None]
         return self.format.flat(blocks * self.scale[:, None, :, None], *self.values.shape).to(dtype)
 
+    def to(self, device: str | torch.device) -> "Quantised":
+        """The same on another device."""
+        zero = None if self.zero is None else self.zero.to(device)
+        return Quantised(self.format, self.values.to(device), self.scale.to(device), zero)
+
 
 def check_finite(x: Tensor, what: str) -> None:
     """A QuantisationError if x has a NaN or an infinity."""

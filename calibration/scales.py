@@ -9,25 +9,57 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, MutableMapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..engines.errors import BuildError
+from ..engines.weights import Weight, of_tensor, write_weights
 from .formats import Format, Quantised
 
 VERSION = 1
 KINDS = "smoothing", "clipping", "activations", "kv"
 
 
+class StoredWeights(MutableMapping[str, Quantised]):
+    """Weights by name, in memory or in a file that `Scales.save` wrote: those are read when asked for and not kept."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, Quantised | Path] = {}
+
+    def __getitem__(self, name: str) -> Quantised:
+        place = self._places[name]
+        return _read(place, name) if isinstance(place, Path) else place
+
+    def __setitem__(self, name: str, quantised: Quantised) -> None:
+        self._places[name] = quantised
+
+    def __delitem__(self, name: str) -> None:
+        del self._places[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def stored(self, name: str, path: Path) -> None:
+        """The weight is in this file from now on."""
+        self._places[name] = path
+
+
 @dataclass
 class Scales:
     """By name of a Linear's weight in the engine's graph [N, K], or of a KV pool (`k_pages.3`)."""
 
-    weights: dict[str, Quantised] = field(default_factory=dict)  # those that are not just rounded: GPTQ's
+    # those that are not just rounded: GPTQ's
+    weights: MutableMapping[str, Quantised] = field(default_factory=StoredWeights)
     smoothing: dict[str, Tensor] = field(default_factory=dict)  # [K] columns are multiplied by it, what is read divided
     clipping: dict[str, Tensor] = field(default_factory=dict)  # shape of the weight's scale: ratio of the range covered
     activations: dict[str, Tensor] = field(default_factory=dict)  # [] scale of what the Linear reads, the same for all
@@ -35,49 +67,72 @@ class Scales:
     about: dict[str, Any] = field(default_factory=dict)  # JSON: recipe, model, text
 
     def save(self, path: Path) -> None:
-        """Writes the file, or leaves what was there."""
-        from safetensors.torch import save_file
-
-        tensors = {f"{kind}/{name}": value for kind in KINDS for name, value in getattr(self, kind).items()}
+        """Writes the file, one weight in memory at a time, or leaves what was there."""
+        found = [of_tensor(f"{kind}/{name}", value) for kind in KINDS for name, value in getattr(self, kind).items()]
         formats = {}
-        for name, quantised in self.weights.items():
+        for name in self.weights:
+            quantised = self.weights[name]
             formats[name] = asdict(quantised.format)
-            packed = quantised.format.dtype == "int4" and quantised.values.shape[1] % 2 == 0
-            tensors[f"values/{name}"] = _pack(quantised.values) if packed else quantised.values
-            tensors[f"scale/{name}"] = quantised.scale
-            if quantised.zero is not None:
-                tensors[f"zero/{name}"] = quantised.zero
+            for key, tensor in _tensors(quantised).items():
+                here = of_tensor(f"{key}/{name}", tensor)
+                found.append(Weight(here.name, here.dtype, here.shape, partial(self._load, name, key)))
+            del quantised, tensor, here  # it may be in a file
         header = {"version": str(VERSION), "about": json.dumps(self.about), "formats": json.dumps(formats)}
         beside = path.with_name(path.name + ".part")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, header)
+        write_weights(beside, found, metadata=header)
         os.replace(beside, path)
+
+    def _load(self, name: str, key: str) -> np.ndarray:
+        return of_tensor(name, _tensors(self.weights[name])[key]).load()
 
     @classmethod
     def open(cls, path: Path) -> Scales:
-        """Raises BuildError: no such file, or one that `save` did not write."""
+        """Weights are read when they are asked for. Raises BuildError: no such file, or one that `save` did not
+        write."""
         from safetensors import SafetensorError, safe_open
 
         try:
+            weights = StoredWeights()
             with safe_open(path, "pt") as file:
                 header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if header.get("version") != str(VERSION):
-                raise ValueError(f"its version is {header.get('version')}, expected {VERSION}")
-            scales = cls(about=json.loads(header["about"]))
-            for name, form in json.loads(header["formats"]).items():
-                scale, values = tensors.pop(f"scale/{name}"), tensors.pop(f"values/{name}")
-                values = _unpack(values) if values.dtype == torch.uint8 else values
-                scales.weights[name] = Quantised(Format(**form), values, scale, tensors.pop(f"zero/{name}", None))
-            for key, tensor in tensors.items():
-                kind, _, name = key.partition("/")
-                if kind not in KINDS:
-                    raise ValueError(f"it holds the unknown tensor '{key}'")
-                getattr(scales, kind)[name] = tensor
+                if header.get("version") != str(VERSION):
+                    raise ValueError(f"its version is {header.get('version')}, expected {VERSION}")
+                scales, keys = cls(weights, about=json.loads(header["about"])), set(file.keys())
+                for name, form in json.loads(header["formats"]).items():
+                    if not Format(**form).symmetric:
+                        keys.remove(f"zero/{name}")
+                    keys -= {f"scale/{name}", f"values/{name}"}
+                    weights.stored(name, path)
+                for key in sorted(keys):
+                    kind, _, name = key.partition("/")
+                    if kind not in KINDS:
+                        raise ValueError(f"it holds the unknown tensor '{key}'")
+                    getattr(scales, kind)[name] = file.get_tensor(key).clone()
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise BuildError(
                 f"{path} is not a file of scales ({error}); make one with `ingot calibrate MODEL -o FILE`."
             ) from error
         return scales
+
+
+def _tensors(quantised: Quantised) -> dict[str, Tensor]:
+    """What a file holds of a weight; int4 as two in a byte, if they come out even."""
+    packed = quantised.format.dtype == "int4" and quantised.values.shape[1] % 2 == 0
+    found = {"values": _pack(quantised.values) if packed else quantised.values, "scale": quantised.scale}
+    return found if quantised.zero is None else found | {"zero": quantised.zero}
+
+
+def _read(path: Path, name: str) -> Quantised:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            form = Format(**json.loads(file.metadata()["formats"])[name])
+            values, scale = file.get_tensor(f"values/{name}"), file.get_tensor(f"scale/{name}")
+            zero = None if form.symmetric else file.get_tensor(f"zero/{name}")
+    except (OSError, SafetensorError) as error:
+        raise BuildError(f"the weight '{name}' cannot be read from {path} any longer ({error}).") from error
+    return Quantised(form, _unpack(values) if values.dtype == torch.uint8 else values, scale, zero)
 
 
 def _pack(values: Tensor) -> Tensor:

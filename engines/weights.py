@@ -8,7 +8,7 @@ Invariant: at most one weight is in memory while writing, and none after `load_g
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,7 +42,10 @@ class Weight:
 
 
 def write_weights(
-    path: Path, weights: Iterable[Weight], progress: Callable[[int, int], None] | None = None
+    path: Path,
+    weights: Iterable[Weight],
+    progress: Callable[[int, int], None] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> dict[str, tuple[int, int]]:
     """Write the weights and return name -> (offset, length) in bytes from the start of the file.
 
@@ -50,7 +53,7 @@ def write_weights(
     Raises ValueError if a name comes twice or a loaded array is not of the declared dtype and shape.
     """
     ordered = sorted(weights, key=lambda w: w.nbytes % _TENSOR_ALIGNMENT != 0)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for w in ordered:
         if w.name in header:
@@ -73,6 +76,15 @@ def write_weights(
             if progress:
                 progress(file.tell() - start, end)
     return places
+
+
+def of_tensor(name: str, tensor: torch.Tensor) -> Weight:
+    """A torch tensor of the host to be written."""
+    import torch
+
+    dtype = next(dtype for dtype in DTYPES.values() if dtype.torch == tensor.dtype)
+    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return Weight(name, dtype, tuple(tensor.shape), lambda: raw.numpy().view(dtype.numpy).reshape(tensor.shape))
 
 
 def declared_weights(model: ir.Model) -> dict[str, tuple[DType, tuple[int, ...]]]:

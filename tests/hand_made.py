@@ -22,7 +22,7 @@ def cast_llama(checkpoint: Path, out: Path, dtype: str = "float32") -> Path:
     config = json.loads((checkpoint / "config.json").read_text())
     weights = {name: w.to(getattr(torch, dtype)) for name, w in load_file(checkpoint / "model.safetensors").items()}
     with engine_directory(out) as folder:
-        save_graph(_graph(config, weights, dtype), folder)
+        save_graph(llama_graph(config, weights, dtype), folder)
         for name in TEXT_FILES:
             shutil.copy(checkpoint / name, folder)
         heads, dim = config["num_key_value_heads"], config["head_dim"]
@@ -39,7 +39,8 @@ def cast_llama(checkpoint: Path, out: Path, dtype: str = "float32") -> Path:
     return out
 
 
-def _graph(config: dict, weights: dict[str, torch.Tensor], dtype: str) -> ir.Model:
+def llama_graph(config: dict, weights: dict[str, torch.Tensor], dtype: str) -> ir.Model:
+    """Of a checkpoint's config and tensors."""
     onnx_type, numpy_type = DTYPES[dtype].onnx, DTYPES[dtype].numpy
     heads, kv_heads, dim = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     nodes, initializers = [], {}

@@ -94,7 +94,7 @@ def test_the_file_computes_what_was_measured(graph, checkpoint, source, rules, t
     assert all(0 < layer.error < 0.5 for layer in accuracy.layers) and accuracy.num_tokens > 200
     numbers = {each.name: scales.weights.get(each.name) or round_to_nearest(each.weight(), each.format)
                for each in chosen}  # fmt: skip
-    measured = run(graph, [batch], lambda name, x: (numbers[name].dequantise(), x) if name in numbers else None)
+    measured = list(run(graph, [batch], lambda name, x: (numbers[name].dequantise(), x) if name in numbers else None))
     quantise(graph, recipe(rules), scales)
     save_graph(graph, tmp_path)
     loaded = load_graph(tmp_path)

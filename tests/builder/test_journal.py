@@ -1,0 +1,214 @@
+"""A calibration that is stopped, at whatever node and however, goes on and finds the same numbers."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from hand_made import llama_graph
+from ingot.builder import journal
+from ingot.builder.calibrate import calibrate
+from ingot.builder.calibration_text import Text
+from ingot.builder.journal import Journal, Kept
+from ingot.builder.node_major import Windows, run
+from ingot.calibration.recipe import parse
+from ingot.engines.errors import BuildError
+
+RULES = """{perplexity: 10, rules: [
+  {match: '*.qkv', method: gptq, format: {dtype: int4, group: 16, symmetric: false}, act_order: true},
+  {match: '*down*', method: rtn, format: {dtype: int8}, activation: {dtype: int8, rows: 0}},
+  {match: '*', method: gptq, format: {dtype: fp8_e4m3}}]}"""
+RECIPE = parse(RULES, "mine", "mine.yaml")
+ABOUT = {"model": "m", "recipe": RULES, "text": "t"}
+
+
+CONFIG = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+              rms_norm_eps=1e-5, rope_parameters={"rope_theta": 1e4})  # fmt: skip
+VOCAB, WIDE = 304, 96
+
+
+def tiny():
+    """A random Llama of four layers in bf16, its head tied to the embedding."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).bfloat16()
+
+    weights = {"model.embed_tokens.weight": random(VOCAB, 64), "model.norm.weight": 1 + random(64)}
+    for i in range(4):
+        shapes = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_attn.v_proj": (32, 64),
+                  "self_attn.o_proj": (64, 64), "mlp.gate_proj": (WIDE, 64), "mlp.up_proj": (WIDE, 64),
+                  "mlp.down_proj": (64, WIDE)}  # fmt: skip
+        weights |= {f"model.layers.{i}.{name}.weight": random(*shape) for name, shape in shapes.items()}
+        weights |= {f"model.layers.{i}.{name}_layernorm.weight": 1 + random(64)
+                    for name in ("input", "post_attention")}  # fmt: skip
+    return llama_graph(CONFIG, weights, "bfloat16")
+
+
+def text():
+    tokens = torch.randint(3, VOCAB, (7, 24), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    return Text((Windows(tokens[:2]), Windows(tokens[2:4])), (Windows(tokens[4:6]), Windows(tokens[6:])))
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def whole(graph):
+    """What a calibration finds that nobody stops, and how it counts its nodes."""
+    nodes = []
+    found = calibrate(graph, RECIPE, text(), lambda done, total, name: nodes.append((done, total, name)))
+    assert sorted(done for done, *_ in nodes) == [done for done, *_ in nodes] and nodes[-1][0] == nodes[-1][1]
+    assert {name for *_, name in nodes} - {""} == {layer.name for layer in found[1].layers}
+    return *found, [done for done, *_ in nodes]
+
+
+def same(found, whole):
+    scales, accuracy = found
+    assert accuracy.describe() == whole[1].describe()
+    assert scales.activations == whole[0].activations and scales.activations
+    assert scales.weights.keys() == whole[0].weights.keys() and scales.weights
+    for name, quantised in whole[0].weights.items():
+        assert torch.equal(scales.weights[name].dequantise(), quantised.dequantise()), name
+
+
+def every_node(monkeypatch):
+    monkeypatch.setattr(journal, "SECONDS", 0.0)
+    monkeypatch.setattr(journal, "SHARE", 1e9)
+
+
+@pytest.mark.parametrize("often", [False, True], ids=["at-the-end", "every-node"])
+def test_stopped_at_any_node(graph, whole, tmp_path, monkeypatch, often):
+    if often:
+        every_node(monkeypatch)
+    folder, order, begins = tmp_path / "e.calibration", whole[2], None
+    n = len(order)
+    for stop in (order[4], order[n // 3], order[n // 3], order[2 * n // 3], order[-2]):  # twice at one
+        begun = []
+
+        def on_node(done, total, name, begun=begun, stop=stop):
+            begun.append(done)
+            if done == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt), Journal(folder, ABOUT) as kept:
+            calibrate(graph, RECIPE, text(), on_node, journal=kept)
+        assert begun[0] == (begins or 0) and begun[-1] == stop
+        begins = stop
+    notes = []
+    with Journal(folder, ABOUT, notes.append) as kept:
+        same(calibrate(graph, RECIPE, text(), journal=kept), whole)
+        with pytest.raises(BuildError, match="in use by another process"):
+            Journal(folder, ABOUT)
+    assert not folder.exists() and len(notes) == 1 and "going on with what" in notes[0]
+
+
+def test_weights_are_found_once(graph, whole, tmp_path, monkeypatch):
+    """Without any snapshot, as after a kill in the first seconds, what was found still is."""
+    folder, order = tmp_path / "e.calibration", whole[2]
+    monkeypatch.setattr(Kept, "save", lambda *_: None)
+
+    def on_node(done, total, name):
+        if done == order[len(order) * 3 // 4]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Journal(folder, ABOUT) as kept:
+        calibrate(graph, RECIPE, text(), on_node, journal=kept)
+    searched = []
+    monkeypatch.setattr("ingot.builder.calibrate.gptq", lambda *a, **k: searched.append(a) or real(*a, **k))
+    with Journal(folder, ABOUT) as kept:
+        before = len(kept.scales.weights)
+        same(calibrate(graph, RECIPE, text(), journal=kept), whole)
+    assert before and len(searched) == len(whole[0].weights) - before
+
+
+real = __import__("ingot.builder.calibrate", fromlist=["gptq"]).gptq
+
+
+@pytest.mark.parametrize("share", [0.3, 0.8], ids=["before", "after"])
+def test_killed(graph, whole, tmp_path, share):
+    """SIGKILL in the middle of a node, in a process of its own, some nodes after the last snapshot."""
+    folder, order = tmp_path / "e.calibration", whole[2]
+    stop = order[int(len(order) * share)]
+    child = subprocess.run([sys.executable, __file__, str(folder), str(stop)], env={
+        **os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    })  # fmt: skip
+    assert child.returncode == -signal.SIGKILL and list(folder.glob("walk-*-alive.safetensors"))
+    begun = []
+    with Journal(folder, ABOUT) as kept:
+        same(calibrate(graph, RECIPE, text(), lambda done, *_: begun.append(done), journal=kept), whole)
+    assert stop - 3 <= begun[0] <= stop
+
+
+def test_what_is_of_something_else_is_not_used(graph, whole, tmp_path):
+    folder, notes = tmp_path / "e.calibration", []
+    with pytest.raises(KeyboardInterrupt), Journal(folder, ABOUT) as kept:
+        calibrate(graph, RECIPE, text(), journal=kept)
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), Journal(folder, ABOUT | {"text": "u", "model": "n"}, notes.append) as kept:
+        assert not kept.layers and not kept.scales.weights and not kept.accuracy
+        calibrate(graph, RECIPE, text(), journal=kept)
+        raise KeyboardInterrupt
+    assert notes == [f"{folder} is of another calibration (differs: model, text), so this one begins anew."]
+    found = sorted(folder.glob("found-*"))
+    found[3].write_bytes(found[3].read_bytes()[:-100])
+    with Journal(folder, ABOUT | {"text": "u", "model": "n"}, notes.append) as kept:
+        assert not kept.layers
+    assert "what is in it is damaged" in notes[1] and not folder.exists()
+
+
+def test_a_finished_one_is_done_at_once(graph, whole, tmp_path):
+    """As after a build that was refused for its accuracy: with --accept-accuracy it has nothing to do."""
+    folder = tmp_path / "e.calibration"
+    with pytest.raises(BuildError), Journal(folder, ABOUT) as kept:
+        calibrate(graph, RECIPE, text(), journal=kept)
+        raise BuildError("too bad")
+    with Journal(folder, ABOUT) as kept:
+        same(calibrate(graph, RECIPE, text(), lambda *_: pytest.fail("it walks"), journal=kept), whole)
+    assert not folder.exists()
+
+
+def test_a_folder_that_is_in_the_way(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    for place in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(BuildError, match="is in the way of what a calibration keeps"):
+            Journal(place, ABOUT)
+    assert (tmp_path / "thesis.tex").read_text() == "x"
+    with pytest.raises(BuildError, match="cannot be written"):
+        Journal(tmp_path / "thesis.tex" / "e", ABOUT)
+
+
+def test_scales_are_written_from_the_journal(graph, whole, tmp_path):
+    with Journal(tmp_path / "e.calibration", ABOUT) as kept:
+        scales, _ = calibrate(graph, RECIPE, text(), journal=kept)
+        scales.save(tmp_path / "scales.safetensors")
+    same((type(scales).open(tmp_path / "scales.safetensors"), whole[1]), whole)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(graph, whole):
+    found = [logits for logits in run(graph, text().held_out, device="cuda")]
+    for ours, theirs in zip(found, run(graph, text().held_out), strict=True):
+        assert ours.device.type == "cpu"
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    _, accuracy = calibrate(graph, RECIPE, text(), device="cuda")
+    assert accuracy.kl == pytest.approx(whole[1].kl, rel=0.2)
+    assert [asdict(layer)["name"] for layer in accuracy.layers] == [layer.name for layer in whole[1].layers]
+
+
+if __name__ == "__main__":
+    folder, stop = Path(sys.argv[1]), int(sys.argv[2])
+
+    def on_node(done, total, name):
+        if done == stop:  # as if between two snapshots
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    kept, last = Journal(folder, ABOUT), []
+    Kept.due = lambda self: last.append(0) or len(last) % 3 == 0  # every third node
+    sys.exit(calibrate(tiny(), RECIPE, text(), on_node, journal=kept) and 1)
