@@ -22,6 +22,8 @@ ELEMENTS = {
     "*i32": torch.int32,
     "*i64": torch.int64,
     "*u8": torch.uint8,
+    "*i8": torch.int8,
+    "*fp8e4nv": torch.float8_e4m3fn,
 }
 
 
@@ -49,6 +51,8 @@ def launch(
             else:
                 operand = (inputs if argument.kind == "input" else outputs)[argument.index]
                 assert operand is not None, f"{each.kernel} is given an absent input"
+                if kind == "*u8" and operand.element_size() == 1:
+                    operand = operand.view(torch.uint8)  # fp8 where kernels know it as bytes
                 arguments.append(
                     operand.view(-1)[argument.offset // operand.itemsize :] if argument.offset else operand
                 )

@@ -118,7 +118,7 @@ def _sources() -> list[Path]:
 def _fingerprint() -> str:
     """Hash of all kernel sources: binders and kernels share structs, so they must be of one version."""
     digest = hashlib.sha256()
-    for path in (PACKAGE / "simd.h", *_sources()):
+    for path in (PACKAGE / "simd.h", *sorted(PACKAGE.glob("*/*.h")), *_sources()):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -18,14 +18,12 @@ from .binder import Attributes, Binder, Constants, Run
 from .dtypes import TORCH_DTYPES
 from .gated_activation.reference import gated_activation
 from .linear.reference import linear
-from .paged_attention.reference import paged_attention
+from .native_attention import DTYPES, bind_paged_attention
 from .rms_norm.reference import rms_norm
 from .rope.reference import rope
 from .rotary_cos_sin.reference import rotary_cos_sin
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # simd.h's DType
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-MAX_GROUP = 64  # query heads of a KV head that paged_attention/kernel.cpp holds in one task
 
 # Rows up to which the kernel beats F.linear.
 MAX_ROWS = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 48}
@@ -48,7 +46,7 @@ def binders(library: ctypes.CDLL) -> dict[str, Binder]:
         "Rope": partial(_bind_rope, function("ingot_rope", P, P, P, P, Q, Q, Q)),
         "RotaryCosSin": partial(_bind_rotary_cos_sin, function("ingot_rotary_cos_sin", P, Q, F, Q, P, P, Q)),
         "GatedActivation": partial(_bind_gated_activation, function("ingot_gated_activation", Q, Q, P, P, Q, Q)),
-        "PagedAttention": partial(_bind_paged_attention, function("ingot_paged_attention", P, P)),
+        "PagedAttention": partial(bind_paged_attention, function("ingot_paged_attention", P, P)),
     }
 
 
@@ -170,67 +168,6 @@ def _bind_gated_activation(launch: Prototype, attributes: Attributes, constants:
         rows, width = x.shape[0], x.shape[1] // 2
         y = torch.empty((rows, width), dtype=x.dtype)
         launch(activation, dtype, x.data_ptr(), y.data_ptr(), rows, width)
-        return y
-
-    return run
-
-
-def _bind_paged_attention(launch: Prototype, attributes: Attributes, constants: Constants) -> Run | None:
-    heads, kv_heads = attributes["num_heads"], attributes["num_kv_heads"]
-    head_dim, v_head_dim = attributes["head_dim"], attributes["v_head_dim"]
-    if heads % kv_heads or heads // kv_heads > MAX_GROUP:
-        return None
-    scale, window, softcap = attributes["scale"], attributes["window"], attributes["softcap"]
-    q_width, k_width, v_width = heads * head_dim, kv_heads * head_dim, kv_heads * v_head_dim
-    pack = struct.Struct("3P3q4P3q4P").pack  # AttentionCall
-    structs: dict[tuple[torch.dtype, int], bytes] = {}  # AttentionArgs by (activation dtype, page size)
-
-    def run(
-        query: Tensor,
-        key: Tensor | None,
-        value: Tensor | None,
-        slots: Tensor,
-        query_start: Tensor,
-        kv_len: Tensor,
-        pages: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        dtype = query.dtype
-        served = dtype in DTYPES and k_pages.dtype is dtype and v_pages.dtype is dtype
-        served = served and k_pages.is_contiguous() and v_pages.is_contiguous()
-        served = served and (sinks is None or sinks.dtype is dtype)
-        for index in (slots, query_start, kv_len, pages):
-            served = served and index.dtype is torch.int32 and index.is_contiguous()
-        if not served:
-            return paged_attention(
-                query, key, value, slots, query_start, kv_len, pages, k_pages, v_pages, sinks, **attributes
-            )
-        query, num_tokens = query.contiguous(), query.shape[0]
-        q = query.data_ptr()
-        if key is None or value is None:
-            stride, size = query.shape[1], query.element_size()
-            k, v = q + q_width * size, q + (q_width + k_width) * size
-            strides = (stride, stride, stride)
-        else:
-            key, value = key.contiguous(), value.contiguous()
-            k, v, strides = key.data_ptr(), value.data_ptr(), (q_width, k_width, v_width)
-        if sinks is not None:
-            sinks = sinks.contiguous()
-        page_size = k_pages.shape[1]
-        arguments = structs.get((dtype, page_size))
-        if arguments is None:
-            numbers = (heads, kv_heads, head_dim, v_head_dim, page_size, window, DTYPES[dtype])
-            arguments = structs[dtype, page_size] = struct.pack("7qff", *numbers, scale, softcap)
-        y = torch.empty((num_tokens, heads * v_head_dim), dtype=dtype)
-        call = pack(
-            *(q, k, v, *strides),
-            *(slots.data_ptr(), query_start.data_ptr(), kv_len.data_ptr(), pages.data_ptr()),
-            *(num_tokens, kv_len.shape[0], pages.shape[1]),
-            *(k_pages.data_ptr(), v_pages.data_ptr(), 0 if sinks is None else sinks.data_ptr(), y.data_ptr()),
-        )
-        launch(arguments, call)
         return y
 
     return run

@@ -18,6 +18,8 @@ from ..engines.errors import EngineError
 DOMAIN = "ingot"
 VERSION = 1
 
+QUANTISED = (ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN)  # what KV pages with scales hold
+
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 _EIGHT_BITS = ["tensor(int8)", "tensor(float8e4m3fn)"]
 _INTS = ["tensor(int32)", "tensor(int64)"]
@@ -53,7 +55,7 @@ def declare(
             ("I", _INTS, "an index type"),
             ("Q", _EIGHT_BITS, "the type of quantised activations and pages"),
             ("W", [*_EIGHT_BITS, "tensor(int4)"], "the type of quantised weights"),
-            ("X", [*_FLOATS, *_EIGHT_BITS], "activations, quantised or not"),
+            ("X", [*_FLOATS, *_EIGHT_BITS], "activations or KV pages, quantised or not"),
         ],
     )
     if infer:
@@ -107,6 +109,7 @@ def complete_attributes(node: ir.Node, schema: OpSchema, given: dict[str, Any]) 
         raise EngineError(f"{where(node)} has the attribute '{name}'; known are {', '.join(schema.attributes)}")
     if len(node.inputs) > schema.max_input:
         raise EngineError(f"{where(node)} has {len(node.inputs)} inputs; at most {schema.max_input} were expected")
+    _check_pages(node, schema)
     complete = {}
     for name, attribute in schema.attributes.items():
         if name in given:
@@ -117,6 +120,25 @@ def complete_attributes(node: ir.Node, schema: OpSchema, given: dict[str, Any]) 
             value = helper.get_attribute_value(attribute.default_value)
             complete[name] = value.decode() if isinstance(value, bytes) else value
     return complete
+
+
+def _check_pages(node: ir.Node, schema: OpSchema) -> None:
+    """Numbers of 8 bits in KV pages mean nothing without scales: there is no default."""
+    inputs = {
+        parameter.name: value
+        for parameter, value in zip(schema.inputs, node.inputs, strict=False)
+        if value is not None
+    }
+    for pages, scale in (("k_pages", "k_scale"), ("v_pages", "v_scale")):
+        kind = inputs[pages].dtype if pages in inputs else None
+        if kind is None or (kind in QUANTISED) == (scale in inputs):
+            continue
+        if scale in inputs:
+            raise EngineError(f"{where(node)} has a {scale}, but its {pages} are {kind.name}; pages of 8 bits have one")
+        raise EngineError(
+            f"{where(node)} has {pages} of {kind.name} without a {scale}; a KV cache in 8 bits needs calibrated "
+            "scales: build with `--kv-cache` and `--calibration-data`"
+        )
 
 
 def where(node: ir.Node) -> str:

@@ -121,4 +121,6 @@ POINTERS = {
     "int32": "*i32",
     "int64": "*i64",
     "uint8": "*u8",
+    "int8": "*i8",
+    "float8_e4m3fn": "*fp8e4nv",
 }

@@ -3,10 +3,15 @@
 The rows of a block are all query heads that share a key head (of one token or of several), so K and V are read once for
 the group. Softmax runs online in fp32, base 2: scores, maxima and sinks are in units of log2(e). Only keys in
 `[first, last)` are loaded, whatever else the pool holds; the others count as zeros with weight zero.
+
+Pages of 8 bits cost their conversion alone: the keys' scale is part of the factor on the scores, and values are summed
+as they are stored, to be multiplied in the end.
 """
 
 import triton
 import triton.language as tl
+
+from .stored import numbers
 
 LOWEST = tl.constexpr(-1.0e30)  # the maximum of no scores: finite, so that no difference of maxima is NaN
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -14,20 +19,20 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def attend(
-    q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, first, last, end,
+    q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, k_unit, first, last, end,
     NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PAGE: tl.constexpr, BN: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds keys first, first + 1, .. to the running acc [BM, BDV], top (maximum) [BM] and total [BM] of q [BM, BD].
 
-    position: of each row in its sequence. Without MASKED every row must see all keys of all blocks of BN up to `last`;
+    k_unit: what stored keys are multiplied by. position: of each row in its sequence. Without MASKED every row must see all keys of all blocks of BN up to `last`;
     with it keys from `end` on do not exist, and rows see what causality and the window leave.
     """
     d = tl.arange(0, BD)
     dv = tl.arange(0, BDV)
     each = tl.arange(0, BN)
-    FACTOR: tl.constexpr = (SOFTCAP if SOFTCAP > 0 else SCALE) * LOG2E
+    factor = SOFTCAP * LOG2E if SOFTCAP > 0 else k_unit * (SCALE * LOG2E)
     # page numbers are a tile ahead: a load whose address is another's result would not be pipelined far
     page = tl.load(page_row + (first + each) // PAGE, mask=first + each < last, other=0)
     for start in tl.range(first, last, BN):
@@ -43,16 +48,17 @@ def attend(
         k = tl.load(k_pages + row[None, :] * D + d[:, None], mask=k_mask, other=0.0)  # [BD, BN]
         v = tl.load(v_pages + row[:, None] * DV + dv[None, :], mask=v_mask, other=0.0)  # [BN, BDV]
         page = tl.load(page_row + (key + BN) // PAGE, mask=key + BN < last, other=0)
-        scores = tl.dot(q, k, input_precision="ieee")
+        v = numbers(v, q.dtype)
+        scores = tl.dot(q, numbers(k, q.dtype), input_precision="ieee")
         if SOFTCAP > 0:  # tanh by one exponential; its error is below 1e-7
-            scores = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * LOG2E * SCALE / SOFTCAP)))
+            scores = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (k_unit * (2.0 * LOG2E * SCALE / SOFTCAP))))
         if MASKED:
             visible = exists[None, :] & (key[None, :] <= position[:, None])
             if WINDOW > 0:
                 visible &= key[None, :] > position[:, None] - WINDOW
             scores = tl.where(visible, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1) * FACTOR)
-        weights = tl.exp2(scores * FACTOR - higher[:, None])
+        higher = tl.maximum(top, tl.max(scores, 1) * factor)
+        weights = tl.exp2(scores * factor - higher[:, None])
         fade = tl.exp2(top - higher)
         total = total * fade + tl.sum(weights, 1)
         acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
@@ -61,11 +67,14 @@ def attend(
 
 
 @triton.jit
-def finish(acc, top, total, sinks, head, inside, SINKS: tl.constexpr):
-    """The attention [BM, BDV] of accumulated rows; a sink is a score without a value. Rows without a key become 0."""
+def finish(acc, top, total, v_unit, sinks, head, inside, SINKS: tl.constexpr):
+    """The attention [BM, BDV] of accumulated rows; a sink is a score without a value. Rows without a key become 0.
+
+    v_unit: what stored values are multiplied by.
+    """
     if SINKS:
         sink = tl.load(sinks + head, mask=inside, other=0.0).to(tl.float32) * LOG2E
         higher = tl.maximum(top, sink)
         fade = tl.exp2(top - higher)
-        return acc * (fade / (total * fade + tl.exp2(sink - higher)))[:, None]
-    return acc / tl.where(total > 0, total, 1.0)[:, None]
+        return acc * (v_unit * fade / (total * fade + tl.exp2(sink - higher)))[:, None]
+    return acc / tl.where(total > 0, total, 1.0)[:, None] * v_unit

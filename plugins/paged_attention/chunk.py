@@ -10,15 +10,17 @@ import triton.language as tl
 
 from ..pdl import launch_next, wait
 from .attend import LOWEST, attend, finish
+from .stored import unit_of
 
 
 @triton.jit
 def chunk_kernel(
-    query, query_start, kv_len, pages, k_pages, v_pages, sinks, y,
+    query, query_start, kv_len, pages, k_pages, v_pages, sinks, y, k_scale, v_scale,
     S: tl.constexpr, BS: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     BDV: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     SINKS: tl.constexpr, BG: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, SKIP_DECODE: tl.constexpr,
+    K_STEP: tl.constexpr, V_STEP: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (key heads, T // TOKENS + S). SKIP_DECODE: sequences with one query token are left to `decode_kernel`."""
@@ -33,6 +35,7 @@ def chunk_kernel(
     num_queries = tl.load(query_start + s + 1) - row
     offset = (tile - row // TOKENS - s) * TOKENS  # of the tile's first token in its sequence's share of the step
     length = tl.load(kv_len + s)
+    k_unit, v_unit = unit_of(k_scale, kv_head, K_STEP), unit_of(v_scale, kv_head, V_STEP)
     wait(PDL)
     if offset >= num_queries or (SKIP_DECODE and num_queries == 1):
         return
@@ -62,14 +65,14 @@ def chunk_kernel(
     else:
         full = tl.maximum(before + 1, 0) // BN * BN
         acc, top, total = attend(
-            q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, 0, full, full,
+            q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, k_unit, 0, full, full,
             NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, 0, False,
         )  # fmt: skip
         first = full
     acc, top, total = attend(
-        q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, first, end, end,
+        q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, k_unit, first, end, end,
         NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, WINDOW, True,
     )  # fmt: skip
-    out = finish(acc, top, total, sinks, head, inside, SINKS)
+    out = finish(acc, top, total, v_unit, sinks, head, inside, SINKS)
     at = (at * NUM_HEADS + head)[:, None] * DV + dv[None, :]
     tl.store(y + at, out.to(y.dtype.element_ty), mask=inside[:, None] & (dv < DV)[None, :])

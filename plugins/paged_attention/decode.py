@@ -12,6 +12,7 @@ import triton.language as tl
 from ..pdl import launch_next, wait
 from .attend import LOWEST, attend, finish
 from .own import columns, own_key
+from .stored import unit_of
 
 UNIT = tl.constexpr(16)  # keys are dealt out in units of so many
 
@@ -29,7 +30,7 @@ def reach(query_start, kv_len, s, inside, WINDOW: tl.constexpr):
 
 @triton.jit
 def merge(
-    parts, tops, totals, sinks, y, row, kv_head, leader, num_shares, programs,
+    parts, tops, totals, v_unit, sinks, y, row, kv_head, leader, num_shares, programs,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     SINKS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +58,7 @@ def merge(
         total = total * fade + tl.sum(part_total * weight, 0)
         top = higher
     head = kv_head * GROUP + g
-    out = finish(acc, top, total, sinks, head, g < GROUP, SINKS)
+    out = finish(acc, top, total, v_unit, sinks, head, g < GROUP, SINKS)
     place = (row * NUM_HEADS + head)[:, None] * DV + dv[None, :]
     tl.store(y + place, out.to(y.dtype.element_ty), mask=(g < GROUP)[:, None] & (dv < DV)[None, :])
 
@@ -65,13 +66,14 @@ def merge(
 @triton.jit
 def decode_kernel(
     query, key, value, table, slots, query_start, kv_len, pages, k_pages, v_pages, sinks, y, parts, tops, totals,
-    arrived, sequences,
+    arrived, sequences, k_scale, v_scale,
     BS: tl.constexpr, STRIDE: tl.constexpr, KEY_AT: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_AT: tl.constexpr,
     VALUE_STRIDE: tl.constexpr, TURNED: tl.constexpr, ROTARY: tl.constexpr, OFFSET: tl.constexpr,
     INTERLEAVED: tl.constexpr, OWN: tl.constexpr, WIDTH: tl.constexpr, NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PAGE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, CHUNK: tl.constexpr, LEAST: tl.constexpr,
+    K_STEP: tl.constexpr, V_STEP: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (key heads, programs).
@@ -96,6 +98,7 @@ def decode_kernel(
     stop = tl.minimum(at + share, num_units)
     s = tl.sum((ends <= at).to(tl.int32), 0)
     begins = tl.sum(tl.where(each == s, ends - units, 0), 0)  # the unit at which sequence s begins
+    k_unit, v_unit = unit_of(k_scale, kv_head, K_STEP), unit_of(v_scale, kv_head, V_STEP)
     wait(PDL)
     if at >= stop:
         return
@@ -117,8 +120,8 @@ def decode_kernel(
             )  # fmt: skip
             if OWN:
                 acc, top, total = own_key(
-                    q, key, value, table, slots, k_pages, v_pages, row, kv_head, until <= stop, KEY_AT, KEY_STRIDE,
-                    VALUE_AT, VALUE_STRIDE, TURNED, ROTARY, OFFSET, INTERLEAVED, NUM_KV_HEADS, D, DV, BD, BDV, BM,
+                    q, key, value, table, slots, k_pages, v_pages, row, kv_head, k_unit, v_unit, until <= stop, KEY_AT,
+                    KEY_STRIDE, VALUE_AT, VALUE_STRIDE, TURNED, ROTARY, OFFSET, INTERLEAVED, NUM_KV_HEADS, D, DV, BD, BDV, BM,
                     SCALE, SOFTCAP,
                 )  # fmt: skip
             else:
@@ -130,11 +133,11 @@ def decode_kernel(
             page_row = pages + s.to(tl.int64) * WIDTH
             position = tl.zeros([BM], tl.int32) + (length - 1)
             acc, top, total = attend(
-                q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, start, end, end,
+                q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, k_unit, start, end, end,
                 NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, 0, True,
             )  # fmt: skip
             if (at == begins) & (until <= stop):
-                out = finish(acc, top, total, sinks, head, g < GROUP, SINKS)
+                out = finish(acc, top, total, v_unit, sinks, head, g < GROUP, SINKS)
                 place = (row * NUM_HEADS + head)[:, None] * DV + dv[None, :]
                 tl.store(y + place, out.to(y.dtype.element_ty), mask=mask)
             else:
@@ -148,7 +151,7 @@ def decode_kernel(
                 before = tl.atomic_add(arrived + kv_head * programs + leader, 1, sem="acq_rel")
                 if before == num_shares - 1:
                     merge(
-                        parts, tops, totals, sinks, y, row, kv_head, leader, num_shares, programs,
+                        parts, tops, totals, v_unit, sinks, y, row, kv_head, leader, num_shares, programs,
                         NUM_HEADS, GROUP, BG, DV, BDV, SINKS, CHUNK,
                     )  # fmt: skip
                     tl.store(arrived + kv_head * programs + leader, 0)

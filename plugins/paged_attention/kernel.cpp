@@ -2,18 +2,23 @@
 // A task is some query tokens of one sequence and one KV head: all query heads that share the KV head are its rows, so
 // each key is read once for them (GQA packing). Keys pass in blocks of BLOCK under an online softmax (Milakov and
 // Gimelshein, arXiv:1805.02867) in fp32; a long context with few tasks is split over keys and merged (Flash-Decoding).
+// Pages hold the activations' type T, or fewer bits P with a scale for each KV head: that of the keys is folded into the
+// queries, that of the values into the results, so that reading them costs their conversion alone.
 // Invariant: no key outside a query's reach is ever read, so unused pages may hold NaN.
-#include "../simd.h"
+#include "pages.h"
 
 #include <algorithm>
 #include <cfloat>
+#include <type_traits>
 #include <vector>
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
 
+enum Pages : int64_t { PLAIN = 0, INT8 = 1, FP8 = 2 };  // PLAIN: of the activations' type
+
 struct AttentionArgs {
-    int64_t num_heads, num_kv_heads, head_dim, v_head_dim, page_size, window, dtype;
+    int64_t num_heads, num_kv_heads, head_dim, v_head_dim, page_size, window, dtype, pages;
     float scale, softcap;
 };
 
@@ -23,6 +28,7 @@ struct AttentionCall {
     const int32_t *slots, *query_start, *kv_len, *pages;  // [T], [S+1], [S], [S, table_width]
     int64_t num_tokens, num_sequences, table_width;
     void *k_pages, *v_pages;  // [pages, page_size, num_kv_heads, head_dim or v_head_dim]
+    const float *k_scale, *v_scale;  // [num_kv_heads], null where pages are plain
     const void* sinks;        // [num_heads] or null
     void* y;                  // [T, num_heads * v_head_dim]
 };
@@ -54,7 +60,6 @@ template <typename Tag> float* scratch(int64_t size) {
     return buffer.data();
 }
 
-// out[r] = q[r] @ k for R rows.
 // The rows of the next block, to be fetched while this one is computed: pages lie anywhere, and the CPU's own prefetcher
 // ends with a page. One row at a time between the products: asked for at once, they would make the core wait for them.
 template <typename T> struct Ahead {
@@ -167,39 +172,49 @@ inline float soften(float* row, int64_t n, int64_t begin, int64_t end, float sof
     return shrink;
 }
 
+// What a number of the pages of a KV head is multiplied by.
+template <typename P> inline float scale_of(const float* scales, int64_t kv_head) {
+    return scales ? scales[kv_head] * unit<P> : 1.0f;
+}
+
+// The queries of a task in fp32, times the scales of scores and keys: [KV heads, rows, padded(head_dim)].
+template <typename T, typename P>
+void read_queries(const AttentionArgs& args, const AttentionCall& call, const Task& task, float* queries) {
+    const int64_t group = args.num_heads / args.num_kv_heads, num_rows = task.num_tokens * group;
+    const int64_t first_token = call.query_start[task.sequence] + task.token;
+    for (int64_t r = 0; r < task.num_kv_heads * num_rows; r++, queries += padded(args.head_dim)) {
+        const int64_t kv_head = task.kv_head + r / num_rows, token = first_token + r % num_rows / group;
+        const T* row = (const T*)call.query + token * call.query_stride + (kv_head * group + r % group) * args.head_dim;
+        const Vec scale = splat(args.scale * scale_of<P>(call.k_scale, kv_head));
+        for_vectors<T>(args.head_dim, [&](int64_t d, auto read, auto) { store(queries + d, read(row + d) * scale); });
+    }
+}
+
 // Attends the rows of a task to its keys: for each KV head its query tokens' heads, one after the other.
-template <typename T> void attend(const AttentionArgs& args, const AttentionCall& call, const Task& task, Rows all) {
+template <typename P>
+void attend(const AttentionArgs& args, const AttentionCall& call, const Task& task, const float* queries, Rows all) {
     const int64_t group = args.num_heads / args.num_kv_heads, num_rows = task.num_tokens * group;
     const int64_t width = padded(args.head_dim), v_width = padded(args.v_head_dim), window = args.window;
-    const int64_t first_token = call.query_start[task.sequence] + task.token;
     const int64_t num_queries = call.query_start[task.sequence + 1] - call.query_start[task.sequence];
     const int64_t position = call.kv_len[task.sequence] - num_queries + task.token;  // of the task's first token
     const int32_t* table = call.pages + task.sequence * call.table_width;
-    const T *k_pages = (const T*)call.k_pages, *v_pages = (const T*)call.v_pages;
+    const P *k_pages = (const P*)call.k_pages, *v_pages = (const P*)call.v_pages;
 
-    float* queries = scratch<struct Queries>(task.num_kv_heads * num_rows * width);
     float* k_copy = scratch<struct Keys>(BLOCK * width);
     float* v_copy = scratch<struct Values>(BLOCK * v_width);
     alignas(64) float weights[MAX_ROWS * BLOCK];
     float shrink[MAX_ROWS];
-    for (int64_t r = 0; r < task.num_kv_heads * num_rows; r++) {
-        const int64_t head = (task.kv_head + r / num_rows) * group + r % group, token = first_token + r % num_rows / group;
-        const T* row = (const T*)call.query + token * call.query_stride + head * args.head_dim;
-        for_vectors<T>(args.head_dim, [&](int64_t d, auto read, auto) {
-            store(queries + r * width + d, read(row + d) * splat(args.scale));
-        });
-    }
     const bool whole = width == args.head_dim && v_width == args.v_head_dim;
-    const bool in_place = whole && (sizeof(T) == 4 || num_rows <= ROWS);  // few rows: converted where it is read
+    const bool in_place = whole && (sizeof(P) == 4 || num_rows <= ROWS);  // few rows: converted where it is read
     for (int64_t from = task.low; from < task.high; from += BLOCK) {
         const int64_t n = std::min<int64_t>(BLOCK, task.high - from), next = std::min<int64_t>(BLOCK, task.high - from - n);
         for (int64_t h = 0; h < task.num_kv_heads; h++) {
             const float* q = queries + h * num_rows * width;
             const Rows rows(all.most + h * Rows::size(num_rows, v_width), num_rows);
-            const T *k[BLOCK], *v[BLOCK];
+            const P *k[BLOCK], *v[BLOCK];
             locate(k_pages, args.head_dim, task.kv_head + h, args, table, from, n, k);
             locate(v_pages, args.v_head_dim, task.kv_head + h, args, table, from, n, v);
-            Ahead<T> next_k{{}, next, args.head_dim}, next_v{{}, next, args.v_head_dim};
+            Ahead<P> next_k{{}, next, args.head_dim}, next_v{{}, next, args.v_head_dim};
             locate(k_pages, args.head_dim, task.kv_head + h, args, table, from + n, next, next_k.rows);
             locate(v_pages, args.v_head_dim, task.kv_head + h, args, table, from + n, next, next_v.rows);
             auto block = [&](auto k, auto v) {
@@ -223,7 +238,7 @@ template <typename T> void attend(const AttentionArgs& args, const AttentionCall
                 });
             };
             if (in_place) {
-                block((const T* const*)k, (const T* const*)v);
+                block((const P* const*)k, (const P* const*)v);
             } else {
                 const float *k_rows[BLOCK], *v_rows[BLOCK];
                 convert(k, n, args.head_dim, k_copy, k_rows);
@@ -235,11 +250,12 @@ template <typename T> void attend(const AttentionArgs& args, const AttentionCall
 }
 
 // Merges what the splits of a task found for one KV head, adds the sinks, divides and writes.
-template <typename T>
+template <typename T, typename P>
 void finish(const AttentionArgs& args, const AttentionCall& call, const Task& task, int64_t h, float* parts,
             int64_t size, int64_t splits) {
     const int64_t group = args.num_heads / args.num_kv_heads, v_width = padded(args.v_head_dim);
     const int64_t first_token = call.query_start[task.sequence] + task.token, num_rows = task.num_tokens * group;
+    const float scale = scale_of<P>(call.v_scale, task.kv_head + h);
     auto part = [&](int64_t s) { return Rows(parts + s * size + h * Rows::size(num_rows, v_width), num_rows); };
     for (int64_t r = 0; r < num_rows; r++) {
         const int64_t head = (task.kv_head + h) * group + r % group;
@@ -252,17 +268,32 @@ void finish(const AttentionArgs& args, const AttentionCall& call, const Task& ta
         for_vectors<T>(args.v_head_dim, [&](int64_t d, auto, auto write) {
             Vec value = {};
             for (int64_t s = 0; s < splits; s++) value += load(part(s).value + r * v_width + d) * splat(factor[s]);
-            write(y + d, value / splat(mass));
+            write(y + d, value / splat(mass / scale));
         });
     }
 }
 
-template <typename T> void paged_attention(const AttentionArgs& args, const AttentionCall& call) {
+// A row of the step's keys or values [num_kv_heads, width] into its slot.
+template <typename T, typename P> void write(const T* row, P* slot, int64_t heads, int64_t width, const float* scales) {
+    if constexpr (std::is_same_v<T, P>) {
+        memcpy(slot, row, heads * width * sizeof(T));
+    } else {
+        for (int64_t h = 0; h < heads; h++, row += width, slot += width)
+            for (int64_t d = 0; d < width; d += LANES) {
+                const int64_t n = std::min<int64_t>(LANES, width - d);
+                store_part(slot + d, load_part(row + d, n) / splat(scales[h]), n);
+            }
+    }
+}
+
+template <typename T, typename P> void paged_attention(const AttentionArgs& args, const AttentionCall& call) {
     const int64_t group = args.num_heads / args.num_kv_heads, heads = args.num_kv_heads;
-    const int64_t k_row = heads * args.head_dim, v_row = heads * args.v_head_dim;
     for (int64_t t = 0; t < call.num_tokens; t++) {
-        memcpy((T*)call.k_pages + call.slots[t] * k_row, (const T*)call.key + t * call.key_stride, k_row * sizeof(T));
-        memcpy((T*)call.v_pages + call.slots[t] * v_row, (const T*)call.value + t * call.value_stride, v_row * sizeof(T));
+        const int64_t slot = call.slots[t] * heads;
+        write((const T*)call.key + t * call.key_stride, (P*)call.k_pages + slot * args.head_dim, heads, args.head_dim,
+              call.k_scale);
+        write((const T*)call.value + t * call.value_stride, (P*)call.v_pages + slot * args.v_head_dim, heads,
+              args.v_head_dim, call.v_scale);
     }
     int64_t threads = 1, splits = 1, work = 0;
     for (int64_t s = 0; s < call.num_sequences; s++)
@@ -299,16 +330,25 @@ template <typename T> void paged_attention(const AttentionArgs& args, const Atte
         const int64_t num_rows = part.num_tokens * group;
         for (int64_t h = 0; h < part.num_kv_heads; h++)
             Rows(found + h * Rows::size(num_rows, v_width), num_rows).clear(num_rows, v_width);
-        attend<T>(args, call, part, Rows(found, num_rows));
+        float* queries = scratch<struct Queries>(part.num_kv_heads * num_rows * padded(args.head_dim));
+        read_queries<T, P>(args, call, part, queries);
+        attend<P>(args, call, part, queries, Rows(found, num_rows));
         if (splits == 1)
-            for (int64_t h = 0; h < part.num_kv_heads; h++) finish<T>(args, call, part, h, found, size, 1);
+            for (int64_t h = 0; h < part.num_kv_heads; h++) finish<T, P>(args, call, part, h, found, size, 1);
     }
     if (splits > 1)
         for (int64_t i = 0; i < num_tasks; i++)
             for (int64_t h = 0; h < tasks[i].num_kv_heads; h++)
-                finish<T>(args, call, tasks[i], h, memory + i * splits * size, size, splits);
+                finish<T, P>(args, call, tasks[i], h, memory + i * splits * size, size, splits);
 }
 
 extern "C" void ingot_paged_attention(const AttentionArgs* args, const AttentionCall* call) {
-    for_dtype(args->dtype, [&](auto type) { paged_attention<decltype(type)>(*args, *call); });
+    for_dtype(args->dtype, [&](auto type) {
+        using T = decltype(type);
+        switch (args->pages) {
+            case PLAIN: return paged_attention<T, T>(*args, *call);
+            case INT8: return paged_attention<T, page_int8>(*args, *call);
+            case FP8: return paged_attention<T, page_fp8>(*args, *call);
+        }
+    });
 }

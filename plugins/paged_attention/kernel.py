@@ -5,6 +5,8 @@ split over programs (`decode.py`), or each sequence has its own (`whole.py`). In
 step is written to its slot first; launches of a stream are ordered, so all later reads see them. Then tiles of prompt
 tokens are attended (`chunk.py`), and rows of decoding either with them or, split, in a launch of their own. The number
 of splits is a guess at what fills the GPU and part of what the builder times.
+
+Pages of 8 bits have scales, which kernels take behind all other pointers; those of plain pages are compiled without.
 """
 
 import math
@@ -13,36 +15,16 @@ from typing import Any
 
 import triton
 
+from ...engines.dtypes import DTYPES
 from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic
 
-QUERY, KEY, VALUE, SLOTS, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS = range(10)
-TABLE = 10  # of a rotation, which is not PagedAttention's own input
-STEP_INPUTS = (
-    QUERY,
-    KEY,
-    VALUE,
-    TABLE,
-    SLOTS,
-    QUERY_START,
-    KV_LEN,
-    PAGES,
-    K_PAGES,
-    V_PAGES,
-    SINKS,
-)  # of decode kernels
-STEP_NAMES = (
-    "query",
-    "key",
-    "value",
-    "table",
-    "slots",
-    "query_start",
-    "kv_len",
-    "pages",
-    "k_pages",
-    "v_pages",
-    "sinks",
-)
+QUERY, KEY, VALUE, SLOTS, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS, K_SCALE, V_SCALE = range(12)
+TABLE = 12  # of a rotation, which is not PagedAttention's own input
+# of decode kernels
+STEP_INPUTS = (QUERY, KEY, VALUE, TABLE, SLOTS, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS)
+STEP_NAMES = ("query", "key", "value", "table", "slots", "query_start", "kv_len", "pages", "k_pages", "v_pages", "sinks")
+SCALE_NAMES = ("k_scale", "v_scale")  # of all kernels, behind their other pointers
+FP8_FROM = 89  # compute capability that converts fp8
 
 # (BN, warps, stages) of decode; BN keys are in flight per stage
 DECODE = ((64, 4, 3), (64, 4, 2), (128, 4, 3), (32, 4, 4), (128, 8, 3), (32, 4, 2))
@@ -119,6 +101,7 @@ class _Shape:
     dv: int
     dtype: str
     itemsize: int
+    stored: str  # element type of the pages
     rotation: Rotation | None
 
     @classmethod
@@ -128,7 +111,8 @@ class _Shape:
         a, (sequences, width) = site.attributes, pages.shape
         return cls(
             site, query.shape[0], sequences, width, k_pages.shape[1], a["num_heads"], a["num_kv_heads"], a["head_dim"],
-            a["v_head_dim"], query.dtype, 4 if query.dtype == "float32" else 2, rotation,
+            a["v_head_dim"], query.dtype, 4 if query.dtype == "float32" else 2,
+            stored_type(site), rotation,
         )  # fmt: skip
 
     @property
@@ -156,8 +140,14 @@ class _Shape:
     def fits(self, rows: int, bn: int, warps: int, stages: int) -> bool:
         """Whether the operands of a program fit its shared memory, and its accumulator the registers."""
         bd, bdv = _block(self.d), _block(self.dv)
-        needed = (rows * max(bd, bn) + stages * bn * (bd + bdv)) * self.itemsize
+        needed = rows * max(bd, bn) * self.itemsize + stages * bn * (bd + bdv) * DTYPES[self.stored].itemsize
+        if self.quantised:  # a block of keys and values that are converted
+            needed += bn * (bd + bdv) * self.itemsize
         return needed <= shared_memory(self.site.device.capability) and rows * bdv <= 128 * 32 * warps
+
+    @property
+    def quantised(self) -> bool:
+        return self.stored != self.dtype
 
     def constants(self) -> dict[str, Any]:
         a = self.site.attributes
@@ -165,7 +155,7 @@ class _Shape:
             "STRIDE": self.strides()["STRIDE"], "WIDTH": self.width, "NUM_HEADS": self.heads,
             "NUM_KV_HEADS": self.kv_heads, "D": self.d, "DV": self.dv, "BD": _block(self.d), "BDV": _block(self.dv),
             "PAGE": self.page, "SCALE": a["scale"], "SOFTCAP": a["softcap"], "WINDOW": a["window"],
-            "SINKS": self.site.inputs[SINKS] is not None,
+            "SINKS": self.site.inputs[SINKS] is not None, **scale_constants(self.site),
         }  # fmt: skip
 
     def strides(self) -> dict[str, int]:
@@ -188,12 +178,15 @@ class _Shape:
         types = {"slots": "*i32", "query_start": "*i32", "kv_len": "*i32", "pages": "*i32", "arrived": "*i32"}
         types |= {"parts": "*fp32", "tops": "*fp32", "totals": "*fp32", "sequences": "i32"}
         types |= {"table": POINTERS[self.rotation.table]} if self.rotation else {}
+        types |= {"k_scale": "*fp32", "v_scale": "*fp32"}
+        types |= {"k_pages": POINTERS[self.stored], "v_pages": POINTERS[self.stored]}
         return tuple((name, types.get(name, POINTERS[self.dtype])) for name in names)
 
     def kernel(
         self, function: str, names: tuple[str, ...], constants: dict[str, Any], warps: int, stages: int
     ) -> Kernel:
         """Activations, pools and workspace start at multiples of 16 bytes; step tensors may start anywhere."""
+        names += SCALE_NAMES if self.quantised else ()
         aligned = {"query", "key", "value", "k_pages", "v_pages", "y", "parts", "tops", "totals"}
         divisible = tuple(name for name in names if name in aligned)
         return Kernel(
@@ -206,16 +199,21 @@ class _Shape:
         absent |= set() if self.rotation else {TABLE}
         return tuple(Operand("input", QUERY if i in absent else i) for i in indices)
 
+    def scale_inputs(self) -> tuple[Operand, ...]:
+        return self.inputs(K_SCALE, V_SCALE) if self.quantised else ()
+
     def write(self) -> Launch:
         """K and V to their slots."""
         k_width, v_width = self.kv_heads * self.d, self.kv_heads * self.dv
         places = {name: number for name, number in self.strides().items() if name != "STRIDE"}
         constants = places | {
-            "K_WIDTH": k_width, "V_WIDTH": v_width, "BLOCK": triton.next_power_of_2(max(k_width, v_width))
+            "K_WIDTH": k_width, "V_WIDTH": v_width, "BLOCK": triton.next_power_of_2(max(k_width, v_width)),
+            "D": self.d, "DV": self.dv, **scale_constants(self.site),
         }  # fmt: skip
         names = ("key", "value", "slots", "k_pages", "v_pages")
         kernel = self.kernel("write:write_kernel", names, constants, 4, 1)
-        return Launch(kernel, (self.tokens, 1, 1), self.inputs(KEY, VALUE, SLOTS, K_PAGES, V_PAGES))
+        arguments = (*self.inputs(KEY, VALUE, SLOTS, K_PAGES, V_PAGES), *self.scale_inputs())
+        return Launch(kernel, (self.tokens, 1, 1), arguments)
 
     def chunk(self, rows: int, bn: int, warps: int, stages: int, *, skip_decode: bool) -> Launch:
         tokens = max(1, rows // self.bg)
@@ -226,7 +224,8 @@ class _Shape:
             "TOKENS": tokens, "BN": bn, "SKIP_DECODE": skip_decode,
         }  # fmt: skip
         names = ("query", "query_start", "kv_len", "pages", "k_pages", "v_pages", "sinks", "y")
-        arguments = (*self.inputs(QUERY, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS), Operand("output", 0))
+        step = self.inputs(QUERY, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS)
+        arguments = (*step, Operand("output", 0), *self.scale_inputs())
         kernel = self.kernel("chunk:chunk_kernel", names, constants, warps, stages)
         return Launch(kernel, (self.kv_heads, self.tokens // tokens + self.sequences, 1), arguments)
 
@@ -239,7 +238,8 @@ class _Shape:
     def whole(self, bn: int, warps: int, stages: int) -> Launch:
         constants = {**self.own_constants(), **self.constants(), "BM": self.decode_rows, "BN": bn}
         kernel = self.kernel("whole:whole_kernel", (*STEP_NAMES, "y"), constants, warps, stages)
-        return Launch(kernel, (self.kv_heads, self.sequences, 1), (*self.inputs(*STEP_INPUTS), Operand("output", 0)))
+        arguments = (*self.inputs(*STEP_INPUTS), Operand("output", 0), *self.scale_inputs())
+        return Launch(kernel, (self.kv_heads, self.sequences, 1), arguments)
 
     def decode(self, bn: int, warps: int, stages: int, programs: int, *, own: bool) -> tuple[Launch, int, int]:
         """(launch, bytes of workspace, bytes of zeros)."""
@@ -257,8 +257,24 @@ class _Shape:
         arguments: tuple[Operand | int, ...] = (
             *self.inputs(*STEP_INPUTS), Operand("output", 0),
             *(Operand("workspace", at) for at in (0, at_tops, at_totals)), Operand("zeros", 0), self.sequences,
+            *self.scale_inputs(),
         )  # fmt: skip
         return Launch(kernel, (self.kv_heads, programs, 1), arguments), at_totals + _aligned(4 * parts), 4 * counters
+
+
+def stored_type(site: Site) -> str:
+    """The element type that kernels know the pages by: fp8 is bytes to a GPU that cannot convert it."""
+    pages = site.inputs[K_PAGES]
+    assert pages is not None
+    return "uint8" if pages.dtype == "float8_e4m3fn" and site.device.capability < FP8_FROM else pages.dtype
+
+
+def scale_constants(site: Site) -> dict[str, Any]:
+    """Whether there are scales, and whether each head has its own."""
+    shapes = [scale.shape for scale in site.inputs[K_SCALE:] if scale is not None]
+    if not shapes:
+        return {"k_scale": None, "v_scale": None, "K_STEP": 0, "V_STEP": 0}
+    return {name: int(shape != (1,)) for name, shape in zip(("K_STEP", "V_STEP"), shapes, strict=True)}
 
 
 def _aligned(num_bytes: int) -> int:

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ..rope.kernel import rotated
 from .attend import LOG2E, LOWEST
+from .stored import numbers, stored
 
 
 @triton.jit
@@ -27,14 +28,14 @@ def columns(
 
 @triton.jit
 def own_key(
-    q, key, value, table, slots, k_pages, v_pages, row, kv_head, mine,
+    q, key, value, table, slots, k_pages, v_pages, row, kv_head, k_unit, v_unit, mine,
     KEY_AT: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_AT: tl.constexpr, VALUE_STRIDE: tl.constexpr,
     TURNED: tl.constexpr, ROTARY: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     BM: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The accumulator [BM, BDV], top and total [BM] (`attend`) of q [BM, BD] after the row's own key, which is written
-    to its slot; those of no key unless `mine`."""
+    to its slot; those of no key unless `mine`. Attended is what was written: in pages of 8 bits the rounded key."""
     d = tl.arange(0, BD)
     dv = tl.arange(0, BDV)
     k_there, v_there = (d < D) & mine, (dv < DV) & mine
@@ -42,13 +43,14 @@ def own_key(
     k = columns(key, table, row, column, k_there, KEY_STRIDE, TURNED, D, ROTARY, OFFSET, INTERLEAVED)
     v = tl.load(value + row * VALUE_STRIDE + VALUE_AT + kv_head * DV + dv, mask=v_there, other=0.0)
     place = tl.load(slots + row).to(tl.int64) * NUM_KV_HEADS + kv_head
+    k, v = stored(k, k_unit, k_pages), stored(v, v_unit, v_pages)
     tl.store(k_pages + place * D + d, k, mask=k_there)
     tl.store(v_pages + place * DV + dv, v, mask=v_there)
-    score = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1)
+    score = tl.sum(q.to(tl.float32) * numbers(k, tl.float32)[None, :], 1)
     if SOFTCAP > 0:
-        score = 1.0 - 2.0 / (1.0 + tl.exp2(score * (2.0 * LOG2E * SCALE / SOFTCAP)))
-    FACTOR: tl.constexpr = (SOFTCAP if SOFTCAP > 0 else SCALE) * LOG2E
-    top = tl.where(mine, score * FACTOR, LOWEST)
+        score = 1.0 - 2.0 / (1.0 + tl.exp2(score * (k_unit * (2.0 * LOG2E * SCALE / SOFTCAP))))
+    factor = SOFTCAP * LOG2E if SOFTCAP > 0 else k_unit * (SCALE * LOG2E)
+    top = tl.where(mine, score * factor, LOWEST)
     total = tl.zeros([BM], tl.float32) + tl.where(mine, 1.0, 0.0)
-    acc = tl.zeros([BM, BDV], tl.float32) + v.to(tl.float32)[None, :]
+    acc = tl.zeros([BM, BDV], tl.float32) + numbers(v, tl.float32)[None, :]
     return acc, top, total

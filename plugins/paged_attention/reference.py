@@ -4,12 +4,18 @@ Sequences with the same number of query tokens are computed together, as long as
 of two of each other; so a decode step is a few batched calls and a prompt is a call of its own. Keys are gathered by
 slot, only those in reach, and padded by repeating the last valid one, masked: what a page holds past `kv_len` is never
 read, so it may be anything, NaN included.
+
+Pages of 8 bits hold numbers that are multiplied by a scale, one for all heads or one for each; attention over them is
+in fp32.
 """
 
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+
+from ...engines.errors import EngineError
+from ..quantise_tokens.reference import LIMITS, round_to
 
 
 def paged_attention(
@@ -23,6 +29,8 @@ def paged_attention(
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
     sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     *,
     layer: int,
     num_heads: int,
@@ -33,7 +41,10 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
 ) -> torch.Tensor:
-    """query [T, H*D] (or packed q|k|v with key and value None) -> [T, H*Dv]; the pools are updated in place."""
+    """query [T, H*D] (or packed q|k|v with key and value None) -> [T, H*Dv]; the pools are updated in place.
+
+    Raises EngineError: pages of 8 bits without scales, or other pages that are not of the query's type.
+    """
     num_tokens = query.shape[0]
     if key is None or value is None:
         widths = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * v_head_dim)
@@ -41,8 +52,9 @@ def paged_attention(
     query = query.reshape(num_tokens, num_heads, head_dim)
     keys, values = k_pages.view(-1, num_kv_heads, head_dim), v_pages.view(-1, num_kv_heads, v_head_dim)
     slots = slots.long()
-    keys.index_copy_(0, slots, key.reshape(num_tokens, num_kv_heads, head_dim))
-    values.index_copy_(0, slots, value.reshape(num_tokens, num_kv_heads, v_head_dim))
+    for pool, new, unit in ((keys, key, k_scale), (values, value, v_scale)):
+        _check(pool, new, unit, num_kv_heads)
+        _bits(pool).index_copy_(0, slots, _bits(_stored(new.reshape(num_tokens, *pool.shape[1:]), unit, pool.dtype)))
 
     y = query.new_zeros(num_tokens, num_heads, v_head_dim)
     starts, lengths = query_start.tolist(), kv_len.tolist()
@@ -51,10 +63,37 @@ def paged_attention(
         slot, mask = _reach(sequences, lengths, num_queries, pages, k_pages.shape[1], window)
         rows = torch.tensor([starts[s] for s in sequences]).unsqueeze(1) + torch.arange(num_queries)  # [B, n]
         q = query[rows].transpose(1, 2)  # [B, H, n, D]
-        k = keys.index_select(0, slot.flatten()).unflatten(0, slot.shape).transpose(1, 2)  # [B, Hkv, L, D]
-        v = values.index_select(0, slot.flatten()).unflatten(0, slot.shape).transpose(1, 2)  # [B, Hkv, L, Dv]
-        y[rows] = _attend(q, k, v, mask, sinks, scale, softcap).transpose(1, 2)
+        k = _read(keys, slot, k_scale).transpose(1, 2)  # [B, Hkv, L, D]
+        v = _read(values, slot, v_scale).transpose(1, 2)  # [B, Hkv, L, Dv]
+        y[rows] = _attend(q.to(k.dtype), k, v, mask, sinks, scale, softcap).transpose(1, 2).to(y.dtype)
     return y.reshape(num_tokens, num_heads * v_head_dim)
+
+
+def _check(pool: torch.Tensor, new: torch.Tensor, scale: torch.Tensor | None, num_kv_heads: int) -> None:
+    quantised = pool.dtype in LIMITS
+    if quantised and scale is None:
+        raise EngineError(f"KV pages of {pool.dtype} need a scale, and PagedAttention was given none")
+    if not quantised and (scale is not None or pool.dtype != new.dtype):
+        scaled = " and a scale" if scale is not None else ""
+        raise EngineError(f"PagedAttention was given {new.dtype} for KV pages of {pool.dtype}{scaled}")
+    if scale is not None and scale.shape not in ((1,), (num_kv_heads,)):
+        raise EngineError(f"the scale of KV pages has the shape {list(scale.shape)}, expected [1] or [{num_kv_heads}]")
+
+
+def _stored(x: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """x [T, Hkv, D] as the pages hold it."""
+    return x if scale is None else round_to(x.float() / scale[:, None], dtype)
+
+
+def _read(pool: torch.Tensor, slot: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """What lies in slots [B, L] of pool [slots, Hkv, D]: [B, L, Hkv, D], fp32 where there is a scale."""
+    found = _bits(pool).index_select(0, slot.flatten()).view(pool.dtype).unflatten(0, slot.shape)
+    return found if scale is None else found.float() * scale[:, None]
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    """The same memory in a type that torch can index: it cannot index fp8."""
+    return x.view(torch.int8) if x.dtype is torch.float8_e4m3fn else x
 
 
 def _groups(starts: list[int], lengths: list[int]) -> Iterator[list[int]]:

@@ -16,9 +16,11 @@ STEP = [
     ("query_start", "I", "[S+1]"),
     ("kv_len", "I", "[S] keys of a sequence, this step's included"),
     ("pages", "I", "[S, P]"),
-    ("k_pages", "T", "[num_pages, page_size, num_kv_heads, head_dim]"),
-    ("v_pages", "T", "[num_pages, page_size, num_kv_heads, v_head_dim]"),
+    ("k_pages", "X", "[num_pages, page_size, num_kv_heads, head_dim]: of type T, or int8 or fp8 with scales"),
+    ("v_pages", "X", "[num_pages, page_size, num_kv_heads, v_head_dim]"),
     ("sinks?", "T", "[num_heads] a logit that takes part in the softmax and has no value (gpt-oss)"),
+    ("k_scale?", "tensor(float)", "[1] or [num_kv_heads], of quantised pages: a key is its number times this"),
+    ("v_scale?", "tensor(float)", "[1] or [num_kv_heads], of quantised pages"),
 ]
 ATTRIBUTES: list[tuple[str, str | int | float, str]] = [
     ("layer", "int", "index of the KV pool"),
@@ -35,7 +37,9 @@ SCHEMA = declare(
     "PagedAttention",
     "Writes this step's keys and values into the pool, then attends (Kwon et al., arXiv:2309.06180). Sequences lie "
     "flat; query token j of n of sequence s has position kv_len[s] - n + j and sees keys up to it. Without key and "
-    "value the query is packed q|k|v. k_pages and v_pages are updated in place. Softmax and its scores are fp32.",
+    "value the query is packed q|k|v. k_pages and v_pages are updated in place. Softmax and its scores are fp32. "
+    "Pages of int8 or fp8 hold round(k / k_scale), ties to even, saturated; what is read is multiplied by the scale in "
+    "fp32, and attention over it is fp32.",
     inputs=[
         ("query", "T", "[T, num_heads*head_dim], or packed q|k|v"),
         ("key?", "T", "[T, num_kv_heads*head_dim]"),

@@ -10,17 +10,18 @@ import triton.language as tl
 from ..pdl import launch_next, wait
 from .attend import attend, finish
 from .own import columns, own_key
+from .stored import unit_of
 
 
 @triton.jit
 def whole_kernel(
-    query, key, value, table, slots, query_start, kv_len, pages, k_pages, v_pages, sinks, y,
+    query, key, value, table, slots, query_start, kv_len, pages, k_pages, v_pages, sinks, y, k_scale, v_scale,
     STRIDE: tl.constexpr, KEY_AT: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_AT: tl.constexpr,
     VALUE_STRIDE: tl.constexpr, TURNED: tl.constexpr, ROTARY: tl.constexpr, OFFSET: tl.constexpr,
     INTERLEAVED: tl.constexpr, WIDTH: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, PAGE: tl.constexpr,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, K_STEP: tl.constexpr, V_STEP: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (key heads, sequences). Sequences that have not one query token are left out."""
@@ -31,6 +32,7 @@ def whole_kernel(
     row = tl.load(query_start + s)
     num_queries = tl.load(query_start + s + 1) - row
     length = tl.load(kv_len + s)
+    k_unit, v_unit = unit_of(k_scale, kv_head, K_STEP), unit_of(v_scale, kv_head, V_STEP)
     page_row = pages + s.to(tl.int64) * WIDTH
     first = 0
     if WINDOW > 0:
@@ -48,14 +50,14 @@ def whole_kernel(
         STRIDE, TURNED, D, ROTARY, OFFSET, INTERLEAVED,
     )  # fmt: skip
     acc, top, total = own_key(
-        q, key, value, table, slots, k_pages, v_pages, row, kv_head, True, KEY_AT, KEY_STRIDE, VALUE_AT, VALUE_STRIDE,
-        TURNED, ROTARY, OFFSET, INTERLEAVED, NUM_KV_HEADS, D, DV, BD, BDV, BM, SCALE, SOFTCAP,
+        q, key, value, table, slots, k_pages, v_pages, row, kv_head, k_unit, v_unit, True, KEY_AT, KEY_STRIDE,
+        VALUE_AT, VALUE_STRIDE, TURNED, ROTARY, OFFSET, INTERLEAVED, NUM_KV_HEADS, D, DV, BD, BDV, BM, SCALE, SOFTCAP,
     )  # fmt: skip
     position = tl.zeros([BM], tl.int32) + (length - 1)
     acc, top, total = attend(
-        q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, first, length - 1, length - 1,
+        q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, k_unit, first, length - 1, length - 1,
         NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, 0, True,
     )  # fmt: skip
-    out = finish(acc, top, total, sinks, head, g < GROUP, SINKS)
+    out = finish(acc, top, total, v_unit, sinks, head, g < GROUP, SINKS)
     place = (row * NUM_HEADS + head)[:, None] * DV + dv[None, :]
     tl.store(y + place, out.to(y.dtype.element_ty), mask=(g < GROUP)[:, None] & (dv < DV)[None, :])

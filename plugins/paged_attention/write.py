@@ -7,21 +7,25 @@ import triton
 import triton.language as tl
 
 from ..pdl import begin
+from .stored import stored, unit_of
 
 
 @triton.jit
 def write_kernel(
-    key, value, slots, k_pages, v_pages,
+    key, value, slots, k_pages, v_pages, k_scale, v_scale,
     KEY_AT: tl.constexpr, KEY_STRIDE: tl.constexpr, K_WIDTH: tl.constexpr, VALUE_AT: tl.constexpr,
     VALUE_STRIDE: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, K_STEP: tl.constexpr, V_STEP: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Copies K and V of a token to its slot, one program a token."""
+    """K and V of a token to its slot, one program a token."""
     begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
     i = tl.arange(0, BLOCK)
     k = tl.load(key + token * KEY_STRIDE + KEY_AT + i, mask=i < K_WIDTH, other=0.0)
     v = tl.load(value + token * VALUE_STRIDE + VALUE_AT + i, mask=i < V_WIDTH, other=0.0)
+    k = stored(k, unit_of(k_scale, tl.minimum(i, K_WIDTH - 1) // D, K_STEP), k_pages)
+    v = stored(v, unit_of(v_scale, tl.minimum(i, V_WIDTH - 1) // DV, V_STEP), v_pages)
     tl.store(k_pages + slot * K_WIDTH + i, k, mask=i < K_WIDTH)
     tl.store(v_pages + slot * V_WIDTH + i, v, mask=i < V_WIDTH)

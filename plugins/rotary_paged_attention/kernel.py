@@ -10,22 +10,23 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
+from ..paged_attention.kernel import SCALE_NAMES, VALUE, Rotation, scale_constants, stored_type
 from ..paged_attention.kernel import TABLE as ROTATION_TABLE
-from ..paged_attention.kernel import VALUE, Rotation
 from ..paged_attention.kernel import tactics as attentions
+from ..paged_attention.stored import stored, unit_of
 from ..pdl import begin
 from ..rope.kernel import rotated
 from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic, Tensor
 
 BLOCK = 512
-X, TABLE, SLOTS, K_PAGES, V_PAGES = 0, 1, 2, 6, 7
+X, TABLE, SLOTS, K_PAGES, V_PAGES, K_SCALE, V_SCALE = 0, 1, 2, 6, 7, 9, 10
 
 
 @triton.jit
 def rotate_kernel(
-    x, table, slots, query, k_pages, v_pages,
+    x, table, slots, query, k_pages, v_pages, k_scale, v_scale,
     WIDTH: tl.constexpr, Q_WIDTH: tl.constexpr, K_WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr,
-    OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
+    OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, DV: tl.constexpr, K_STEP: tl.constexpr, V_STEP: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tokens, column blocks): columns of one token, rotated, to where they belong."""
@@ -36,8 +37,13 @@ def rotate_kernel(
     KEYS: tl.constexpr = Q_WIDTH + K_WIDTH
     value = rotated(x, table, token, column, WIDTH, KEYS, HEAD_DIM, ROTARY, OFFSET, INTERLEAVED)
     tl.store(query + token * Q_WIDTH + column, value, mask=column < Q_WIDTH)
-    tl.store(k_pages + slot * K_WIDTH + column - Q_WIDTH, value, mask=(column >= Q_WIDTH) & (column < KEYS))
-    tl.store(v_pages + slot * (WIDTH - KEYS) + column - KEYS, value, mask=(column >= KEYS) & (column < WIDTH))
+    # heads are counted from the first column of theirs, and those of other columns are the first or the last
+    k_head = (tl.minimum(tl.maximum(column, Q_WIDTH), KEYS - 1) - Q_WIDTH) // HEAD_DIM
+    v_head = (tl.minimum(tl.maximum(column, KEYS), WIDTH - 1) - KEYS) // DV
+    k = stored(value, unit_of(k_scale, k_head, K_STEP), k_pages)
+    v = stored(value, unit_of(v_scale, v_head, V_STEP), v_pages)
+    tl.store(k_pages + slot * K_WIDTH + column - Q_WIDTH, k, mask=(column >= Q_WIDTH) & (column < KEYS))
+    tl.store(v_pages + slot * (WIDTH - KEYS) + column - KEYS, v, mask=(column >= KEYS) & (column < WIDTH))
 
 
 def tactics(site: Site) -> list[Tactic]:
@@ -79,7 +85,7 @@ def _rotated_first(site: Site) -> list[Tactic]:
             return operand
         return Operand("workspace", 0) if operand.index <= VALUE else Operand("input", operand.index - 1)
 
-    rotate = _rotate(site)
+    rotate = _rotate(site, inner)
     return [
         replace(found, launches=(rotate, *found.launches), workspace=size + tactic.workspace)
         for tactic in attentions(inner)
@@ -95,7 +101,8 @@ def _with(tactic: Tactic, launches: Sequence[Launch], moved: Callable[[Operand],
     ))  # fmt: skip
 
 
-def _rotate(site: Site) -> Launch:
+def _rotate(site: Site, inner: Site) -> Launch:
+    """inner: PagedAttention's site of what it writes."""
     x, table = site.inputs[:2]
     assert x is not None and table is not None
     a, (tokens, width) = site.attributes, x.shape
@@ -103,12 +110,14 @@ def _rotate(site: Site) -> Launch:
     constants = {
         "WIDTH": width, "Q_WIDTH": a["num_heads"] * a["head_dim"], "K_WIDTH": a["num_kv_heads"] * a["head_dim"],
         "HEAD_DIM": a["head_dim"], "ROTARY": table.shape[1], "OFFSET": a["rotary_offset"],
-        "INTERLEAVED": bool(a["interleaved"]), "BLOCK": block,
+        "INTERLEAVED": bool(a["interleaved"]), "BLOCK": block, "DV": a["v_head_dim"],
+        **scale_constants(inner),
     }  # fmt: skip
-    pointer = POINTERS[x.dtype]
+    pointer, pages, quantised = POINTERS[x.dtype], POINTERS[stored_type(inner)], "k_scale" not in constants
+    scales = SCALE_NAMES if quantised else ()
     signature = (
-        ("x", pointer), ("table", POINTERS[table.dtype]), ("slots", "*i32"), ("query", pointer), ("k_pages", pointer),
-        ("v_pages", pointer),
+        ("x", pointer), ("table", POINTERS[table.dtype]), ("slots", "*i32"), ("query", pointer), ("k_pages", pages),
+        ("v_pages", pages), *((name, "*fp32") for name in scales),
     )  # fmt: skip
     kernel = Kernel(
         "rotary_paged_attention.kernel:rotate_kernel",
@@ -117,6 +126,6 @@ def _rotate(site: Site) -> Launch:
         divisible=("x", "table", "query", "k_pages", "v_pages"),
     )
     inputs = (Operand("input", i) for i in (X, TABLE, SLOTS))
-    pools = (Operand("input", i) for i in (K_PAGES, V_PAGES))
+    pools = (Operand("input", i) for i in (K_PAGES, V_PAGES, *((K_SCALE, V_SCALE) if quantised else ())))
     arguments = (*inputs, Operand("workspace", 0), *pools)
     return Launch(kernel, (tokens, triton.cdiv(width, block), 1), arguments)

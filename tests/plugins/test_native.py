@@ -182,20 +182,31 @@ class Pool:
         self.query_start = torch.tensor([0, *itertools.accumulate(new)], dtype=torch.int32)
         self.qkv = [torch.randn(sum(new), n).to(dtype) for n in (heads * dim, kv_heads * dim, kv_heads * v_dim)]
         self.attributes = dict(layer=0, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, v_head_dim=v_dim)
+        self.scales = [None, None]
 
-    def compare(self, kernels, packed, sinks=None, tolerance=None, **options):
+    def quantised(self, dtype, k_scale, v_scale):
+        """The same with pages of 8 bits: what nobody owns is NaN in fp8 too, and in int8 some number."""
+        self.scales = [k_scale, v_scale]
+        for name in ("k_pages", "v_pages"):
+            pages = getattr(self, name).float() * 30
+            pages = pages.nan_to_num(99.0).round().to(dtype) if dtype is torch.int8 else pages.to(dtype)
+            setattr(self, name, pages)
+        return self
+
+    def compare(self, kernels, packed, sinks=None, tolerance=None, constant=False, **options):
         """Output and both pools after a native launch equal the reference's; the pool's NaN stay NaN."""
         binder, calls = launches_of(kernels["PagedAttention"])
         attributes = {"scale": 0.18, "window": 0, "softcap": 0.0, **options, **self.attributes}
         qkv = [torch.cat(self.qkv, 1), None, None] if packed else self.qkv
         pools = [[self.k_pages.clone(), self.v_pages.clone()] for _ in range(2)]
         index = [self.slots, self.query_start, self.kv_len, self.pages]
-        got = binder(attributes, (None,) * 10)(*qkv, *index, *pools[0], sinks)
-        expected = OPS["PagedAttention"].reference(*qkv, *index, *pools[1], sinks, **attributes)
+        known = self.scales if constant else [None, None]
+        got = binder(attributes, (*[None] * 10, *known))(*qkv, *index, *pools[0], sinks, *self.scales)
+        expected = OPS["PagedAttention"].reference(*qkv, *index, *pools[1], sinks, *self.scales, **attributes)
         assert calls
         torch.testing.assert_close(got, expected, **(tolerance or TOLERANCE[got.dtype]))
         for a, b in zip(*pools, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -206,6 +217,37 @@ def test_paged_attention(kernels, dtype, heads, kv_heads, dim, v_dim):
     pool.compare(kernels, packed=False, window=20)
     pool.compare(kernels, packed=True, sinks=torch.randn(heads).to(dtype))
     pool.compare(kernels, packed=False, softcap=2.0, window=90, sinks=torch.randn(heads).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pages", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("heads,kv_heads,dim,v_dim", [(6, 2, 64, 64), (8, 1, 80, 80), (5, 5, 7, 3)])
+def test_attention_over_pages_of_8_bits(kernels, dtype, pages, heads, kv_heads, dim, v_dim):
+    """Some of what is written saturates, some rounds to fp8's subnormal numbers."""
+    each, one = 0.01 + 0.02 * torch.rand(kv_heads), torch.tensor([0.004])
+    for scales in ((one, each), (each, one)):
+        pool = Pool([0, 100, 17, 0, 250, 63], [70, 1, 5, 1, 8, 1], heads, kv_heads, dim, v_dim, dtype)
+        pool.quantised(pages, *scales).compare(kernels, packed=True)
+        sinks = torch.randn(heads).to(dtype)
+        pool.compare(kernels, packed=False, constant=True, softcap=2.0, window=90, sinks=sinks)
+
+
+def test_numbers_are_stored_in_pages_as_torch_stores_them(kernels):
+    """Every pattern of the upper 16 bits of fp32: numbers of all sizes, halves between two stored ones, NaN."""
+    x = (torch.arange(1 << 16, dtype=torch.int32) << 16).view(torch.float32).view(1, -1)
+    attributes = dict(num_heads=1, num_kv_heads=1, head_dim=1 << 16, v_head_dim=1 << 16, scale=0.0, window=0,
+                      softcap=0.0, layer=0)  # fmt: skip
+    step = [torch.tensor(entry, dtype=torch.int32) for entry in ([0], [0, 1], [1], [[0]])]
+    for dtype, scale in itertools.product((torch.int8, torch.float8_e4m3fn), (1.0, 0.3)):
+        pools, scales = (
+            [[torch.zeros(1, 1, 1, 1 << 16, dtype=dtype) for _ in "kv"] for _ in range(2)],
+            [torch.tensor([scale])] * 2,
+        )
+        kernels["PagedAttention"](attributes, (None,) * 12)(x, x, x, *step, *pools[0], None, *scales)
+        OPS["PagedAttention"].reference(x, x, x, *step, *pools[1], None, *scales, **attributes)
+        known = slice(None) if dtype.is_floating_point else ~x[0].isnan()  # int8 has no NaN
+        for ours, theirs in zip(*pools, strict=True):
+            assert torch.equal(ours.view(torch.int8)[0, 0, 0, known], theirs.view(torch.int8)[0, 0, 0, known])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from ingot.engines.errors import EngineError
 from ingot.plugins import OPS
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -153,3 +154,48 @@ def test_shared_prefix_pages_are_read_by_both_sequences():
     twice.queries, twice.keys, twice.values, twice.new = twice.queries * 2, twice.keys * 2, twice.values * 2, [1, 1]
     both = twice.run(packed=True, scale=0.5)
     assert torch.allclose(both, alone.expand(2, -1), atol=1e-5)
+
+
+@pytest.mark.parametrize("pages", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("options", [{}, {"window": 3, "softcap": 2.0, "sinks": True}], ids=["plain", "all"])
+def test_pages_of_8_bits_hold_multiples_of_their_scale(pages, per_head, options):
+    """Naive attention over what dequantising the stored numbers gives, whose distance from x is bounded by hand."""
+    pool = Pool(*MIXES["mixed"], heads=6, kv_heads=2, dim=10, v_dim=8, dtype=torch.float32, seed=torch.seed() % 2**32)
+    k_scale, v_scale = (0.01 * torch.rand(2) + 0.03 for _ in "kv") if per_head else torch.tensor([[0.03], [0.02]])
+
+    def rounded(x, scale):
+        stored = (x / scale[:, None]).clamp(-128 if pages is torch.int8 else -448, 127 if pages is torch.int8 else 448)
+        stored = stored.round() if pages is torch.int8 else stored.to(pages).float()
+        return stored * scale[:, None]
+
+    fine = 0.5 if pages is torch.int8 else 2.0**-10
+    for xs, scale in ((pool.keys, k_scale), (pool.values, v_scale)):
+        for i, x in enumerate(xs):
+            xs[i] = rounded(x, scale)
+            near = x.abs() < 100 * scale[:, None]  # nothing saturates
+            bound = fine * scale[:, None] + (0 if pages is torch.int8 else x.abs() / 16)
+            assert ((xs[i] - x).abs() <= bound + 1e-6)[near].all()
+    for name, scale in (("k_pages", k_scale), ("v_pages", v_scale)):
+        pages_ = getattr(pool, name)
+        poison = 77 if pages is torch.int8 else math.nan
+        setattr(pool, name, (rounded(pages_, scale) / scale[:, None]).nan_to_num(poison).round(decimals=3).to(pages))
+    if "sinks" in options:
+        options = options | {"sinks": torch.randn(6)}
+    y = pool.run(packed=True, scale=0.3, k_scale=k_scale, v_scale=v_scale, **options)
+    assert (y.double() - pool.expected(scale=0.3, **options)).abs().max() < 2e-5
+
+
+def test_pages_and_scales_that_do_not_fit():
+    pool = Pool([3], [2], heads=2, kv_heads=2, dim=4, v_dim=4, dtype=torch.float32, seed=0)
+    one = torch.ones(1)
+    with pytest.raises(EngineError, match="float32 for KV pages of torch.float32 and a scale"):
+        pool.run(packed=True, scale=1.0, k_scale=one, v_scale=one)
+    pool.v_pages = pool.v_pages.to(torch.float8_e4m3fn)
+    with pytest.raises(EngineError, match="KV pages of torch.float8_e4m3fn need a scale"):
+        pool.run(packed=True, scale=1.0)
+    with pytest.raises(EngineError, match=r"has the shape \[3\], expected \[1\] or \[2\]"):
+        pool.run(packed=True, scale=1.0, v_scale=torch.ones(3))
+    pool.k_pages = pool.k_pages.bfloat16()
+    with pytest.raises(EngineError, match="was given torch.float32 for KV pages of torch.bfloat16"):
+        pool.run(packed=True, scale=1.0, v_scale=one)

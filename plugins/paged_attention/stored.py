@@ -1,0 +1,60 @@
+"""What pages of 8 bits hold, on the GPU: keys and values over a scale, rounded to int8 or fp8 (E4M3).
+
+Rounding to fp8 is integer arithmetic: it happens once a token, and so it is the same on every GPU and in the
+interpreter. Reading happens once a key and step: that is the GPU's own conversion from compute capability 8.9 on;
+before it, pages of fp8 are bytes, converted by bits.
+"""
+
+import triton
+import triton.language as tl
+
+LOWEST_NORMAL = tl.constexpr(0.015625)  # 2^-6, of fp8
+TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2^23: numbers below 2^22 added to it are rounded to integers
+TO_NINTHS = tl.constexpr(16384.0)  # 2^14: numbers below 2^-6 added to it are rounded to multiples of 2^-9
+
+
+@triton.jit
+def unit_of(scale, head, STEP: tl.constexpr):
+    """What the numbers in the pages are multiplied by; 1 without scales. STEP: 1 with one for each head, else 0."""
+    if scale is None:
+        return 1.0
+    else:
+        return tl.load(scale + head * STEP)
+
+
+@triton.jit
+def stored(x, unit, pages):
+    """x over unit as the pages hold it: to the nearest, ties to even, saturated; x itself in pages of its type."""
+    T: tl.constexpr = pages.dtype.element_ty
+    if T == x.dtype:
+        return x
+    else:
+        x = tl.math.div_rn(x.to(tl.float32), unit)
+        if T == tl.int8:
+            return (tl.minimum(tl.maximum(x, -128.0), 127.0) + TO_INTEGER - TO_INTEGER).to(tl.int8)
+        else:
+            return _fp8_bits(x).to(T, bitcast=True)
+
+
+@triton.jit
+def _fp8_bits(x):
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
+    whole = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    size = tl.minimum(whole.to(tl.float32, bitcast=True), 448.0)
+    bits = size.to(tl.int32, bitcast=True)
+    # three bits of the mantissa stay, and the exponent's bias is 7 instead of 127
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
+    small = (size + TO_NINTHS).to(tl.int32, bitcast=True) & 0xF
+    found = tl.where(size < LOWEST_NORMAL, small, normal)
+    return (tl.where(whole > 0x7F800000, 0x7F, found) | sign).to(tl.uint8)  # NaN stays NaN
+
+
+@triton.jit
+def numbers(x, T: tl.constexpr):
+    """Stored numbers in the floating type T, which holds each of them exactly."""
+    if x.dtype == tl.uint8:  # fp8: exponent and mantissa at their places in fp16, whose bias is 15 instead of 7
+        size = x.to(tl.int16) & 0x7F
+        half = tl.where(size == 0x7F, 0x7E00, size << 7) | ((x.to(tl.int16) & 0x80) << 8)
+        return (half.to(tl.int16).to(tl.float16, bitcast=True) * 256.0).to(T)
+    else:
+        return x.to(T)
