@@ -22,6 +22,7 @@ __all__ = ["OPS", "Op", "register_schemas", "tactics_of"]
 _KERNELS = {
     "Add": "elementwise",
     "Cast": "elementwise",
+    "DequantizeLinear": "dequantise",
     "Div": "elementwise",
     "Experts": "experts",
     "GatedActivation": "gated_activation",
@@ -34,6 +35,9 @@ _KERNELS = {
     "Mul": "elementwise",
     "Neg": "elementwise",
     "PagedAttention": "paged_attention",
+    "QuantiseTokens": "quantise_tokens",
+    "QuantisedLinear": "quantised_linear",
+    "QuantizeLinear": "quantise_tokens",
     "RMSNorm": "rms_norm",
     "ReduceSum": "reduce",
     "Relu": "elementwise",

@@ -10,19 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
+
+from ..engines.dtypes import DTYPES
 
 
 @dataclass(frozen=True)
 class Tensor:
     """Shape and element type (`float32`, `bfloat16`, `float16`, `int32`, ..) of an operand; row-major, contiguous.
 
+    `int4` lies as ONNX packs it, two numbers in a byte, the first in the lower half; the shape counts numbers.
     cold: it comes from memory and never from a cache (a weight, a KV pool), which is how a tactic is timed.
     """
 
     shape: tuple[int, ...]
     dtype: str
     cold: bool = field(default=False, compare=False)
+
+    @property
+    def num_bytes(self) -> int:
+        count = prod(self.shape)
+        return -(-count // 2) if self.dtype == "int4" else count * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -122,5 +131,6 @@ POINTERS = {
     "int64": "*i64",
     "uint8": "*u8",
     "int8": "*i8",
+    "int4": "*u8",
     "float8_e4m3fn": "*fp8e4nv",
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import Any
 
 import onnx_ir as ir
@@ -173,7 +172,8 @@ class Planner:
             shape = [1, self.page_size, *(int(d) for d in value.shape[2:])]  # type: ignore[arg-type]
         else:
             shape = [d if isinstance(d, int) else self._size(value, d, sizes) for d in value.shape]
-        name = next(d.name for d in DTYPES.values() if d.onnx == value.dtype)
+        int4 = value.dtype == ir.DataType.INT4
+        name = "int4" if int4 else next(d.name for d in DTYPES.values() if d.onnx == value.dtype)
         return Tensor(tuple(shape), name, cold=value.is_initializer() or len(shape) == 4)
 
     @property
@@ -222,7 +222,7 @@ class Planner:
                     last[used] = max(last[used], len(work) if stays else at)
         last[self._logits] = len(work)
         values = list(first)
-        intervals = [Interval(_num_bytes(self.tensor(v, sizes)), first[v], last[v]) for v in values]
+        intervals = [Interval(self.tensor(v, sizes).num_bytes, first[v], last[v]) for v in values]
         intervals += [Interval(tactic.workspace, at, at) for at, tactic in enumerate(tactics)]
         offsets, total = place(intervals)
         return dict(zip(values, offsets, strict=False)), offsets[len(values) :], total
@@ -253,7 +253,3 @@ class Planner:
         if name is None:
             raise BuildError(f"the value '{value.name}' has the dimension {dim}, which no size of a step settles.")
         return getattr(sizes, name)
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    return prod(tensor.shape) * DTYPES[tensor.dtype].itemsize

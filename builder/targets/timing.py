@@ -8,12 +8,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import numpy as np
 
-from ...engines.dtypes import DTYPES
 from ...plugins.cublas import load_product
 from ...plugins.gpu import Address, Gpu, Launchable
 from ...plugins.tactic import Operand, Site, Tactic, Tensor
@@ -249,7 +247,7 @@ class _Operands:
             for i, tensor in enumerate(tensors):
                 if tensor is None:
                     continue
-                size = _aligned(_num_bytes(tensor) * (num_pages if len(tensor.shape) == 4 else 1))
+                size = _aligned(tensor.num_bytes * (num_pages if len(tensor.shape) == 4 else 1))
                 if tensor.cold:
                     self._at[kind, i] = True, self.cold_bytes
                     self.cold_bytes += size
@@ -279,9 +277,6 @@ class _Operands:
                     values[i] = generator.integers(0, bound, tensor.shape, dtype=tensor.dtype)
         return [(self.offset(Operand("input", i), 0), array) for i, array in values.items()]
 
-
-def _num_bytes(tensor: Tensor) -> int:
-    return prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
 
 
 def _aligned(num_bytes: int) -> int:

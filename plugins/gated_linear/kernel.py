@@ -5,7 +5,6 @@ are many rows they take turns over blocks of rows, so that what is between them 
 """
 
 from dataclasses import replace
-from math import prod
 
 from ..gated_activation.activate import ACTIVATIONS
 from ..gated_activation.kernel import tactics as activations
@@ -44,7 +43,7 @@ def _in_blocks(site: Site, rows: int) -> list[Tactic]:
     block = replace(site, inputs=(some_x, *site.inputs[1:]), outputs=(some_y,))
     found = [tactic for tactic in tactics(block) if tactic.name.startswith("cublas")][:BLOCK_ALGORITHMS]
     times = x.shape[0] // rows
-    return [_repeated(tactic, times, _num_bytes(some_x), _num_bytes(some_y), rows) for tactic in found]
+    return [_repeated(tactic, times, some_x.num_bytes, some_y.num_bytes, rows) for tactic in found]
 
 
 def _repeated(tactic: Tactic, times: int, x_bytes: int, y_bytes: int, rows: int) -> Tactic:
@@ -64,7 +63,7 @@ def _repeated(tactic: Tactic, times: int, x_bytes: int, y_bytes: int, rows: int)
 
 def _both(first: Tactic, second: Tactic, between: Tensor) -> Tactic:
     """The product into the workspace, its own workspace behind that, then the activation."""
-    size = -(-_num_bytes(between) // 256) * 256
+    size = -(-between.num_bytes // 256) * 256
 
     def moved(launch: Launch, kind: str) -> Launch:
         """What the launch had as `kind` is at the start of the workspace."""
@@ -78,7 +77,3 @@ def _both(first: Tactic, second: Tactic, between: Tensor) -> Tactic:
 
     launches = [moved(each, "output") for each in first.launches] + [moved(each, "input") for each in second.launches]
     return Tactic(f"{first.name}, then {second.name}", tuple(launches), size + first.workspace, first.zeros)
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    return prod(tensor.shape) * (4 if tensor.dtype == "float32" else 2)

@@ -34,8 +34,12 @@ def tactics(site: Site) -> list[Tactic]:
     if axis not in (0, -len(data.shape)) or not supported or 0 in data.shape or 0 in indices.shape:
         return []
     rows, width = data.shape[0], prod(data.shape[1:])
+    if data.dtype == "int4":  # bytes of two numbers
+        if width % 2:
+            return []
+        width //= 2
     block = min(BLOCK, triton.next_power_of_2(width))
-    pointer = POINTERS[data.dtype]
+    pointer = POINTERS["uint8" if data.dtype.startswith("float8") else data.dtype]  # a copy knows no float8
     kernel = Kernel(
         "gather.kernel:gather_kernel",
         (("data", pointer), ("indices", POINTERS[indices.dtype]), ("y", pointer)),

@@ -41,6 +41,40 @@ def arrived_last(arrived, PARTS: tl.constexpr):
 
 
 @triton.jit
+def finish(
+    acc, bias, y, m, n, left, M, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Stores a tile acc [BN, BM] of rows n of the weight and m of x, with bias and activation, to columns of y from
+    `left` on."""
+    GATED: tl.constexpr = ACTIVATION != ""
+    BW: tl.constexpr = BN // 2 if GATED else BN
+    if BIAS:
+        acc += tl.load(bias + n, mask=n < (2 * WIDTH if GATED else WIDTH), other=0.0).to(tl.float32)[:, None]
+    out = acc.to(y.dtype.element_ty)
+    if GATED:
+        pairs = tl.reshape(out.to(tl.float32), [BN // 16, 2, 8, BM])
+        gates, ups = tl.split(tl.permute(pairs, [0, 2, 3, 1]))
+        out = tl.reshape(gate(gates, ups, ACTIVATION, y.dtype.element_ty), [BW, BM])
+    i = left + tl.arange(0, BW)
+    y_at = y + m[:, None].to(tl.int64) * WIDTH + i[None, :]
+    tl.store(y_at, tl.trans(out), mask=(m[:, None] < M) & (i[None, :] < WIDTH))
+
+
+@triton.jit
+def rows_of(left, WIDTH: tl.constexpr, BN: tl.constexpr, GATED: tl.constexpr):
+    """(rows of the weight, their columns in y) of the tile whose first column is `left`."""
+    j = tl.arange(0, BN)
+    if GATED:  # eight gates, their eight ups, ..: a thread that has a gate in an accumulator has its up, too
+        column = left + j // 16 * 8 + j % 8
+        n = column + j // 8 % 2 * WIDTH
+    else:
+        column = left + j
+        n = column
+    return n, column
+
+
+@triton.jit
 def linear_kernel(
     x, weight, bias, y, parts, arrived, M,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -63,13 +97,7 @@ def linear_kernel(
     left = block_n * BW
     m = block_m * BM + tl.arange(0, BM)
     part = tl.program_id(1)
-    j = tl.arange(0, BN)
-    if GATED:  # eight gates, their eight ups, ..: a thread that has a gate in an accumulator has its up, too
-        column = left + j // 16 * 8 + j % 8
-        n = column + j // 8 % 2 * WIDTH
-    else:
-        column = left + j
-        n = column
+    n, column = rows_of(left, WIDTH, BN, GATED)
     inside = column < WIDTH
     if PDL and AHEAD > 0:
         LINE: tl.constexpr = 128 // (weight.dtype.element_ty.primitive_bitwidth // 8)
@@ -100,13 +128,4 @@ def linear_kernel(
         acc = tl.zeros([BN, BM], tl.float32)
         for each in tl.static_range(PARTS):
             acc += tl.load(parts + each * size + place, mask=there, other=0.0, cache_modifier=".cg")
-    if BIAS:
-        acc += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[:, None]
-    out = acc.to(y.dtype.element_ty)
-    if GATED:
-        pairs = tl.reshape(out.to(tl.float32), [BN // 16, 2, 8, BM])
-        gates, ups = tl.split(tl.permute(pairs, [0, 2, 3, 1]))
-        out = tl.reshape(gate(gates, ups, ACTIVATION, y.dtype.element_ty), [BW, BM])
-    i = left + tl.arange(0, BW)
-    y_at = y + m[:, None].to(tl.int64) * WIDTH + i[None, :]
-    tl.store(y_at, tl.trans(out), mask=(m[:, None] < M) & (i[None, :] < WIDTH))
+    finish(acc, bias, y, m, n, left, M, WIDTH, BM, BN, BIAS, ACTIVATION)

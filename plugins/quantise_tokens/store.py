@@ -1,0 +1,42 @@
+"""The last step of a kernel that leaves a token in 8 bits: scales from what is in registers, rounding, storing."""
+
+import triton
+import triton.language as tl
+
+NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken away, it rounds to the nearest integer, ties to even
+
+
+@triton.jit
+def scale_of(reach, REACH: tl.constexpr):
+    """The scale that covers +-reach: as the reference, never subnormal, 1 where all is 0."""
+    return tl.where(reach > 0, tl.maximum(tl.div_rn(reach, REACH), 1.1754943508222875e-38), 1.0)
+
+
+@triton.jit
+def rounded(v, DTYPE: tl.constexpr):
+    """The nearest int8 or E4M3 of fp32 numbers, saturated."""
+    if DTYPE == tl.int8:
+        return tl.clamp(v + NEAREST - NEAREST, -128.0, 127.0).to(tl.int8)
+    else:
+        return tl.clamp(v, -448.0, 448.0).to(DTYPE)
+
+
+@triton.jit
+def store_token(v, values, scale, row, D: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """v [BLOCK] fp32, 0 from D on, is token number `row` of values [T, D] and scale [T, ceil(D / GROUP)]; GROUP: a
+    power of two, or 0."""
+    DTYPE: tl.constexpr = values.dtype.element_ty
+    REACH: tl.constexpr = 127.5 if DTYPE == tl.int8 else 448.0
+    i = tl.arange(0, BLOCK)
+    if GROUP > 0:
+        COUNT: tl.constexpr = (D + GROUP - 1) // GROUP
+        blocks = tl.reshape(v, [BLOCK // GROUP, GROUP])
+        s = scale_of(tl.max(tl.abs(blocks), 1), REACH)
+        g = tl.arange(0, BLOCK // GROUP)
+        tl.store(scale + row * COUNT + g, s, mask=g < COUNT)
+        scaled = tl.reshape(tl.div_rn(blocks, tl.broadcast_to(s[:, None], blocks.shape)), [BLOCK])
+    else:
+        s = scale_of(tl.max(tl.abs(v), 0), REACH)
+        tl.store(scale + row, s)
+        scaled = tl.div_rn(v, tl.zeros_like(v) + s)
+    tl.store(values + row * D + i, rounded(scaled, DTYPE), mask=i < D)

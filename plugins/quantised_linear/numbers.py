@@ -1,0 +1,50 @@
+"""Numbers of few bits as floating point, in registers: what every kernel that reads quantised weights begins with.
+
+Four-bit numbers come as halves of bytes. The half, its sign bit turned, is put into the mantissa of a float whose
+exponent makes it an integer, so that one bit operation and one subtraction do what a conversion takes longer for.
+E4M3 is read by the hardware from compute capability 8.9 on; before, its bits are moved to where a float has them.
+"""
+
+import triton
+import triton.language as tl
+
+HARDWARE_FP8 = 89  # compute capability
+
+
+@triton.jit
+def half_byte(bits, DTYPE: tl.constexpr):
+    """-8 .. 7 of the two's complement 0 .. 15 (uint8), in DTYPE; exact."""
+    turned = bits ^ 8  # number + 8
+    if DTYPE == tl.bfloat16:
+        return (turned.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0  # 0x4300: 128
+    elif DTYPE == tl.float16:
+        return (turned.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1032.0  # 0x6400: 1024
+    else:
+        return (turned.to(tl.int8) - 8).to(DTYPE)
+
+
+@triton.jit
+def e4m3(bits):
+    """E4M3 as fp32: sign and exponent where fp32 has them, the difference of the exponents' biases multiplied away;
+    subnormal numbers come out right, too."""
+    b = bits.to(tl.int32)
+    return ((b & 128) << 24 | (b & 127) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+
+
+@triton.jit
+def byte(stored, KIND: tl.constexpr, DTYPE: tl.constexpr):
+    """int8 or fp8 numbers in DTYPE. KIND `bits`: E4M3 in uint8."""
+    if KIND == "bits":
+        return e4m3(stored).to(DTYPE)
+    else:
+        return stored.to(DTYPE)
+
+
+@triton.jit
+def zero_points(zero, at, there, KIND: tl.constexpr):
+    """Zero points number `at` as fp32; int4 ones lie two in a byte."""
+    if KIND == "int4":
+        pair = tl.load(zero + at // 2, mask=there, other=0)
+        return half_byte(pair >> ((at % 2) * 4).to(tl.uint8) & 15, tl.float32)
+    else:
+        return tl.load(zero + at, mask=there, other=0).to(tl.float32)

@@ -1,0 +1,122 @@
+"""Some or many rows by a weight in few bits, in tiles on tensor cores; laid out as `../linear/tile.py`.
+
+What tensor cores multiply are the stored numbers: 8-bit by 8-bit ones where x is quantised, else the weight's as exact
+16-bit floats. Scales are applied to sums in fp32: once at the end, or after each slice of depth where groups have
+scales of their own (a slice lies in one group). Of an int4 byte the lower half belongs to an even column and the upper
+to an odd one: the tile is multiplied by the even and by the odd columns of x, one after the other.
+"""
+
+import triton
+import triton.language as tl
+
+from ..linear.tile import arrived_last, block_of, finish, prefetch, rows_of
+from ..pdl import launch_next, wait
+from .numbers import byte, half_byte, zero_points
+
+
+@triton.jit
+def quantised_kernel(
+    x, weight, scale, zero, x_scale, bias, y, parts, arrived, M,
+    N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    DEPTH: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr,
+    X_SCALE: tl.constexpr, X_GROUP: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, ACTIVATION: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr = False,
+):  # fmt: skip
+    """y [M, N] = (x * x_scale) ((weight - zero) * scale)^T + bias; as `linear_kernel` with `quantised_row_kernel`'s
+    numbers and scales. BK divides GROUP and X_GROUP where these are not 0. An x in 8 bits multiplies numbers of its
+    own type, or int4."""
+    launch_next(PDL)
+    GATED: tl.constexpr = ACTIVATION != ""
+    WIDTH: tl.constexpr = N // 2 if GATED else N  # columns of y
+    BW: tl.constexpr = BN // 2 if GATED else BN
+    INT4: tl.constexpr = KIND == "int4"
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    GROUPED: tl.constexpr = X_SCALE == "groups"
+    SLICED: tl.constexpr = GROUP > 0 or GROUPED
+    SUM: tl.constexpr = tl.int32 if DTYPE == tl.int8 else tl.float32
+    ACC: tl.constexpr = tl.float32 if SLICED else SUM
+    NARROW: tl.constexpr = DTYPE == tl.int8 or DTYPE.primitive_bitwidth > 8
+    IMPRECISE: tl.constexpr = None if NARROW or SLICED else min(BK, 128)  # of fp8, before a sum goes to fp32
+    GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP > 0 else 1
+    STORED: tl.constexpr = BK // 2 if INT4 else BK  # elements of the weight's array in a slice of a row
+    LINE: tl.constexpr = K // 2 if INT4 else K
+    program = tl.program_id(0)
+    block_n, block_m = block_of(program, tl.cdiv(M, BM), (WIDTH + BW - 1) // BW, 8)
+    left = block_n * BW
+    m = block_m * BM + tl.arange(0, BM)
+    part = tl.program_id(1)
+    n, column = rows_of(left, WIDTH, BN, GATED)
+    inside = column < WIDTH
+    n64 = tl.where(inside, n, 0).to(tl.int64)
+    first = part * (DEPTH // 2 if INT4 else DEPTH)
+    if PDL and AHEAD > 0:
+        prefetch(weight + n64[:, None] * LINE + tl.minimum(first + tl.arange(0, AHEAD) * 128, LINE - 1)[None, :])
+    if ZERO and GROUP == 0:
+        z = zero_points(zero, n64, inside, KIND)
+    wait(PDL)
+    stored = tl.arange(0, STORED)
+    w_at = weight + n64[:, None] * LINE + first + stored[None, :]
+    m64 = m.to(tl.int64)
+    if INT4:
+        pair = tl.arange(0, 2)[None, None, :]
+        x_at = x + m64[:, None, None] * K + part * DEPTH + stored[None, :, None] * 2 + pair  # [BM, BK // 2, 2]
+    else:
+        x_at = x + m64[None, :] * K + part * DEPTH + stored[:, None]  # [BK, BM]
+    acc = tl.zeros([BN, BM], ACC)
+    end = DEPTH if K % DEPTH == 0 else tl.minimum(DEPTH, K - part * DEPTH)
+    for start in range(0, end, BK):
+        k = part * DEPTH + start
+        deep = stored < (K - k) // 2 if INT4 else stored < K - k
+        w = tl.load(w_at + (start // 2 if INT4 else start), mask=None if EVEN else deep[None, :], other=None if EVEN else 0.0)
+        if ZERO and GROUP > 0:
+            z = zero_points(zero, n64 * GROUPS + k // GROUP, inside, KIND)
+        if INT4:
+            there = (m < M)[:, None, None] if EVEN else (m < M)[:, None, None] & deep[None, :, None]
+            even, odd = tl.split(tl.load(x_at + start, mask=there, other=0.0))
+            low, high = half_byte(w & 15, DTYPE), half_byte(w >> 4, DTYPE)
+            if ZERO:
+                low, high = low - z[:, None].to(DTYPE), high - z[:, None].to(DTYPE)
+            if SLICED:
+                total = tl.dot(low, tl.trans(even), input_precision="ieee", out_dtype=SUM)
+                total = tl.dot(high, tl.trans(odd), total, input_precision="ieee", out_dtype=SUM)
+            else:
+                acc = tl.dot(low, tl.trans(even), acc, input_precision="ieee", out_dtype=SUM)
+                acc = tl.dot(high, tl.trans(odd), acc, input_precision="ieee", out_dtype=SUM)
+        else:
+            there = (m < M)[None, :] if EVEN else (m < M)[None, :] & deep[:, None]
+            t = tl.load(x_at + start, mask=there, other=0.0)
+            if DTYPE.primitive_bitwidth > 8:
+                w = byte(w, KIND, DTYPE)
+                if ZERO:
+                    w -= z[:, None].to(DTYPE)
+            if SLICED:
+                total = tl.dot(w, t, input_precision="ieee", out_dtype=SUM)
+            else:
+                acc = tl.dot(w, t, acc, input_precision="ieee", out_dtype=SUM, max_num_imprecise_acc=IMPRECISE)
+        if SLICED:
+            scaled = total.to(tl.float32)
+            if GROUP > 0:
+                scaled *= tl.load(scale + n64 * GROUPS + k // GROUP)[:, None]
+            if GROUPED:
+                x_groups = m64 * ((K + X_GROUP - 1) // X_GROUP) + k // X_GROUP
+                scaled *= tl.load(x_scale + x_groups, mask=m < M, other=0.0)[None, :]
+            acc += scaled
+    acc = acc.to(tl.float32)
+    if PARTS > 1:
+        size = tl.cast(M, tl.int64) * N  # one row is a constant
+        place = m64[None, :] * N + n[:, None]
+        mine = (m[None, :] < M) & inside[:, None]
+        tl.store(parts + part * size + place, acc, mask=mine)
+        if not arrived_last(arrived + program, PARTS):
+            return
+        acc = tl.zeros([BN, BM], tl.float32)
+        for each in tl.static_range(PARTS):
+            acc += tl.load(parts + each * size + place, mask=mine, other=0.0, cache_modifier=".cg")
+    if GROUP == 0:
+        acc *= tl.load(scale + n64)[:, None]
+    if X_SCALE == "one":
+        acc *= tl.load(x_scale)
+    elif X_SCALE == "rows":
+        acc *= tl.load(x_scale + m64, mask=m < M, other=0.0)[None, :]
+    finish(acc, bias, y, m, n, left, M, WIDTH, BM, BN, BIAS, ACTIVATION)
