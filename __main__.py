@@ -1,4 +1,4 @@
-"""The command line: `ingot build | recipes | generate | bench | serve | route | inspect`; `build-engine` is a build.
+"""The command line: `ingot build | calibrate | recipes | generate | bench | serve | route | inspect`, `build-engine`.
 
 It stands at the root because builder and runtime never import each other. Heavy imports wait inside the commands.
 A user's mistake ends in one sentence on stderr and an exit code: 2 bad input, build or request, 3 engine, 130 Ctrl-C,
@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import typer
 
 from . import __version__
+from .builder.calibrate_cli import calibrate
 from .builder.cli import build, recipes
 from .engines.cli import inspect
 from .engines.errors import EngineError, IngotError
@@ -86,7 +87,7 @@ def root(
         raise typer.Exit(2)
 
 
-for each in (build, recipes, generate, bench, serve, route, inspect):
+for each in (build, calibrate, recipes, generate, bench, serve, route, inspect):
     app.command()(reported(each))
 build_app.command()(reported(build))
 

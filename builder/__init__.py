@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..engines.errors import BuildError
+
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from ..calibration.scales import Scales
     from ..engines.manifest import Manifest
+    from .checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,11 @@ class BuildConfig:
     dtype: str = "auto"
     force: bool = False  # replace an engine that is already at `out`
     quant: str = ""  # a recipe, by name or path; none: weights as they are
-    calibration_data: str = ""  # text to calibrate with and, held out, to check with
+    calibration_data: str = ""  # text to calibrate with and, held out, to check with: a file, or a dataset of the hub
+    calibration_tokens: int = 1 << 15  # to calibrate with at most; a quarter as many again to check with
+    calibration_width: int | None = None  # tokens of a window; None: 512, or less where there is little text
+    calibration_device: str = "auto"  # cpu, cuda, or auto: the GPU if there is one
+    scales: str = ""  # file of what `ingot calibrate` found; nothing is searched for then
     accept_accuracy: bool = False  # build what the recipe's bound refuses
     # of the cuda target, whose plan has fixed sizes
     max_num_seqs: int = 256
@@ -60,20 +70,20 @@ def build_engine(
     on_phase: Callable[[str], None] | None = None,
     on_bytes: Callable[[int, int], None] | None = None,
     on_pass: Callable[[str, int], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> Manifest:
     """Build the engine that `config` asks for and return its manifest.
 
     `on_phase(name)` is called as each phase begins, `on_bytes(done, total)` while weights are
-    calibrated (nodes) and written, `on_pass(name, num_nodes)` after each pass.
+    calibrated (nodes) and written, `on_pass(name, num_nodes)` after each pass, `on_note(sentence)` with what to know.
+    A quantised build that is stopped leaves `OUT.calibration`, with which the same build goes on where it was.
     Raises BuildError: no such checkpoint, a damaged one, a refused architecture, `out` that may not be written.
     """
     from ..engines.manifest import BuildRecord, Manifest
     from ..engines.weights import save_graph
     from ..engines.writer import check_destination, engine_directory
-    from . import gate
     from .checkpoint import Checkpoint
-    from .export import export
-    from .passes import optimise
+    from .picture import draw_accuracy
     from .quantisation import Quantisation
     from .record import activation_dtype, kv_layers, model_info, versions
     from .targets import target_of
@@ -86,23 +96,21 @@ def build_engine(
         checkpoint = Checkpoint.open(config.model)
         quantisation = Quantisation.of(config, checkpoint)
         dtype = activation_dtype(config.dtype, checkpoint.config)
-    with target.begin(config) as compile:
-        with phase("check the architecture"):
-            error = gate.self_check(checkpoint.config, optimise)
-        with phase("export"):
-            graph = export(checkpoint, dtype)
-            gate.check_structure(graph, checkpoint.config)
-            num_exported = graph.graph.num_nodes()
-        with phase("optimise"):
-            graph = optimise(graph, on_pass)
+    journal = quantisation.journal(Path(config.out), dtype, on_note) if quantisation else nullcontext()
+    with journal as kept, target.begin(config) as compile:
+        graph, error, num_exported = _graph(checkpoint, dtype, phase, on_pass)
         quantised = None
-        if quantisation:
+        if quantisation and kept is not None:
             with phase(f"calibrate and check {quantisation.recipe.name}"):
-                quantised = quantisation.apply(graph, on_bytes)
+                report = on_bytes or (lambda done, total: None)
+                recipe, scales = quantisation.find(graph, kept, lambda done, total, name: report(done, total))
+                quantised = quantisation.apply(graph, recipe, scales)
         with engine_directory(config.out, config.force) as folder:
             with phase("write the weights"):
                 save_graph(graph, folder, on_bytes)
                 copy_text_files(checkpoint.path, folder)
+                if quantised:
+                    draw_accuracy(quantised, folder, on_note)
             model = model_info(config.model, checkpoint, graph, dtype)
             with phase(f"compile for {config.target}"):
                 target_info = compile(graph, model, folder)
@@ -115,3 +123,56 @@ def build_engine(
                 versions=versions(),
             )
             return Manifest(model, kv_layers(graph), config.target, target_info, record, quantised).save(folder)
+
+
+def find_scales(
+    config: BuildConfig,
+    on_phase: Callable[[str], None] | None = None,
+    on_node: Callable[[int, int, str], None] = lambda done, total, name: None,
+    on_note: Callable[[str], None] | None = None,
+) -> Scales:
+    """What a build with `config` would search for, saved as the file `config.out` for builds that pass it as `scales`.
+
+    `on_node(done, total, name)` counts nodes, `name` is the weight of the one at hand; other callbacks as in a build.
+    One that is stopped leaves `OUT.calibration`, with which the same one goes on where it was. The recipe's bound is
+    not checked, but the accuracy is in the file. Raises BuildError as a build does.
+    """
+    from .checkpoint import Checkpoint
+    from .quantisation import Quantisation
+    from .record import activation_dtype
+
+    phase, out = Phases(on_phase), Path(config.out)
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise BuildError(f"{out} is a directory, or in none; give `-o` a file, as scales.safetensors.")
+    if out.exists() and not config.force:
+        raise BuildError(f"{out} is there already; pass --force to replace it, or give `-o` another file.")
+    with phase("read the checkpoint"):
+        checkpoint = Checkpoint.open(config.model)
+        quantisation = Quantisation.of(config, checkpoint)
+        dtype = activation_dtype(config.dtype, checkpoint.config)
+    assert quantisation is not None
+    with quantisation.journal(out, dtype, on_note) as journal:
+        graph, *_ = _graph(checkpoint, dtype, phase)
+        with phase(f"calibrate {quantisation.recipe.name}"):
+            _, scales = quantisation.find(graph, journal, on_node)
+            scales.save(out)
+    return scales
+
+
+def _graph(
+    checkpoint: Checkpoint, dtype: str, phase: Phases, on_pass: Callable[[str, int], None] | None = None
+) -> tuple[ir.Model, float, int]:
+    """The optimised graph, the error of the self-check, the number of nodes before it was optimised."""
+    from . import gate
+    from .export import export
+    from .passes import optimise
+
+    with phase("check the architecture"):
+        error = gate.self_check(checkpoint.config, optimise)
+    with phase("export"):
+        graph = export(checkpoint, dtype)
+        gate.check_structure(graph, checkpoint.config)
+        num_exported = graph.graph.num_nodes()
+    with phase("optimise"):
+        graph = optimise(graph, on_pass)
+    return graph, error, num_exported

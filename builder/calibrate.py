@@ -106,18 +106,18 @@ def calibrate(
     return scales, accuracy
 
 
-def check(accuracy: Accuracy, recipe: Recipe, model: ir.Model, text: Text) -> None:
+def check(accuracy: Accuracy, recipe: Recipe, model: ir.Model, text: Text | None) -> None:
     """Raises BuildError if the model became worse than the recipe allows, with the figures and a recipe that passes."""
     if accuracy.passes(recipe):
         return
     for other in sorted(recipes(), key=lambda other: other.perplexity):
-        if other.perplexity < recipe.perplexity:
+        if text is not None and other.mixed is None and other.perplexity < recipe.perplexity:
             _, found = calibrate(model, other, text)
             if found.passes(recipe):
                 advice = f"--quant {other.name} stays within it ({100 * found.rise:+.2f}%)"
                 break
     else:
-        advice = "no recipe of ingot's stays within it"
+        advice = "no recipe of ingot's stays within it" if text else "pass --calibration-data to find one that does"
     raise BuildError(
         f"the recipe {recipe.name} lets perplexity rise by at most {100 * recipe.perplexity:g}%, but "
         f"{accuracy.table()}\n{advice}; --accept-accuracy builds it all the same."

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .calibrate_cli import Data, Device, Tokens, Width
+
 if TYPE_CHECKING:
     from ..engines.manifest import Manifest
     from . import BuildConfig
@@ -29,8 +31,12 @@ def build(
         str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's own.", metavar="DTYPE")
     ] = "auto",
     quant: Annotated[str, typer.Option(help="Store weights in fewer bits: `ingot recipes`, or a YAML file.")] = "",
-    calibration_data: Annotated[
-        str, typer.Option(metavar="FILE", help="Text for --quant: to calibrate with and, held out, to check with.")
+    calibration_data: Data = "",
+    calibration_tokens: Tokens = 1 << 15,
+    calibration_width: Width = None,
+    calibration_device: Device = "auto",
+    scales: Annotated[
+        str, typer.Option(metavar="FILE", help="Of `ingot calibrate`, for --quant: nothing is searched for.")
     ] = "",
     accept_accuracy: Annotated[
         bool, typer.Option("--accept-accuracy", help="Build it even if it is worse than the recipe allows.")
@@ -48,14 +54,15 @@ def build(
     from . import BuildConfig
 
     if not verbose and not debug:
-        _hush()
+        hush()
     if (retarget is None) == (model is None) or (retarget is None) == (out is None):
         raise typer.BadParameter("Give MODEL and -o DIR, or --retarget DIR and neither of them.")
     out = out or retarget
     assert out is not None
     config = BuildConfig(
-        model or "", str(out), target, dtype, force, quant, calibration_data, accept_accuracy,
-        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, tune=tune, gpu_arch=gpu_arch,
+        model or "", str(out), target, dtype, force, quant, calibration_data, calibration_tokens, calibration_width,
+        calibration_device, scales, accept_accuracy, max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens, tune=tune, gpu_arch=gpu_arch,
     )  # fmt: skip
     manifest = _build_with_progress(config, verbose)
     if as_json:
@@ -112,7 +119,9 @@ def _build_with_progress(config: BuildConfig, verbose: bool) -> Manifest:
         if not config.model:
             on_phase(f"compile for {config.target}")
             return retarget(Path(config.out), config)
-        return build_engine(config, on_phase, on_bytes)
+        return build_engine(
+            config, on_phase, on_bytes, on_note=lambda note: console.print(note, highlight=False, soft_wrap=True)
+        )
 
 
 def _show_phases(out: Path, manifest: Manifest) -> None:
@@ -135,7 +144,7 @@ def _show_phases(out: Path, manifest: Manifest) -> None:
     show(describe(out, manifest) | {"verified": True})
 
 
-def _hush() -> None:
+def hush() -> None:
     """Errors alone belong on stderr: the libraries' warnings about our use of them help no user."""
     import logging
     import warnings

@@ -72,6 +72,17 @@ class Journal:
                 part.save(path)
             self._take(path, part)
 
+    def remember(self, key: str, value: Any) -> None:
+        """Keeps anything else that JSON can say."""
+        if self.folder:
+            with disk(self.folder):
+                _write(self.folder / f"{key}.json", json.dumps(value))
+
+    def remembered(self, key: str) -> Any:
+        """What was kept so, or None."""
+        path = self.folder / f"{key}.json" if self.folder else None
+        return json.loads(path.read_text()) if path and path.is_file() else None
+
     def walk(self, name: str) -> Kept:
         """What is kept of one walk over the graph."""
         return Kept(self.folder, name)

@@ -100,10 +100,7 @@ def run(
                 snapshots.save(node, [walk.own(values) for values in alive])
         instead = begin(node)
         for b in range(unread, len(batches)):
-            values = walk.launch(node, alive[b], instead[b])
-            for i in range(node + 1, len(walk.nodes)):
-                values = walk.launch(i, values, walk.weights(i))
-            yield walk.logits(values)
+            yield walk.finish(alive[b], instead[b])
         on_node(len(walk.nodes), len(walk.nodes), "")
     except (KeyboardInterrupt, SystemExit):
         if snapshots:
@@ -183,7 +180,11 @@ class Walk:
             after[slot] = _to(after[slot], "cpu")
         return after
 
-    def logits(self, values: Values) -> Tensor:
+    def finish(self, values: Values, instead: Mapping[int, Tensor]) -> Tensor:
+        """The logits, from what is alive before the head and what that reads instead."""
+        values = self.launch(self.head, values, instead)
+        for i in range(self.head + 1, len(self.nodes)):
+            values = self.launch(i, values, self.weights(i))
         return values[self._logits]
 
 

@@ -1,16 +1,23 @@
-"""`--quant` in a build: what was asked for, the quantised graph, and what the manifest says of it."""
+"""`--quant` in a build, and `ingot calibrate`: what was asked for, what is found, and what the manifest says of it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..calibration.accuracy import Accuracy
 from ..calibration.recipe import Recipe
+from ..calibration.scales import Scales
 from ..engines.errors import BuildError
 from .calibrate import Text, calibrate, check
+from .fingerprint import fingerprint
+from .journal import Journal
+from .node_major import OnNode, linear_weights
 from .quantise import quantise
+from .record import versions
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -21,19 +28,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Quantisation:
-    """A recipe and the text it is calibrated and checked with."""
+    """A recipe, and the text it is calibrated and checked with or the scales that were found so."""
 
     recipe: Recipe
-    data: Path
-    text: Text
+    text: Text | None
     accept: bool  # whatever the accuracy is
+    model: str  # fingerprint of the checkpoint
+    device: str = "cpu"
+    scales: Scales | None = None
 
     @classmethod
     def of(cls, config: BuildConfig, checkpoint: Checkpoint) -> Quantisation | None:
         """What the build asks for; None: nothing. Raises BuildError: options that contradict each other, a bad recipe
-        or text."""
+        or text, scales of another model or recipe, a device that is not there."""
         if not config.quant:
-            for option, given in (("--calibration-data", config.calibration_data),
+            for option, given in (("--calibration-data", config.calibration_data), ("--scales", config.scales),
                                   ("--accept-accuracy", config.accept_accuracy)):  # fmt: skip
                 if given:
                     raise BuildError(f"{option} is for quantised builds; pass --quant RECIPE too, or leave it out.")
@@ -44,26 +53,97 @@ class Quantisation:
                 f"the recipe {recipe.name} was asked for with --target {config.target}, which has no kernels for "
                 "quantised weights yet; build for --target cpu, or leave out --quant."
             )
-        if not config.calibration_data:
+        if not config.calibration_data and not config.scales:
             raise BuildError(
                 f"the recipe {recipe.name} needs text, since every quantised build is checked on some; pass "
-                '--calibration-data FILE (text, or JSON Lines with a "text" in each).'
+                '--calibration-data with a file (text, or JSON Lines with a "text" in each) or a dataset of the hub.'
             )
-        data = Path(config.calibration_data)
-        return cls(recipe, data, Text.read(data, checkpoint), config.accept_accuracy)
+        text, size = None, (config.calibration_tokens, config.calibration_width)
+        if config.calibration_data:
+            text = Text.read(config.calibration_data, checkpoint, *size)
+        own = cls(recipe, text, config.accept_accuracy, fingerprint(checkpoint), _device(config.calibration_device))
+        return replace(own, scales=own._open(Path(config.scales))) if config.scales else own
 
-    def apply(self, graph: ir.Model, on_node: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    def journal(self, out: Path, dtype: str, on_note: Callable[[str], None] | None = None) -> Journal:
+        """What the calibration keeps beside its output, for as long as it takes; where there is none, in memory."""
+        if self.text is None or self.scales is not None:
+            return Journal.none()
+        about = {**self._about(), "dtype": dtype, "versions": versions()}
+        return Journal(out.with_name(f"{out.name}.calibration"), about, on_note or (lambda sentence: None))
+
+    def find(
+        self, graph: ir.Model, journal: Journal, on_node: OnNode = lambda done, total, name: None
+    ) -> tuple[Recipe, Scales]:
+        """What the graph's weights are stored as, and the scales; their `about` says what for, and the accuracy.
+
+        Raises BuildError as `calibrate` does.
+        """
+        recipe, scales, mixed = self.recipe, self.scales or journal.scales, None
+        if recipe.mixed:
+            mixed = self._mixed(graph, journal, on_node)
+            recipe = recipe.mixing(mixed, list(linear_weights(graph)))
+        if self.text is None:  # measured when the scales were found, with the same numbers
+            return recipe, scales
+        scales, accuracy = calibrate(graph, recipe, self.text, on_node, scales, device=self.device, journal=journal)
+        scales.about = {**self._about(), "accuracy": accuracy.describe(), "versions": versions()}
+        if mixed is not None:
+            scales.about["mixed"] = mixed
+        return recipe, scales
+
+    def apply(self, graph: ir.Model, recipe: Recipe, scales: Scales) -> dict[str, Any]:
         """Quantises the graph in place; returns what the manifest keeps.
 
-        Raises BuildError: the model became worse than the recipe's bound, or as `calibrate` does.
+        Raises BuildError: the model became worse than the recipe's bound.
         """
-        report = on_node or (lambda done, total: None)
-        scales, accuracy = calibrate(graph, self.recipe, self.text, lambda done, total, name: report(done, total))
+        accuracy = Accuracy.of(scales.about["accuracy"])
         if not self.accept:
-            check(accuracy, self.recipe, graph, self.text)
-        quantise(graph, self.recipe, scales)
+            check(accuracy, recipe, graph, self.text)
+        quantise(graph, recipe, scales)
         return {
-            "recipe": self.recipe.name, "rules": [asdict(rule) for rule in self.recipe.rules],
-            "bound": self.recipe.perplexity, "accepted": self.accept and not accuracy.passes(self.recipe),
-            "text": self.text.digest, "accuracy": accuracy.describe(),
+            "recipe": recipe.name, "rules": [asdict(rule) for rule in recipe.rules],
+            "bound": recipe.perplexity, "accepted": self.accept and not accuracy.passes(recipe),
+            "text": scales.about["text"], "accuracy": accuracy.describe(),
         }  # fmt: skip
+
+    def _about(self) -> dict[str, Any]:
+        """What the results depend on, as JSON."""
+        recipe = json.loads(json.dumps(asdict(self.recipe)))
+        return {"model": self.model, "recipe": recipe, "text": self.text.digest if self.text else ""}
+
+    def _open(self, path: Path) -> Scales:
+        scales, about = Scales.open(path), self._about()
+        for what, key, advice in (
+            ("model", "model", "give the checkpoint that they were found for"),
+            ("recipe", "recipe", f"give --quant {scales.about.get('recipe', {}).get('name', '')}"),
+        ):
+            if scales.about.get(key) != about[key]:
+                raise BuildError(
+                    f"the scales in {path} are of another {what}; {advice}, or find others with `ingot calibrate`."
+                )
+        if self.text is None and "accuracy" not in scales.about:
+            raise BuildError(f"{path} does not say how accurate its scales are; pass --calibration-data to measure it.")
+        return scales
+
+    def _mixed(self, graph: ir.Model, journal: Journal, on_node: OnNode) -> dict[str, int]:
+        """Which weights have something else than their rule: found before, or searched for now."""
+        from .sensitivity import mix
+
+        if self.scales:
+            return dict(self.scales.about.get("mixed", {}))
+        assert self.text
+        found = journal.remembered("mixed")
+        if found is None:
+            found = mix(graph, self.recipe, self.text.calibration, on_node, self.device)
+            journal.remember("mixed", found)
+        return found
+
+
+def _device(asked: str) -> str:
+    import torch
+
+    there = torch.cuda.is_available()
+    if asked not in ("auto", "cpu", "cuda"):
+        raise BuildError(f"the calibration device {asked} was asked for; expected auto, cpu or cuda.")
+    if asked == "cuda" and not there:
+        raise BuildError("--calibration-device cuda was asked for, but there is no GPU here; pass cpu or auto.")
+    return "cuda" if asked != "cpu" and there else "cpu"

@@ -89,3 +89,12 @@ def compare(before: Iterable[torch.Tensor], after: Iterable[torch.Tensor], token
             num += len(rows)
     first, second = (math.exp(min(loss / num, 700.0)) for loss in losses)
     return Accuracy(num, first, second, kl / num, same / num)
+
+
+def divergence(before: torch.Tensor, after: torch.Tensor) -> float:
+    """KL divergence of logits after from those before, [T, V], in nats, the mean of all rows."""
+    total = 0.0
+    for old, new in zip(before.split(ROWS), after.split(ROWS), strict=True):
+        p, q = F.log_softmax(old.float(), -1), F.log_softmax(new.float(), -1)
+        total += float((p.exp() * (p - q)).sum())
+    return total / len(before)

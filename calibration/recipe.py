@@ -6,9 +6,10 @@ shows them); the first that matches decides. `engines/recipes` has those that co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,18 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Mixed:
+    """A search for the weights that are worth more bits than their rule gives them.
+
+    budget: bits of a weight on average, scales included, over those that the rules quantise. instead: what a weight may
+    have instead of its rule, without a match.
+    """
+
+    budget: float
+    instead: tuple[Rule, ...]
+
+
+@dataclass(frozen=True)
 class Recipe:
     """perplexity: by how much of itself it may rise on the text that the build is checked with (0.01: 1%)."""
 
@@ -65,15 +78,24 @@ class Recipe:
     description: str
     perplexity: float
     rules: tuple[Rule, ...]
+    mixed: Mixed | None = None
 
     @property
     def needs_text(self) -> bool:
         """Whether any rule looks at activations."""
-        return any(rule.needs_text for rule in self.rules)
+        return self.mixed is not None or any(rule.needs_text for rule in self.rules)
 
     def rule(self, weight: str) -> Rule | None:
         """The first rule that matches; None: the weight is kept."""
         return next((rule for rule in self.rules if fnmatchcase(weight, rule.match)), None)
+
+    def mixing(self, chosen: Mapping[str, int], names: Sequence[str]) -> Recipe:
+        """The recipe in which some weights have one of `mixed.instead`, by its index; names: of all weights."""
+        assert self.mixed is not None
+        own = tuple(replace(self.mixed.instead[index], match=escape(name)) for name, index in chosen.items())
+        used = {self.rule(name) for name in names if name not in chosen}
+        rules = tuple(rule for rule in self.rules if rule in used or rule.method == "keep")
+        return replace(self, rules=own + rules, mixed=None)
 
     @classmethod
     def open(cls, name: str) -> Recipe:
@@ -105,7 +127,7 @@ def parse(text: str, name: str, where: str) -> Recipe:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise BuildError(f"{where} is not YAML: {' '.join(str(error).split())}.") from error
-    entries = _mapping(data, {"description", "perplexity", "rules"}, where)
+    entries = _mapping(data, {"description", "perplexity", "rules", "mixed"}, where)
     rules, bound = entries.get("rules"), entries.get("perplexity")
     if not isinstance(rules, list) or not rules:
         raise BuildError(f"{where} has the rules {rules!r}; expected a list of at least one.")
@@ -114,7 +136,22 @@ def parse(text: str, name: str, where: str) -> Recipe:
     return Recipe(
         name, str(entries.get("description", "")), float(bound),
         tuple(_rule(entry, f"rule {i} of {where}") for i, entry in enumerate(rules, 1)),
+        _mixed(entries["mixed"], where) if "mixed" in entries else None,
     )  # fmt: skip
+
+
+def _mixed(data: Any, where: str) -> Mixed:
+    entries = _mapping(data, {field.name for field in fields(Mixed)}, f"`mixed` of {where}")
+    budget, instead = entries.get("budget"), entries.get("instead")
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 32:
+        raise BuildError(f"{where} has the budget {budget!r}; expected bits of a weight on average, as 5.0.")
+    if not isinstance(instead, list) or not instead or any(isinstance(e, dict) and "match" in e for e in instead):
+        raise BuildError(f"{where} has {instead!r} instead of its rules; expected a list of rules without a match.")
+    rules = [_rule({"match": "*", **entry} if isinstance(entry, dict) else entry, f"rule {i} of `mixed` of {where}")
+             for i, entry in enumerate(instead, 1)]  # fmt: skip
+    if any(rule.method in SMOOTHS for rule in rules):
+        raise BuildError(f"`mixed` of {where} smooths; weights that read the same must then have the same rule.")
+    return Mixed(float(budget), tuple(rules))
 
 
 def _rule(data: Any, where: str) -> Rule:

@@ -51,9 +51,11 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
 
 def test_help_version_and_unknown_options(ingot):
     code, out, _ = ingot("--help")
-    assert code == 0 and all(name in out for name in ("build", "generate", "bench", "serve", "route", "inspect"))
+    assert code == 0 and all(
+        name in out for name in ("build", "calibrate", "generate", "bench", "serve", "route", "inspect")
+    )
     assert ingot("--version")[1].startswith("ingot 0.")
-    for command in ("build", "generate", "bench", "serve", "route", "inspect"):
+    for command in ("build", "calibrate", "generate", "bench", "serve", "route", "inspect"):
         assert ingot(command, "--help")[0] == 0
         refused(ingot(command, "x", "--no-such-option"), 2, "No such option: --no-such-option", "--help")
     assert ingot("--help", app=cli.build_app)[0] == 0
