@@ -8,6 +8,7 @@ Invariant: at most one weight is in memory while writing, and none after `load_g
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,13 +151,30 @@ def load_graph(folder: Path) -> ir.Model:
     return ir.load(folder / GRAPH_FILE)
 
 
+def save_lowered(model: ir.Model, folder: Path) -> None:
+    """Write `model.onnx` of a target's `folder` in the engine: made from `load_graph`'s, on the same weights."""
+    import onnx_ir as ir
+
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            raise ValueError(f"the initialiser {name} is not in the engine's weights")
+        value.const_value = ir.ExternalTensor(
+            f"../{WEIGHTS_FILE}", tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=name,
+            base_dir=folder,
+        )  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    ir.save(model, folder / GRAPH_FILE)
+
+
 def _weight(name: str, tensor: ir.TensorProtocol) -> Weight:
-    """INT4 lies in the file as ONNX packs it, two numbers in a byte, the first in the lower half: [.., K / 2] uint8."""
+    """INT4 lies in the file as ONNX packs it, two numbers in a byte, the first in the lower half: [.., K / 2] uint8, or
+    in one dimension where K is odd, since a byte is then shared by two rows."""
     import onnx_ir as ir
 
     if tensor.dtype == ir.DataType.INT4:
         *rows, columns = tensor.shape.numpy()
-        packed = (*rows, columns // 2)
+        packed = (*rows, columns // 2) if columns % 2 == 0 else ((math.prod(rows) * columns + 1) // 2,)
         return Weight(name, DTYPES["uint8"], packed, lambda: np.frombuffer(tensor.tobytes(), np.uint8).reshape(packed))
     dtype = next(d for d in DTYPES.values() if d.onnx == tensor.dtype)
     return Weight(name, dtype, tuple(tensor.shape.numpy()), tensor.numpy)

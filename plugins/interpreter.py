@@ -57,13 +57,18 @@ class Program:
         self._kernels = kernels or {}
         self._slots: dict[ir.Value, int] = {}
         self._template: Values = [None]  # what a call starts from: constants in their slots
+        self._packed: dict[int, tuple[int, ...]] = {}  # slot of INT4 numbers, two in a byte -> their shape
+        self._unpacked: dict[int, int] = {}  # such a slot -> the one with a number in a byte, where somebody reads it
         self.launches: list[Launch] = []
         self.nodes: list[Bound] = []
         self.inputs: dict[str, int] = {}  # name -> slot
         graph = model.graph
 
         for name, value in graph.initializers.items():
-            self._place(value, _initializer(name, value, weights))
+            tensor = _initializer(name, value, weights)
+            slot = self._place(value, tensor)
+            if value.dtype == ir.DataType.INT4 and tensor.dtype == torch.uint8 and value.shape:
+                self._packed[slot] = tuple(value.shape.numpy())
         for value in graph.inputs:
             if value not in self._slots:  # an initialiser may be listed as an input too
                 self.inputs[_name(value)] = self._place(value)
@@ -102,9 +107,7 @@ class Program:
         pending = []
         for node in graph:
             sources = [NOTHING if value is None else self._slot(value, where(node)) for value in node.inputs]
-            constants = [self._template[slot] for slot in sources]
-            run, num_inputs = self._run_of(node, constants)
-            sources += [NOTHING] * (num_inputs - len(sources))
+            run, sources = self._run_of(node, sources)
             if all(slot == NOTHING or self._template[slot] is not None for slot in sources):
                 result = run(*(self._template[slot] for slot in sources))
                 results = result if isinstance(result, tuple) else (result,)
@@ -116,21 +119,33 @@ class Program:
                 pending.append((node, run, sources))
         return pending
 
-    def _run_of(self, node: ir.Node, constants: list[torch.Tensor | None]) -> tuple[Run, int]:
-        """What computes the node, and how many inputs it is called with."""
-        kernel = self._kernels.get(node.op_type)
+    def _run_of(self, node: ir.Node, sources: list[int]) -> tuple[Run, list[int]]:
+        """What computes the node, and the slots it is called with: a kernel takes INT4 as it lies in the file."""
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         if node.domain == "ingot" and node.op_type in OPS:
             schema, reference = OPS[node.op_type]
             attributes = complete_attributes(node, schema, attributes)
             binder, num_inputs = from_reference(reference), schema.max_input
         elif node.domain in ("", "ai.onnx") and node.op_type in ONNX_OPS:
-            binder, num_inputs = ONNX_OPS[node.op_type], len(constants)
+            binder, num_inputs = ONNX_OPS[node.op_type], len(sources)
         else:
             known = "the ops of plugins.OPS (domain ingot) and of plugins/onnx_ops.py (domain ai.onnx) are known"
             raise EngineError(f"{where(node)} is an op this program cannot run; {known}")
-        padded = (*constants, *[None] * (num_inputs - len(constants)))
-        return (kernel and kernel(attributes, padded)) or _reference(binder, attributes, padded, node), num_inputs
+        sources = [*sources, *[NOTHING] * (num_inputs - len(sources))]
+        kernel = self._kernels.get(node.op_type)
+        if kernel and (run := kernel(attributes, tuple(self._template[slot] for slot in sources))):
+            return run, sources
+        sources = [self._numbers(slot) for slot in sources]
+        return _reference(binder, attributes, tuple(self._template[slot] for slot in sources), node), sources
+
+    def _numbers(self, slot: int) -> int:
+        """The slot itself; for packed INT4 one with a number in a byte, unpacked when it is first asked for."""
+        if slot not in self._packed:
+            return slot
+        if slot not in self._unpacked:
+            self._unpacked[slot] = len(self._template)
+            self._template.append(unpack_int4(self._template[slot], self._packed[slot]))
+        return self._unpacked[slot]
 
     def _schedule(self, pending: Sequence[tuple[ir.Node, Run, list[int]]], outputs: Sequence[ir.Value]) -> None:
         """Turns bound nodes into launches; each clears the slots that nobody reads after it."""
@@ -192,8 +207,7 @@ def _reference(binder: Binder, attributes: dict[str, Any], constants: tuple, nod
 
 def _initializer(name: str, value: ir.Value, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
     if name in weights:
-        packed = value.dtype == ir.DataType.INT4 and weights[name].dtype == torch.uint8
-        return unpack_int4(weights[name], tuple(value.shape.numpy())) if packed and value.shape else weights[name]
+        return weights[name]
     if value.const_value is None:
         raise EngineError(f"the initialiser '{name}' has no data in the graph and none was given in the weights")
     return to_torch(value.const_value)

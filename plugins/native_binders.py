@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from . import native_quantised
 from .binder import Attributes, Binder, Constants, Run
 from .dtypes import TORCH_DTYPES
 from .gated_activation.reference import gated_activation
@@ -47,6 +48,7 @@ def binders(library: ctypes.CDLL) -> dict[str, Binder]:
         "RotaryCosSin": partial(_bind_rotary_cos_sin, function("ingot_rotary_cos_sin", P, Q, F, Q, P, P, Q)),
         "GatedActivation": partial(_bind_gated_activation, function("ingot_gated_activation", Q, Q, P, P, Q, Q)),
         "PagedAttention": partial(bind_paged_attention, function("ingot_paged_attention", P, P)),
+        **native_quantised.binders(library, function),
     }
 
 

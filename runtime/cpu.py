@@ -17,7 +17,7 @@ import torch
 from ..engines.dtypes import DTYPES
 from ..engines.manifest import Manifest
 from ..engines.step import LOGITS, TOKENS, k_pages, v_pages
-from ..engines.weights import load_graph, open_weights, random_weights
+from ..engines.weights import GRAPH_FILE, load_graph, open_weights, random_weights
 from ..plugins import native
 from ..plugins.interpreter import Program
 from .batch import Batch
@@ -69,9 +69,10 @@ class CpuExecutor:
         """Maps the weights, binds the graph, allocates the pools. Raises EngineError: too little memory."""
         config = config.with_defaults(MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, PAGE_SIZE)
         assert config.max_num_seqs is not None and config.page_size is not None
-        kernels = native.load(engine.folder / engine.manifest.target)
+        compiled = engine.folder / engine.manifest.target
+        kernels = native.load(compiled)
         binders = kernels.binders if isinstance(kernels, native.Kernels) else None
-        graph = load_graph(engine.folder)
+        graph = load_graph(compiled if (compiled / GRAPH_FILE).exists() else engine.folder)  # lowered, if quantised
         weights = random_weights(graph) if config.load_format == "dummy" else open_weights(engine.folder)
         program = Program(graph, weights, binders)
         sampler = Sampler(config.max_num_seqs, engine.manifest.model.vocab_size)

@@ -1,6 +1,7 @@
-"""The cpu target: the graph runs as it is; native kernels are compiled ahead of time where there is a C++ compiler.
+"""The cpu target: native kernels are compiled ahead of time where there is a C++ compiler; the graph runs as it is.
 
 Without a compiler the engine is complete all the same: the plain-torch ops serve, slower, and the manifest says why.
+A graph with quantised weights is lowered into `cpu/model.onnx`, so that products read them as the file has them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from ...engines.manifest import ModelInfo
+from ...engines.weights import load_graph, save_lowered
 from ...plugins import native
+from ..passes import drop_dead
+from ..passes.graph import nodes
+from ..passes.lowering import lower_quantised
+from ..passes.verify import verify
 from . import Compile
 
 if TYPE_CHECKING:
@@ -31,10 +37,21 @@ def begin(config: BuildConfig) -> Iterator[Compile]:
         compiling = thread.submit(native.compile, kernels)
 
         def compile(graph: ir.Model, model: ModelInfo, folder: Path) -> dict[str, Any]:
-            """Put the native kernels into `folder/cpu`; returns what the manifest says about them."""
+            """Put kernels, and the lowered graph if any, into `folder/cpu`; returns what the manifest says of them."""
             info = compiling.result().describe()
             if (kernels / native.LIBRARY).exists():
                 shutil.copytree(kernels, folder / "cpu")
+            if nodes(graph, "DequantizeLinear"):
+                save_lowered(_lowered(folder), folder / "cpu")
             return info
 
         yield compile
+
+
+def _lowered(folder: Path) -> ir.Model:
+    """The graph of the engine in `folder`, its weights where the file has them. BuildError if lowering spoils it."""
+    model = load_graph(folder)
+    lower_quantised(model)
+    drop_dead(model)
+    verify(model, lower_quantised.__name__)
+    return model
