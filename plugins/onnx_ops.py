@@ -239,7 +239,6 @@ ONNX_OPS: dict[str, Binder] = {
     "Max": variadic(torch.maximum),
     "Min": variadic(torch.minimum),
     "Mod": bind_mod,
-    "QuantizeLinear": bind_quantize,
     "RMSNormalization": bind_rms_norm,
     "ReduceMax": bind_reduce(torch.amax),
     "ReduceMean": bind_reduce(reduce_mean),
