@@ -21,12 +21,13 @@ from ..calibration.awq import search_clip, search_scales
 from ..calibration.formats import check_finite, round_to_nearest
 from ..calibration.gptq import Hessian, gptq
 from ..calibration.observers import OBSERVERS, AbsMax
-from ..calibration.recipe import Recipe, recipes
+from ..calibration.recipe import Recipe, kv_recipes, recipes
 from ..calibration.scales import Scales
 from ..calibration.smoothquant import search_smoothing
 from ..engines.errors import BuildError
 from .calibration_text import Text
 from .journal import Journal
+from .kv_cache import PoolScales
 from .node_major import OnNode, run
 from .passes.smoothing import Site
 from .quantise import Chosen, choose, quantise_others, quantised, sites, smooth
@@ -95,12 +96,15 @@ def calibrate(
         journal.add(scales, Layer(name, each.rule.spelt(), change))
         return result, reads
 
+    pools = PoolScales(recipe.kv_cache, num, scales, journal) if recipe.kv_cache else None
     batches = (*calibration, *text.held_out)
-    after = run(prepared, batches, replace, lambda done, total, name: on_node(total + done, 2 * total, name),
+    after = run(pools.graph(prepared) if pools else prepared, batches, replace,
+                lambda done, total, name: on_node(total + done, 2 * total, name), pools,
                 unread=num, device=device, snapshots=journal.walk("after"))  # fmt: skip
     accuracy = compare(before.logits(), after, [windows.tokens for windows in text.held_out])
+    measured = (*weights, *scales.kv)
     accuracy = dataclasses.replace(
-        accuracy, layers=tuple(journal.layers[name] for name in weights if name in journal.layers)
+        accuracy, layers=tuple(journal.layers[name] for name in measured if name in journal.layers)
     )
     journal.finish(accuracy)
     return scales, accuracy
@@ -110,11 +114,16 @@ def check(accuracy: Accuracy, recipe: Recipe, model: ir.Model, text: Text | None
     """Raises BuildError if the model became worse than the recipe allows, with the figures and a recipe that passes."""
     if accuracy.passes(recipe):
         return
-    for other in sorted(recipes(), key=lambda other: other.perplexity):
-        if text is not None and other.mixed is None and other.perplexity < recipe.perplexity:
+    kv_only = not recipe.rules
+    others = {f"--kv-cache {name}": other for name, other in kv_recipes().items() if other != recipe} if kv_only else {
+        f"--quant {other.name}": other for other in recipes()
+        if other.mixed is None and other.perplexity < recipe.perplexity
+    }  # fmt: skip
+    for option, other in sorted(others.items(), key=lambda entry: entry[1].perplexity):
+        if text is not None:
             _, found = calibrate(model, other, text)
             if found.passes(recipe):
-                advice = f"--quant {other.name} stays within it ({100 * found.rise:+.2f}%)"
+                advice = f"{option} stays within it ({100 * found.rise:+.2f}%)"
                 break
     else:
         advice = "no recipe of ingot's stays within it" if text else "pass --calibration-data to find one that does"

@@ -19,6 +19,9 @@ Data = Annotated[
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens to calibrate with at most; 8192 or more for GPTQ.")]
 Width = Annotated[int | None, typer.Option(min=2, help="Tokens of a window; 512, or less if there is little text.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU if there is one.")]
+KV = Annotated[
+    str, typer.Option(help="Keys and values in 8 bits: fp8 or int8, fp8-head or int8-head with a scale a head.")
+]
 
 
 def calibrate(
@@ -29,6 +32,7 @@ def calibrate(
         Path | None, typer.Option("--out", "-o", metavar="FILE", help="Where to write it.", show_default=False)
     ] = None,
     quant: Annotated[str, typer.Option(help="A recipe: `ingot recipes`, or a YAML file.")] = "",
+    kv_cache: KV = "",
     calibration_data: Data = "",
     calibration_tokens: Tokens = 1 << 15,
     calibration_width: Width = None,
@@ -55,7 +59,7 @@ def calibrate(
 
         _show(Scales.open(show), show, as_json)
         return
-    for name, value in (("MODEL", model), ("-o FILE", out), ("--quant RECIPE", quant),
+    for name, value in (("MODEL", model), ("-o FILE", out), ("--quant RECIPE or --kv-cache", quant or kv_cache),
                         ("--calibration-data TEXT", calibration_data)):  # fmt: skip
         if not value:
             raise typer.BadParameter(f"Give {name}.")
@@ -63,7 +67,7 @@ def calibrate(
     if not debug:
         hush()
     config = BuildConfig(
-        model, str(out), dtype=dtype, force=force, quant=quant, calibration_data=calibration_data,
+        model, str(out), dtype=dtype, force=force, quant=quant, kv_cache=kv_cache, calibration_data=calibration_data,
         calibration_tokens=calibration_tokens, calibration_width=calibration_width,
         calibration_device=calibration_device,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .calibrate_cli import Data, Device, Tokens, Width
+from .calibrate_cli import KV, Data, Device, Tokens, Width
 
 if TYPE_CHECKING:
     from ..engines.manifest import Manifest
@@ -31,6 +31,7 @@ def build(
         str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's own.", metavar="DTYPE")
     ] = "auto",
     quant: Annotated[str, typer.Option(help="Store weights in fewer bits: `ingot recipes`, or a YAML file.")] = "",
+    kv_cache: KV = "",
     calibration_data: Data = "",
     calibration_tokens: Tokens = 1 << 15,
     calibration_width: Width = None,
@@ -60,8 +61,8 @@ def build(
     out = out or retarget
     assert out is not None
     config = BuildConfig(
-        model or "", str(out), target, dtype, force, quant, calibration_data, calibration_tokens, calibration_width,
-        calibration_device, scales, accept_accuracy, max_num_seqs=max_num_seqs,
+        model or "", str(out), target, dtype, force, quant, kv_cache, calibration_data, calibration_tokens,
+        calibration_width, calibration_device, scales, accept_accuracy, max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens, tune=tune, gpu_arch=gpu_arch,
     )  # fmt: skip
     manifest = _build_with_progress(config, verbose)
@@ -90,6 +91,7 @@ def recipes() -> None:
         table.add_column(column)
     for recipe in known():
         rules = "\n".join(f"{rule.match}: {rule.spelt()}" for rule in recipe.rules)
+        rules += f"\nKV cache: {recipe.kv_cache.spelt()}" if recipe.kv_cache else ""
         table.add_row(recipe.name, f"+{100 * recipe.perplexity:g}% at most", recipe.description, rules)
     Console().print(table)
 

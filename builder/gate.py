@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..engines import step
 from ..engines.errors import BuildError, EngineError
+from ..plugins.dtypes import TORCH_DTYPES
 from ..plugins.interpreter import Program
 from .empty_model import first_line, pin_rope
 from .export import export
@@ -129,9 +130,10 @@ def _packed(graph: ir.Model, prompts: Sequence[torch.Tensor]) -> list[torch.Tens
     for row, owned in zip(pages, page_lists, strict=True):
         row[: len(owned)] = owned
     pools = {
-        value.name: torch.full((num_pages, _PAGE_SIZE, *_numbers(value)), torch.nan)  # what is not written is poison
+        # what is not written is poison
+        value.name: torch.full((num_pages, _PAGE_SIZE, *_numbers(value)), torch.nan).to(TORCH_DTYPES[int(value.dtype)])
         for value in graph.graph.inputs
-        if value.name and value.name not in step.STEP_INPUTS
+        if value.name and value.dtype and value.name not in step.STEP_INPUTS
     }
     logits: list[list[torch.Tensor]] = [[] for _ in prompts]
     starts = [0] * len(prompts)

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from ..engines import step
 from ..plugins.dtypes import TORCH_DTYPES, to_torch
-from ..plugins.interpreter import Program, Values
+from ..plugins.interpreter import Bound, Program, Values
 from .passes.graph import nodes
 
 # name of a Linear's weight, what the node reads from each batch [T, K] -> the weight [N, K] and the inputs that it is
 # run with instead, or None: its own
 Replace = Callable[[str, Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]] | None]
+# what a node is, what each batch is about to hand it -> what all of them read instead, by slot
+Give = Callable[[Bound, Sequence[Values]], Mapping[int, Tensor]]
 OnNode = Callable[[int, int, str], None]  # nodes done, of all, the weight of the one that begins ("": it has none)
 Pools = dict[tuple[str, tuple[int, ...]], Tensor]
 LARGE = 1 << 16  # numbers of a weight that is loaded when its node's turn comes
@@ -65,6 +67,7 @@ def run(
     batches: Sequence[Windows],
     replace: Replace = lambda name, inputs: None,
     on_node: OnNode = lambda done, total, name: None,
+    give: Give | None = None,
     *,
     unread: int = 0,
     device: str = "cpu",
@@ -73,7 +76,7 @@ def run(
     """The logits [B * W, vocabulary] of each batch but the first `unread`, one after the other.
 
     replace: what Linear nodes are run with, asked once for each weight, in the order of the graph; inputs are on the
-    device.
+    device. give: asked at every node for what it reads instead of an initialiser.
     `on_node(done, total, name)` as each node begins, and at the end.
     """
     walk = Walk(model, device)
@@ -84,10 +87,11 @@ def run(
     def begin(i: int) -> list[Mapping[int, Tensor]]:
         """What each batch reads at a node instead of what is in its slots."""
         on_node(i, len(walk.nodes), walk.nodes[i].name)
+        given = give(walk.bound(i), alive) if give else {}
         slot, source = walk.nodes[i].weight, walk.nodes[i].source
         found = replace(walk.nodes[i].name, walk.reads(source, alive)) if slot else None
         if found is None:
-            return [walk.weights(i)] * len(batches)
+            return [{**walk.weights(i), **given}] * len(batches)
         theirs = walk.weights(i, but=slot) | {slot: found[0].to(device)}
         return [theirs | {source: x} for x in found[1]]
 
@@ -146,6 +150,10 @@ class Walk:
         (self._logits,) = (slot for name, slot in self._program.outputs.items() if name == step.LOGITS)
         self._made = sorted({slot for node in self.nodes for slot in node.targets})
         self._pools: Pools = {}
+
+    def bound(self, i: int) -> Bound:
+        """The op of a node, its attributes and slots."""
+        return self._program.nodes[i]
 
     def begin(self, windows: Windows) -> Values:
         """What is alive before the first node."""

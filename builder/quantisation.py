@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..calibration.accuracy import Accuracy
-from ..calibration.recipe import Recipe
+from ..calibration.recipe import KV_CACHES, Recipe, kv_recipes
 from ..calibration.scales import Scales
 from ..engines.errors import BuildError
 from .calibrate import Text, calibrate, check
 from .fingerprint import fingerprint
 from .journal import Journal
+from .kv_cache import quantise_pools
 from .node_major import OnNode, linear_weights
 from .quantise import quantise
 from .record import versions
@@ -41,14 +42,23 @@ class Quantisation:
     def of(cls, config: BuildConfig, checkpoint: Checkpoint) -> Quantisation | None:
         """What the build asks for; None: nothing. Raises BuildError: options that contradict each other, a bad recipe
         or text, scales of another model or recipe, a device that is not there."""
-        if not config.quant:
+        if config.kv_cache and config.kv_cache not in KV_CACHES:
+            raise BuildError(f"the KV cache is {config.kv_cache!r}; pass --kv-cache one of {', '.join(KV_CACHES)}.")
+        if not config.quant and not config.kv_cache:
             for option, given in (("--calibration-data", config.calibration_data), ("--scales", config.scales),
                                   ("--accept-accuracy", config.accept_accuracy)):  # fmt: skip
                 if given:
                     raise BuildError(f"{option} is for quantised builds; pass --quant RECIPE too, or leave it out.")
             return None
-        recipe = Recipe.open(config.quant)
-        if config.target != "cpu":
+        if config.kv_cache and not config.calibration_data and not config.scales:
+            raise BuildError(
+                f"--kv-cache {config.kv_cache} needs text: its scales are calibrated on some, and have no default; "
+                "pass --calibration-data with a text file, JSON Lines or a dataset of the hub."
+            )
+        recipe = Recipe.open(config.quant) if config.quant else kv_recipes()[config.kv_cache]
+        if config.kv_cache:
+            recipe = replace(recipe, kv_cache=KV_CACHES[config.kv_cache])
+        if recipe.rules and config.target != "cpu":
             raise BuildError(
                 f"the recipe {recipe.name} was asked for with --target {config.target}, which has no kernels for "
                 "quantised weights yet; build for --target cpu, or leave out --quant."
@@ -99,10 +109,13 @@ class Quantisation:
         if not self.accept:
             check(accuracy, recipe, graph, self.text)
         quantise(graph, recipe, scales)
+        kv = recipe.kv_cache
+        if kv:
+            quantise_pools(graph, kv.dtype, scales.kv)
         return {
             "recipe": recipe.name, "rules": [asdict(rule) for rule in recipe.rules],
             "bound": recipe.perplexity, "accepted": self.accept and not accuracy.passes(recipe),
-            "text": scales.about["text"], "accuracy": accuracy.describe(),
+            "kv_cache": kv and asdict(kv), "text": scales.about["text"], "accuracy": accuracy.describe(),
         }  # fmt: skip
 
     def _about(self) -> dict[str, Any]:

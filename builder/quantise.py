@@ -80,7 +80,7 @@ def choose(model: ir.Model, recipe: Recipe) -> list[Chosen]:
                 f"weights are {names}, ..: mend the rule, or take it out."
             )
     chosen = [Chosen(value, rule, kind) for value, kind, rule in decided if rule and rule.method != "keep"]
-    if not chosen:
+    if not chosen and recipe.kv_cache is None:
         raise BuildError(f"the recipe {recipe.name} keeps every weight as it is; build without --quant.")
     for each in chosen:
         _check(each, recipe)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from ..engines.dtypes import ACTIVATION_DTYPES
+from ..engines.dtypes import ACTIVATION_DTYPES, DTYPES
 from ..engines.errors import BuildError
 from ..engines.manifest import KVLayer, ModelInfo
-from ..engines.step import LOGITS
+from ..engines.step import LOGITS, k_pages
 from .text_files import generation_config
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ VERSIONED = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
 
 def kv_layers(model: ir.Model) -> tuple[KVLayer, ...]:
-    """The KV pool of each attention layer, in layer order, as its node declares it."""
+    """The KV pool of each attention layer, in layer order, as its node and the graph's inputs declare it."""
+    types = {value.name: value.dtype for value in model.graph.inputs}
     nodes = [node for node in model.graph if node.op_type == "PagedAttention"]
     nodes.sort(key=lambda node: node.attributes["layer"].as_int())
     return tuple(
@@ -30,8 +31,9 @@ def kv_layers(model: ir.Model) -> tuple[KVLayer, ...]:
             head_dim=node.attributes["head_dim"].as_int(),
             v_head_dim=node.attributes["v_head_dim"].as_int(),
             window=node.attributes["window"].as_int() if "window" in node.attributes else 0,
+            dtype=next(d.name for d in DTYPES.values() if d.onnx == types[k_pages(layer)]),
         )
-        for node in nodes
+        for layer, node in enumerate(nodes)
     )
 
 

@@ -71,6 +71,33 @@ class Mixed:
 
 
 @dataclass(frozen=True)
+class KVCache:
+    """Keys and values in 8 bits: `dtype` fp8_e4m3 or int8, a scale `per` layer or head, found by an observer."""
+
+    dtype: str
+    per: str = "layer"
+    observer: str = "absmax"
+
+    @property
+    def format(self) -> Format:
+        return Format(self.dtype, rows=0)
+
+    def spelt(self) -> str:
+        """In a few words: `fp8_e4m3, a scale per layer (absmax)`."""
+        return f"{self.dtype}, a scale per {self.per} ({self.observer})"
+
+
+# what `--kv-cache` knows
+KV_CACHES = {
+    "fp8": KVCache("fp8_e4m3"),
+    "int8": KVCache("int8"),
+    "fp8-head": KVCache("fp8_e4m3", "head"),
+    "int8-head": KVCache("int8", "head"),
+}
+KV_PERPLEXITY = 0.005  # by how much it may rise where nothing else is quantised
+
+
+@dataclass(frozen=True)
 class Recipe:
     """perplexity: by how much of itself it may rise on the text that the build is checked with (0.01: 1%)."""
 
@@ -79,11 +106,12 @@ class Recipe:
     perplexity: float
     rules: tuple[Rule, ...]
     mixed: Mixed | None = None
+    kv_cache: KVCache | None = None  # None: in the activations' type
 
     @property
     def needs_text(self) -> bool:
-        """Whether any rule looks at activations."""
-        return self.mixed is not None or any(rule.needs_text for rule in self.rules)
+        """Whether anything is looked for in activations."""
+        return self.mixed is not None or self.kv_cache is not None or any(rule.needs_text for rule in self.rules)
 
     def rule(self, weight: str) -> Rule | None:
         """The first rule that matches; None: the weight is kept."""
@@ -119,6 +147,14 @@ def recipes() -> list[Recipe]:
     return [parse(path.read_text(encoding="utf-8"), path.stem, str(path)) for path in sorted(FOLDER.glob("*.yaml"))]
 
 
+def kv_recipes() -> dict[str, Recipe]:
+    """Those of a build with `--kv-cache` alone, by what it is given."""
+    return {
+        name: Recipe(f"kv-cache {name}", f"KV cache: {kv.spelt()}", KV_PERPLEXITY, (), kv_cache=kv)
+        for name, kv in KV_CACHES.items()
+    }
+
+
 def parse(text: str, name: str, where: str) -> Recipe:
     """The recipe in a YAML text. Raises BuildError."""
     import yaml
@@ -127,9 +163,11 @@ def parse(text: str, name: str, where: str) -> Recipe:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise BuildError(f"{where} is not YAML: {' '.join(str(error).split())}.") from error
-    entries = _mapping(data, {"description", "perplexity", "rules", "mixed"}, where)
-    rules, bound = entries.get("rules"), entries.get("perplexity")
-    if not isinstance(rules, list) or not rules:
+    entries = _mapping(data, {"description", "kv_cache", "mixed", "perplexity", "rules"}, where)
+    rules, bound, kv = entries.get("rules"), entries.get("perplexity"), entries.get("kv_cache")
+    if rules is None and kv is not None:
+        rules = []
+    elif not isinstance(rules, list) or not rules:
         raise BuildError(f"{where} has the rules {rules!r}; expected a list of at least one.")
     if isinstance(bound, bool) or not isinstance(bound, int | float) or not bound >= 0:
         raise BuildError(f"{where} has the perplexity {bound!r}; expected how much it may rise, as 0.01 for 1%.")
@@ -137,6 +175,7 @@ def parse(text: str, name: str, where: str) -> Recipe:
         name, str(entries.get("description", "")), float(bound),
         tuple(_rule(entry, f"rule {i} of {where}") for i, entry in enumerate(rules, 1)),
         _mixed(entries["mixed"], where) if "mixed" in entries else None,
+        None if kv is None else _kv_cache(kv, f"the kv_cache of {where}"),
     )  # fmt: skip
 
 
@@ -198,6 +237,15 @@ def _blocks(form: Format) -> str:
     if form.rows != 1:
         return f" in blocks of {form.rows or 'all'} x {form.group or 'all'}"
     return f" in groups of {form.group}" if form.group else ""
+
+
+def _kv_cache(data: Any, where: str) -> KVCache:
+    entries = _mapping(data, {field.name for field in fields(KVCache)}, where)
+    known = {"dtype": ("fp8_e4m3", "int8"), "per": ("layer", "head"), "observer": tuple(OBSERVERS)}
+    for key, words in known.items():
+        if entries.get(key, words[0] if key != "dtype" else None) not in words:
+            raise BuildError(f"{where} has the {key} {entries.get(key)!r}; expected one of {', '.join(words)}.")
+    return KVCache(**entries)
 
 
 def _format(data: Any, where: str) -> Format:

@@ -38,7 +38,8 @@ def show(facts: dict[str, Any]) -> None:
         "parameters": f"{model['num_parameters']:,} in {model['dtype']}, {model['num_layers']} layers of width "
         f"{model['hidden_size']}, vocabulary {model['vocab_size']:,}",
         "context": f"{model['max_model_len']:,} tokens; end tokens {list(model['eos_token_ids']) or 'none'}",
-        "KV cache": f"{facts['kv_bytes_per_token']:,} bytes per token over {len(kv)} layers"
+        "KV cache": f"{facts['kv_bytes_per_token']:,} bytes per token over {len(kv)} layers of "
+        + ", ".join(sorted({layer["dtype"] or model["dtype"] for layer in kv}))
         + (f", windows {windows}" if windows != [0] else ""),
         "size": f"{size(facts['bytes'])} in {len(facts['files'])} files",
         "target": facts["target"] + "".join(f"; {key}: {value}" for key, value in facts["target_info"].items()),

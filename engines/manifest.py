@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .dtypes import DTYPES
+from .dtypes import DTYPES, DType
 from .errors import EngineError
 from .tree_hash import tree_hashes
 
@@ -49,6 +49,7 @@ class KVLayer:
     head_dim: int
     v_head_dim: int
     window: int = 0  # 0: all keys
+    dtype: str = ""  # of the pages; empty, as in engines of older versions: the activations'
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,14 @@ class Manifest:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of K and V that one token occupies over all layers."""
-        return DTYPES[self.model.dtype].itemsize * sum(
-            layer.kv_heads * (layer.head_dim + layer.v_head_dim) for layer in self.kv_layers
+        return sum(
+            self.kv_dtype(layer).itemsize * layer.kv_heads * (layer.head_dim + layer.v_head_dim)
+            for layer in self.kv_layers
         )
+
+    def kv_dtype(self, layer: KVLayer) -> DType:
+        """Element type of a layer's pages."""
+        return DTYPES[layer.dtype or self.model.dtype]
 
     @property
     def num_bytes(self) -> int:

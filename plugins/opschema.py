@@ -125,9 +125,7 @@ def complete_attributes(node: ir.Node, schema: OpSchema, given: dict[str, Any]) 
 def _check_pages(node: ir.Node, schema: OpSchema) -> None:
     """Numbers of 8 bits in KV pages mean nothing without scales: there is no default."""
     inputs = {
-        parameter.name: value
-        for parameter, value in zip(schema.inputs, node.inputs, strict=False)
-        if value is not None
+        parameter.name: value for parameter, value in zip(schema.inputs, node.inputs, strict=False) if value is not None
     }
     for pages, scale in (("k_pages", "k_scale"), ("v_pages", "v_scale")):
         kind = inputs[pages].dtype if pages in inputs else None

@@ -14,7 +14,6 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
-from ..engines.dtypes import DTYPES
 from ..engines.manifest import Manifest
 from ..engines.step import LOGITS, TOKENS, k_pages, v_pages
 from ..engines.weights import GRAPH_FILE, load_graph, open_weights, random_weights
@@ -135,9 +134,9 @@ def pools(manifest: Manifest, num_pages: int, page_size: int) -> dict[str, torch
     thread: an OpenMP pool more than there are CPUs makes libgomp put its threads to sleep between kernels instead
     of letting them spin, which costs a third of the speed.
     """
-    dtype = DTYPES[manifest.model.dtype].torch
     pools = {}
     for i, layer in enumerate(manifest.kv_layers):
+        dtype = manifest.kv_dtype(layer).torch
         for name, dim in ((k_pages(i), layer.head_dim), (v_pages(i), layer.v_head_dim)):
             shape = (num_pages, page_size, layer.kv_heads, dim)
             memory = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)

@@ -278,6 +278,5 @@ class _Operands:
         return [(self.offset(Operand("input", i), 0), array) for i, array in values.items()]
 
 
-
 def _aligned(num_bytes: int) -> int:
     return -(-max(1, num_bytes) // 256) * 256

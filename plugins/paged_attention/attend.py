@@ -26,8 +26,9 @@ def attend(
 ):  # fmt: skip
     """Adds keys first, first + 1, .. to the running acc [BM, BDV], top (maximum) [BM] and total [BM] of q [BM, BD].
 
-    k_unit: what stored keys are multiplied by. position: of each row in its sequence. Without MASKED every row must see all keys of all blocks of BN up to `last`;
-    with it keys from `end` on do not exist, and rows see what causality and the window leave.
+    k_unit: what stored keys are multiplied by. position: of each row in its sequence. Without MASKED every row must see
+    all keys of all blocks of BN up to `last`; with it keys from `end` on do not exist, and rows see what causality and
+    the window leave.
     """
     d = tl.arange(0, BD)
     dv = tl.arange(0, BDV)

@@ -121,8 +121,8 @@ def decode_kernel(
             if OWN:
                 acc, top, total = own_key(
                     q, key, value, table, slots, k_pages, v_pages, row, kv_head, k_unit, v_unit, until <= stop, KEY_AT,
-                    KEY_STRIDE, VALUE_AT, VALUE_STRIDE, TURNED, ROTARY, OFFSET, INTERLEAVED, NUM_KV_HEADS, D, DV, BD, BDV, BM,
-                    SCALE, SOFTCAP,
+                    KEY_STRIDE, VALUE_AT, VALUE_STRIDE, TURNED, ROTARY, OFFSET, INTERLEAVED, NUM_KV_HEADS, D, DV, BD,
+                    BDV, BM, SCALE, SOFTCAP,
                 )  # fmt: skip
             else:
                 acc = tl.zeros([BM, BDV], tl.float32)

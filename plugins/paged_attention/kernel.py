@@ -22,7 +22,19 @@ QUERY, KEY, VALUE, SLOTS, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS, K
 TABLE = 12  # of a rotation, which is not PagedAttention's own input
 # of decode kernels
 STEP_INPUTS = (QUERY, KEY, VALUE, TABLE, SLOTS, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS)
-STEP_NAMES = ("query", "key", "value", "table", "slots", "query_start", "kv_len", "pages", "k_pages", "v_pages", "sinks")
+STEP_NAMES = (
+    "query",
+    "key",
+    "value",
+    "table",
+    "slots",
+    "query_start",
+    "kv_len",
+    "pages",
+    "k_pages",
+    "v_pages",
+    "sinks",
+)
 SCALE_NAMES = ("k_scale", "v_scale")  # of all kernels, behind their other pointers
 FP8_FROM = 89  # compute capability that converts fp8
 

@@ -197,7 +197,12 @@ def dequantised(site: Site) -> list[Tactic]:
     whole = replace(weight, dtype=y.dtype, cold=False)
     size, launches, at = _aligned_bytes(whole), [], {WEIGHT: Operand("workspace", 0), BIAS: Operand("input", BIAS)}
     how = ("groups", site.attributes["group"]) if site.attributes["group"] else ("rows", 0)
-    operands = (Operand("input", WEIGHT), Operand("input", SCALE), Operand("input", ZERO if zero else WEIGHT), at[WEIGHT])
+    operands = (
+        Operand("input", WEIGHT),
+        Operand("input", SCALE),
+        Operand("input", ZERO if zero else WEIGHT),
+        at[WEIGHT],
+    )
     launches.append(dequantise(weight, scale, zero, whole, how, capability, operands))
     at[X] = Operand("input", X)
     rows = replace(x, dtype=y.dtype)

@@ -68,7 +68,9 @@ def quantised_kernel(
     for start in range(0, end, BK):
         k = part * DEPTH + start
         deep = stored < (K - k) // 2 if INT4 else stored < K - k
-        w = tl.load(w_at + (start // 2 if INT4 else start), mask=None if EVEN else deep[None, :], other=None if EVEN else 0.0)
+        w = tl.load(
+            w_at + (start // 2 if INT4 else start), mask=None if EVEN else deep[None, :], other=None if EVEN else 0.0
+        )
         if ZERO and GROUP > 0:
             z = zero_points(zero, n64 * GROUPS + k // GROUP, inside, KIND)
         if INT4:

@@ -26,7 +26,8 @@ X, TABLE, SLOTS, K_PAGES, V_PAGES, K_SCALE, V_SCALE = 0, 1, 2, 6, 7, 9, 10
 def rotate_kernel(
     x, table, slots, query, k_pages, v_pages, k_scale, v_scale,
     WIDTH: tl.constexpr, Q_WIDTH: tl.constexpr, K_WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr,
-    OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, DV: tl.constexpr, K_STEP: tl.constexpr, V_STEP: tl.constexpr,
+    OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, DV: tl.constexpr, K_STEP: tl.constexpr,
+    V_STEP: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tokens, column blocks): columns of one token, rotated, to where they belong."""

@@ -207,8 +207,8 @@ class CudaExecutor:
 
     def _allocate_pools(self, engine: Engine, num_pages: int) -> dict[str, int]:
         manifest, pools = engine.manifest, {}
-        itemsize = DTYPES[manifest.model.dtype].itemsize
         for i, layer in enumerate(manifest.kv_layers):
+            itemsize = manifest.kv_dtype(layer).itemsize
             for name, dim in ((k_pages(i), layer.head_dim), (v_pages(i), layer.v_head_dim)):
                 size = num_pages * self._plan.page_size * layer.kv_heads * dim * itemsize
                 pools[name] = self._gpu.allocate(size, "the KV pages")

@@ -80,14 +80,25 @@ def linear(rows, width, depth, form, dtype=HALF, activation=None, bias=False):
 
 def test_a():
     for args in [
-        (1, 24, 256, Format("int4", 128)), (3, 20, 384, Format("int4", 128, symmetric=False)), (1, 24, 256, Format("int8")),
-        (1, 24, 256, Format("fp8_e4m3")), (20, 70, 256, Format("int4", 128)),(20, 70, 256, Format("int4", 128, symmetric=False)),
-        (20, 70, 200, Format("int8")), (20, 70, 200, Format("fp8_e4m3")), (2,70,200, Format("int8", 50)),
-        ]:
+        (1, 24, 256, Format("int4", 128)),
+        (3, 20, 384, Format("int4", 128, symmetric=False)),
+        (1, 24, 256, Format("int8")),
+        (1, 24, 256, Format("fp8_e4m3")),
+        (20, 70, 256, Format("int4", 128)),
+        (20, 70, 256, Format("int4", 128, symmetric=False)),
+        (20, 70, 200, Format("int8")),
+        (20, 70, 200, Format("fp8_e4m3")),
+        (2, 70, 200, Format("int8", 50)),
+    ]:
         inputs, how = linear(*args, bias=True)
         print(args, compare("QuantisedLinear", inputs, **how))
     for rows in (1, 20, 70):
-      for w, a in [(Format("int8"), Format("int8")), (Format("fp8_e4m3"), Format("fp8_e4m3")), (Format("fp8_e4m3"), Format("fp8_e4m3", rows=0)),
-                 (Format("fp8_e4m3", 128, 128), Format("fp8_e4m3", 128)), (Format("int4", 64), Format("int8"))]:
-        inputs, how = linear(rows, 70, 256, w, activation=a)
-        print(rows, w, a, compare("QuantisedLinear", inputs, **how))
+        for w, a in [
+            (Format("int8"), Format("int8")),
+            (Format("fp8_e4m3"), Format("fp8_e4m3")),
+            (Format("fp8_e4m3"), Format("fp8_e4m3", rows=0)),
+            (Format("fp8_e4m3", 128, 128), Format("fp8_e4m3", 128)),
+            (Format("int4", 64), Format("int8")),
+        ]:
+            inputs, how = linear(rows, 70, 256, w, activation=a)
+            print(rows, w, a, compare("QuantisedLinear", inputs, **how))
