@@ -27,7 +27,7 @@ from .node_major import OnNode, Walk, Windows, linear_weights
 from .passes.graph import size
 from .quantise import choose
 
-TOKENS, LEAST = 2048, 512  # that damages are measured on; with fewer, blocks fork
+TOKENS, LEAST = 1024, 512  # that damages are measured on; with fewer, blocks fork
 MOST = 1 << 31  # bytes that the forks may have alive
 Damages = Mapping[tuple[str, Format], float]
 
