@@ -50,7 +50,7 @@ def draw_accuracy(
         right.text(layer.error, place, f" {layer.error:.4f}  {layer.format}", va="center", fontsize=7)
     right.set_yticks(places, [layer.name for layer in worst], fontsize=7)
     right.invert_yaxis()
-    right.margins(x=0.45)
+    right.set_xlim(0, 1.8 * max((layer.error for layer in worst), default=1.0) or 1.0)  # room for what is written
     right.set_xlabel("error of the outputs, root mean square over that of the outputs", fontsize=9)
     right.set_title(f"the worst of {len(accuracy.layers)} layers", fontsize=10, loc="left")
     state = "within the bound" if good else "over the bound, accepted"
