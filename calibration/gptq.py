@@ -41,21 +41,22 @@ class Hessian:
         Row i of U is what rounding column i does to the columns after it. H of fewer tokens than columns is singular
         without the damping; where it still is in floating point, damping is raised tenfold, up to the mean itself.
         """
-        matrix = self.matrix[order][:, order]
-        mean = matrix.diagonal().mean()
+        mean = self.matrix.diagonal().mean()
         # a column that was never active has nothing to make up for: any positive number leaves it alone
         mean = mean.where(mean > 0, torch.ones_like(mean))
         while damp <= 1:
-            damped = matrix.clone()
-            damped.diagonal().add_(mean * damp)
-            lower, failed = torch.linalg.cholesky_ex(damped)
+            # K x K numbers are 0.8 GB for the widest layer of an 8B model: no more than three of them at a time
+            matrix = self.matrix[order][:, order]
+            matrix.diagonal().add_(mean * damp)
+            matrix, failed = torch.linalg.cholesky_ex(matrix)
             if not failed:
-                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-                if not failed and upper.isfinite().all():
-                    return upper
+                matrix = torch.cholesky_inverse(matrix)
+                matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
+                if not failed and matrix.isfinite().all():
+                    return matrix
             damp *= 10
         raise QuantisationError(
-            f"GPTQ cannot invert the Hessian of {len(matrix)} columns and {self.num_samples} tokens,"
+            f"GPTQ cannot invert the Hessian of {len(self.matrix)} columns and {self.num_samples} tokens,"
             " whatever its damping: use more calibration text, or another method for this layer"
         )
 

@@ -39,8 +39,18 @@ def found(tmp_path_factory):
         str(DRAFT), str(folder / "scales.safetensors"), quant=str(folder / "mine.yaml"), calibration_width=64,
         calibration_data=str(folder / "text.txt"), calibration_tokens=1024,
     )  # fmt: skip
-    nodes = []
-    find_scales(config, None, lambda *node: nodes.append(node))
+    nodes, notes = [], []
+
+    def stop(done, total, name):
+        nodes.append((done, total, name))
+        if len(nodes) == 60:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        find_scales(config, None, stop, notes.append)
+    assert (folder / "scales.safetensors.calibration" / "mixed.json").is_file() and not notes
+    find_scales(config, None, lambda *node: nodes.append(node), notes.append)
+    assert len(notes) == 1 and "going on with" in notes[0] and nodes[60] == nodes[59], "where it was stopped"
     return config, folder / "scales.safetensors", nodes
 
 
