@@ -32,7 +32,8 @@ from .node_major import OnNode, run
 from .passes.smoothing import Site
 from .quantise import Chosen, choose, quantise_others, quantised, sites, smooth
 
-SAMPLED = 4096  # tokens that searches try their candidates with
+SAMPLED = 4096  # tokens that searches try their candidates with; SmoothQuant's, whose every try is a product, fewer
+SAMPLED_TO_SMOOTH = 1024
 
 
 def calibrate(
@@ -149,7 +150,8 @@ def _quantised_inputs(each: Chosen, inputs: Sequence[Tensor], num: int, scales: 
 
 def _smoothing(site: Site, members: Sequence[Chosen], inputs: Sequence[Tensor]) -> Tensor:
     """s [K] that serves all Linears of the site best, by the method of their rule."""
-    rule, sample = members[0].rule, _sample(inputs)
+    rule = members[0].rule
+    sample = _sample(inputs, SAMPLED if rule.method == "awq" else SAMPLED_TO_SMOOTH)
     weights = [each.weight().to(sample.device) for each in members]
     if rule.method == "awq":
         mean_abs = sum((x.float().abs().sum(0) for x in inputs), torch.zeros(sample.shape[1], device=sample.device))
@@ -177,9 +179,9 @@ def _search(each: Chosen, inputs: Sequence[Tensor], scales: Scales) -> None:
         scales.weights[name] = found.to("cpu")
 
 
-def _sample(inputs: Sequence[Tensor]) -> Tensor:
-    """Rows from all of the text, at most `SAMPLED`: what searches try their candidates with."""
-    step = -(-sum(len(x) for x in inputs) // SAMPLED)
+def _sample(inputs: Sequence[Tensor], most: int = SAMPLED) -> Tensor:
+    """Rows from all of the text, at most so many: what searches try their candidates with."""
+    step = -(-sum(len(x) for x in inputs) // most)
     return torch.cat([x[::step] for x in inputs])
 
 

@@ -2,33 +2,18 @@
 
 import pytest
 import torch
-from families import FAMILIES
-from ingot.builder.empty_model import pin_rope
-from ingot.builder.export import export
-from ingot.builder.gate import _packed, _random_model
-from ingot.builder.passes import optimise
+from ingot.builder.gate import _packed
 from ingot.builder.passes.graph import nodes
 from ingot.builder.passes.verify import verify
 from ingot.builder.quantise import choose, sites, smooth
-from ingot.builder.weights import attach
 from ingot.calibration.recipe import parse
 from ingot.calibration.scales import Scales
 from ingot.plugins.dtypes import to_torch
+from random_graph import random_graph
 
 SMOOTH = (
     "{perplexity: 1, rules: [{match: '*experts*', method: keep}, {match: '*', method: awq, format: {dtype: int8}}]}"
 )
-
-
-def engine_graph(family, dtype=torch.float32, **options):
-    config = FAMILIES[family]()
-    for name, value in options.items():
-        setattr(config, name, value)
-    model = _random_model(config)
-    pin_rope(model)
-    graph = export(config, torch.float32)
-    attach(graph, model.state_dict())
-    return optimise(graph)
 
 
 def some_scales(graph, recipe):
@@ -45,7 +30,7 @@ def some_scales(graph, recipe):
     "family, num_mul", [("llama", 0), ("gemma3", 0), ("cohere2", 2), ("starcoder2", 2), ("qwen3_moe", 2)]
 )
 def test_the_graph_computes_what_it_did(family, num_mul):
-    recipe, graph = parse(SMOOTH, "smooth", ""), engine_graph(family)
+    recipe, graph = parse(SMOOTH, "smooth", ""), random_graph(family)
     prompts = [torch.randint(3, 300, (n,), generator=torch.Generator().manual_seed(n)) for n in (19, 34, 1, 27)]
     smoothed = graph.clone()
     scales = some_scales(graph, recipe)
