@@ -19,6 +19,12 @@ SHAPES = {
          "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
          "tie_word_embeddings": False, "bos_token_id": 128000, "eos_token_id": 128001, "dtype": "bfloat16"},
     ),
+    "llama-240m": (  # larger than the caches of a CPU, and quickly built
+        "LlamaConfig",
+        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 16,
+         "num_key_value_heads": 4, "vocab_size": 4096, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+         "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "dtype": "bfloat16"},
+    ),
 }  # fmt: skip
 BLOCK = 64 << 20  # bytes
 

@@ -220,3 +220,36 @@ def test_overhead_of_80_nodes():
         run(feed)
         best = min(best, time.perf_counter() - start)
     assert best < 150e-6
+
+
+def test_packed_numbers_are_unpacked_only_for_who_does_not_take_them_packed():
+    """INT4 of the weights file: a kernel gets its bytes; what it declines, and other ops, numbers, unpacked once."""
+    numbers = torch.randint(-8, 8, (6, 4), dtype=torch.int8)
+    bits = numbers.view(-1, 2).to(torch.uint8) & 15
+    packed = (bits[:, 0] | bits[:, 1] << 4).view(6, 2)
+    scale, given = torch.rand(6), []
+    nodes = [ingot("QuantisedLinear", ["x", "w", "s"], [y], dtype=TensorProto.FLOAT) for y in ("y", "z")]
+    nodes.append(node("DequantizeLinear", ["w", "s"], ["d"], axis=0))
+
+    def bind(attributes, constants):
+        given.append(constants[1])
+        return (lambda x, w, *_: x @ w.float().T[:4] if w is packed else None) if len(given) == 1 else None
+
+    inputs = {"x": torch.randn(3, 2)}
+    graph = helper.make_graph(
+        nodes, "packed", [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)],
+        [helper.make_empty_tensor_value_info(name) for name in ("y", "z", "d")],
+        [helper.make_tensor("w", TensorProto.INT4, (6, 4), numbers.flatten().tolist()),
+         numpy_helper.from_array(scale.numpy(), "s")],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("ingot", 1)]
+    model = ir.from_proto(helper.make_model(graph, opset_imports=opsets))
+    run = Program(model, {"w": packed, "s": scale}, {"QuantisedLinear": bind})
+    assert [each is packed for each in given] == [True, True]
+    unpacked = [value for value in run.begin(inputs) if isinstance(value, torch.Tensor) and value.dtype is torch.int8]
+    assert len(unpacked) == 1 and torch.equal(unpacked[0], numbers)
+    inputs["x"] = torch.randn(3, 4)
+    expected = inputs["x"] @ (numbers * scale[:, None]).T
+    plain = Program(model, {"w": packed, "s": scale})
+    assert_close(plain(inputs)["y"], expected)
+    assert_close(plain(inputs)["d"], numbers * scale[:, None])
