@@ -87,6 +87,7 @@ def build_engine(
     from .picture import draw_accuracy
     from .quantisation import Quantisation
     from .record import activation_dtype, kv_layers, model_info, versions
+    from .stored_weights import keep_stored
     from .targets import target_of
     from .text_files import copy_text_files
 
@@ -106,6 +107,8 @@ def build_engine(
                 report = on_bytes or (lambda done, total: None)
                 recipe, scales = quantisation.find(graph, kept, lambda done, total, name: report(done, total))
                 quantised = quantisation.apply(graph, recipe, scales)
+        if checkpoint.quantised:
+            quantised = keep_stored(graph, checkpoint.quantised)
         with engine_directory(config.out, config.force) as folder:
             with phase("write the weights"):
                 save_graph(graph, folder, on_bytes)

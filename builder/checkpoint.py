@@ -8,7 +8,7 @@ Invariant: opening costs memory for names, never for weights.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig
 
-from ..engines.dtypes import DType, from_safetensors
+from ..engines.dtypes import DTYPES, DType, from_safetensors
 from ..engines.errors import BuildError
+from . import quantised_checkpoints
+from .quantised_checkpoints import QuantisedWeights, StoredModule
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DOWNLOADED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab.*")
@@ -38,21 +40,28 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model directory: its config, and name -> place of every tensor."""
+    """A model directory: its config, and name -> place of every tensor.
+
+    One that is quantised already has the config and the names of the model that it was before: `stored` and `tensor`
+    have a `weight` in float32 for each module that `quantised` has in few bits.
+    """
 
     path: Path
     config: PretrainedConfig
     stored: Mapping[str, StoredTensor]
+    quantised: QuantisedWeights | None = None
 
     @classmethod
     def open(cls, model: str) -> "Checkpoint":
         """Opens a directory, or downloads a hub id ("org/name"; only safetensors, json and tokenizer files).
 
-        Raises BuildError if it is neither, is not a checkpoint in safetensors, is damaged, or is quantised already.
+        Raises BuildError if it is neither, is not in safetensors, is damaged, or is quantised in a way that is unknown.
         """
         path = Path(model).expanduser()
         if not path.exists():
             path = _download(model)
+        if path.suffix == ".gguf":
+            raise BuildError(f"{model} is a GGUF file, which ingot does not read; give the checkpoint in safetensors")
         if not path.is_dir():
             raise BuildError(
                 f"{model} is a file, expected a model directory; give the directory that holds config.json"
@@ -60,22 +69,30 @@ class Checkpoint:
         if not (path / "config.json").is_file():
             raise BuildError(f"{model} is not a checkpoint: it has no config.json; give a Hugging Face model directory")
         config = _config(path)
-        quantised = getattr(config, "quantization_config", None)
-        if quantised:
-            method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
-            raise BuildError(f"{model} is quantised already ({method}); give the unquantised checkpoint")
+        description = quantised_checkpoints.describe(path, config)
         stored = {tensor.name: tensor for file in _shards(path) for tensor in read_header(file)}
         checkpoint = cls(path, config, stored)
         checkpoint._check_index()
-        return checkpoint
+        if description is None:
+            return checkpoint
+        quantised = quantised_checkpoints.open_quantised(path, description, config, stored, checkpoint.tensor)
+        return replace(checkpoint, stored=_as_unquantised(stored, quantised), quantised=quantised)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as stored, over a memory map of its file that lives as long as the tensor, so that what was read
         is not resident any longer. Raises BuildError if there is no such tensor."""
+        module = self.stored_module(name)
+        if module is not None:
+            return module.weight()
         if name not in self.stored:
             raise BuildError(f"{self.path} has no tensor '{name}'; download the checkpoint again")
         with safe_open(self.stored[name].file, framework="pt") as file:
             return file.get_tensor(name)
+
+    def stored_module(self, name: str) -> StoredModule | None:
+        """What a name of `stored` is in the checkpoint, if that is a weight in few bits."""
+        module, _, suffix = name.rpartition(".")
+        return self.quantised.modules.get(module) if self.quantised and suffix == "weight" else None
 
     def _check_index(self) -> None:
         index = self.path / INDEX
@@ -84,6 +101,19 @@ class Checkpoint:
         for name, shard in _weight_map(index).items():
             if name not in self.stored or self.stored[name].file.name != shard:
                 raise BuildError(f"{self.path / shard} lacks the tensor '{name}'; download that file again")
+
+
+def _as_unquantised(stored: Mapping[str, StoredTensor], quantised: QuantisedWeights) -> dict[str, StoredTensor]:
+    """One weight in float32 for the tensors of each quantised module; `offset` and `length` are of the numbers."""
+    found = {name: tensor for name, tensor in stored.items() if name.rpartition(".")[0] not in quantised.modules}
+    for name, tensor in stored.items():
+        module, _, suffix = name.rpartition(".")
+        if module in quantised.modules and suffix == "bias":
+            found[name] = tensor
+        elif module in quantised.modules and suffix in ("weight", "weight_packed", "qweight"):
+            weight = f"{module}.weight"
+            found[weight] = replace(tensor, name=weight, dtype=DTYPES["float32"], shape=quantised.modules[module].shape)
+    return found
 
 
 def read_header(file: Path) -> list[StoredTensor]:
@@ -135,6 +165,8 @@ def _shards(path: Path) -> list[Path]:
         if missing:
             raise BuildError(f"{path} lacks {', '.join(missing)}, named by {INDEX}; download the missing files")
         return files
+    if any(path.glob("*.gguf")):
+        raise BuildError(f"{path} holds GGUF files only, which ingot does not read; give the checkpoint in safetensors")
     if any(path.glob("*.bin")):
         raise BuildError(
             f"{path} holds pickled .bin weights only, expected safetensors; convert it with: "

@@ -71,7 +71,7 @@ def build(
         return
     if verbose:
         _show_phases(out, manifest)
-    if manifest.quantisation:
+    if manifest.quantisation and "accuracy" in manifest.quantisation:
         from ..calibration.accuracy import Accuracy
 
         print(Accuracy.of(manifest.quantisation["accuracy"]).table())

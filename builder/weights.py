@@ -19,13 +19,16 @@ import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.pytorch_utils import Conv1D
 
 from ..engines.dtypes import DTYPES
 from ..engines.errors import BuildError
 from ..plugins.dtypes import TORCH_DTYPES
 from .checkpoint import Checkpoint
 from .empty_model import empty_model
+from .passes.packed_weights import KIND, STORED
 
+FLOATS = "float32", "bfloat16", "float16", "float64"
 LoadPlan = dict[str, ir.LazyTensor]
 Read = Callable[[str], torch.Tensor]
 
@@ -70,6 +73,7 @@ def load_plan(checkpoint: Checkpoint, model: PreTrainedModel, dtype: torch.dtype
     fusions: dict[str, _Fusion] = {}
     for name, target, converter, pattern in _targets(checkpoint, model, wanted):
         if converter is None:
+            _check_layout(checkpoint, model, name, target)
             plan[target] = _stored(checkpoint, name, target, wanted[target], dtype)
         else:
             fusions.setdefault(target, _Fusion(converter)).sources[pattern].append(name)
@@ -118,8 +122,25 @@ def _targets(
 def _stored(checkpoint: Checkpoint, name: str, target: str, like: torch.Tensor, dtype: torch.dtype) -> ir.LazyTensor:
     stored = checkpoint.stored[name]
     _check_shape(checkpoint, target, stored.shape, like.shape)
+    if like.is_floating_point() and stored.dtype.name not in FLOATS:
+        raise BuildError(
+            f"{checkpoint.path} stores '{name}' as {stored.dtype.name}, in few bits without the scales that its "
+            "quantization_config explains; use config and weights of the same checkpoint"
+        )
     wanted = dtype if stored.dtype.torch.is_floating_point else stored.dtype.torch
-    return _lazy(target, stored.shape, wanted, partial(checkpoint.tensor, name))
+    tensor = _lazy(target, stored.shape, wanted, partial(checkpoint.tensor, name))
+    if (module := checkpoint.stored_module(name)) is not None:
+        tensor.meta.update({STORED: module, KIND: module.kind})
+    return tensor
+
+
+def _check_layout(checkpoint: Checkpoint, model: PreTrainedModel, name: str, target: str) -> None:
+    """Quantisers store [N, K] whatever the model has, so a square [K, N] would pass unseen."""
+    if checkpoint.stored_module(name) and isinstance(model.get_submodule(target.rpartition(".")[0]), Conv1D):
+        raise BuildError(
+            f"{checkpoint.path} stores '{name}' in few bits, but {model.config.model_type} has it transposed (Conv1D), "
+            "which ingot does not read; give the unquantised checkpoint"
+        )
 
 
 def _outputs(checkpoint: Checkpoint, model: PreTrainedModel, first: str, fusion: _Fusion) -> dict[str, tuple[int, ...]]:

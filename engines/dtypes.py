@@ -44,7 +44,8 @@ class DType:
     def onnx(self) -> ir.DataType:
         import onnx_ir as ir
 
-        special = {"float32": "FLOAT", "float64": "DOUBLE"}  # the rest differ in case and in FLOAT8E4M3FN's spelling
+        # the rest differ in case and in FLOAT8E4M3FN's spelling
+        special = {"float32": "FLOAT", "float64": "DOUBLE", "float8_e8m0fnu": "FLOAT8E8M0"}
         return ir.DataType[special.get(self.name, self.name.upper().replace("FLOAT8_", "FLOAT8"))]
 
 
@@ -57,6 +58,7 @@ DTYPES = {
         DType("float64", "F64", 8),
         DType("float8_e4m3fn", "F8_E4M3", 1),
         DType("float8_e5m2", "F8_E5M2", 1),
+        DType("float8_e8m0fnu", "F8_E8M0", 1),  # powers of two: scales
         DType("int64", "I64", 8),
         DType("int32", "I32", 4),
         DType("int16", "I16", 2),

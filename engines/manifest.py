@@ -79,7 +79,7 @@ class Manifest:
     target: str
     target_info: dict[str, Any]  # cpu: compiler, flags, or why there are no native kernels
     build: BuildRecord
-    quantisation: dict[str, Any] | None = None  # recipe, its rules and bound, the accuracy that was measured
+    quantisation: dict[str, Any] | None = None  # recipe and accuracy, or the checkpoint's scheme
     files: dict[str, FileRecord] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     ingot_version: str = field(default_factory=lambda: version("ingot"))

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +18,9 @@ from ...engines.errors import BuildError
 from .graph import dims, size
 
 PARTS = "ingot.parts"  # key in `Value.meta`: tuple[Part, ...] of a packed weight
+# keys in the `meta` of a tensor: what a weight is in a checkpoint that is quantised already, and what must agree for
+# two of them to be packed
+STORED, KIND = "ingot.stored", "ingot.kind"
 WORKING_NUMBER = "#"  # before the number that keeps names apart while passes still have several packings of a weight
 
 
@@ -44,6 +48,22 @@ class Part:
 def parts_of(weight: ir.Value) -> tuple[Part, ...]:
     """What a weight is made of; one part, itself, for a stored one."""
     return weight.meta.get(PARTS) or (Part(weight, np.arange(size(weight, 0))),)
+
+
+def same_kind(weights: Sequence[ir.Value]) -> bool:
+    """Whether the checkpoint has all of these in the same numbers, so that they can lie in one weight."""
+    sources = [part.source for weight in weights for part in parts_of(weight)]
+    return len({_meta(source, KIND) for source in sources}) < 2
+
+
+def stored_as(part: Part) -> Any:
+    """What a part is in a checkpoint that is quantised already; None: numbers in the activation dtype."""
+    return _meta(part.source, STORED)
+
+
+def _meta(source: ir.Value | None, key: str) -> Any:
+    tensor = None if source is None else source.const_value
+    return None if tensor is None else tensor.meta.get(key)
 
 
 def zeros(length: int) -> tuple[Part, ...]:

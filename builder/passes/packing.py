@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .graph import INGOT, attribute, attributes, constant_of, dims, made_by, new, nodes, operand, replace, size
-from .packed_weights import pack, parts_of, take_rows, zeros
+from .packed_weights import pack, parts_of, same_kind, take_rows, zeros
 
 
 def take_columns_early(model: ir.Model) -> None:
@@ -94,7 +94,8 @@ def _activation(value: ir.Value) -> tuple[ir.Value, str, int] | None:
 def _side_by_side(
     graph: ir.Graph, values: Sequence[ir.Value], num_reads: Sequence[int] | None = None
 ) -> ir.Value | None:
-    """One Linear for all of these; None unless they are Linears of one input that are read only here."""
+    """One Linear for all of these; None unless they are Linears of one input that are read only here,
+    with weights that can lie in one."""
     made = [made_by(value, "Linear", domain=INGOT) for value in values]
     linears = [linear for linear in made if linear is not None]
     if len(linears) < len(values) or len(set(linears)) < len(linears):
@@ -105,6 +106,8 @@ def _side_by_side(
     if [len(value.uses()) for value in values] != list(num_reads or [1] * len(values)):
         return None
     weights = [operand(linear, 1) for linear in linears]
+    if not same_kind(weights):
+        return None
     biases = [linear.inputs[2] if len(linear.inputs) > 2 else None for linear in linears]
     weight = pack(graph, [part for stored in weights for part in parts_of(stored)], weights[0])
     bias, given = None, [b for b in biases if b is not None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import onnx_ir as ir
 import torch
@@ -18,7 +19,20 @@ from ...engines.dtypes import DTYPES
 from .graph import attribute, dims, size
 
 ELEMENTS = {"int4": ir.DataType.INT4, "int8": ir.DataType.INT8, "fp8_e4m3": ir.DataType.FLOAT8E4M3FN}
-Make = Callable[[], Quantised]
+
+
+class Numbers(Protocol):
+    """What is written of a weight: a `Quantised`, or what gives its tensors one by one."""
+
+    @property
+    def values(self) -> torch.Tensor: ...
+    @property
+    def scale(self) -> torch.Tensor: ...
+    @property
+    def zero(self) -> torch.Tensor | None: ...
+
+
+Make = Callable[[], Numbers]
 
 
 def quantise_linear(model: ir.Model, weight: ir.Value, form: Format, make: Make) -> None:
@@ -64,7 +78,7 @@ def quantise_experts(model: ir.Model, weight: ir.Value, form: Format, load: Call
     parts = {
         "quantised": (ELEMENTS[form.dtype], stored, lambda: make(lambda made: made.values)),
         "scale": (ir.DataType.FLOAT, shape, lambda: make(lambda made: _by_row(made.scale, form, rows))),
-        "zero": (ELEMENTS[form.dtype], shape, lambda: make(lambda made: _zero(made, rows))),
+        "zero": (ELEMENTS[form.dtype], shape, lambda: make(lambda made: _zero(made, form, rows))),
     }
     inputs = [_initialiser(model, f"{weight.name}.{kind}", *part) for kind, part in parts.items()
               if kind != "zero" or not form.symmetric]  # fmt: skip
@@ -79,7 +93,7 @@ def _stored(model: ir.Model, weight: ir.Value, form: Format, make: Make) -> list
     parts = {
         "quantised": (ELEMENTS[form.dtype], (rows, columns), lambda: make().values),
         "scale": (ir.DataType.FLOAT, shape, lambda: _by_row(make().scale, form, rows)),
-        "zero": (ELEMENTS[form.dtype], shape, lambda: _zero(make(), rows)),
+        "zero": (ELEMENTS[form.dtype], shape, lambda: _zero(make(), form, rows)),
     }
     return [_initialiser(model, f"{weight.name}.{kind}", *part) for kind, part in parts.items()
             if kind != "zero" or not form.symmetric]  # fmt: skip
@@ -90,9 +104,9 @@ def _by_row(numbers: torch.Tensor, form: Format, rows: int) -> torch.Tensor:
     return numbers.repeat_interleave(form.rows or rows, 0)[:rows]
 
 
-def _zero(made: Quantised, rows: int) -> torch.Tensor:
+def _zero(made: Numbers, form: Format, rows: int) -> torch.Tensor:
     assert made.zero is not None
-    return _by_row(made.zero, made.format, rows)
+    return _by_row(made.zero, form, rows)
 
 
 def _axis(weight: ir.Value, form: Format) -> dict[str, int]:

@@ -99,7 +99,7 @@ def test_no_weights(folder):
 def test_quantised_already(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
-    assert "quantised already (awq)" in refusal(folder)
+    assert "says that it is quantised by awq, but stores no weight so" in refusal(folder)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
