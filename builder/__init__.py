@@ -87,7 +87,7 @@ def build_engine(
     from .picture import draw_accuracy
     from .quantisation import Quantisation
     from .record import activation_dtype, kv_layers, model_info, versions
-    from .stored_weights import keep_stored
+    from .stored_weights import check_options, keep_stored
     from .targets import target_of
     from .text_files import copy_text_files
 
@@ -96,6 +96,8 @@ def build_engine(
     check_destination(Path(config.out), config.force)
     with phase("read the checkpoint"):
         checkpoint = Checkpoint.open(config.model)
+        if checkpoint.quantised:
+            check_options(config, checkpoint.quantised)
         quantisation = Quantisation.of(config, checkpoint)
         dtype = activation_dtype(config.dtype, checkpoint.config)
     journal = quantisation.journal(Path(config.out), dtype, on_note) if quantisation else nullcontext()

@@ -42,8 +42,6 @@ class Quantisation:
     def of(cls, config: BuildConfig, checkpoint: Checkpoint) -> Quantisation | None:
         """What the build asks for; None: nothing. Raises BuildError: options that contradict each other, a bad recipe
         or text, scales of another model or recipe, a device that is not there."""
-        if checkpoint.quantised:
-            _check_stored(config, checkpoint.quantised.method)
         if config.kv_cache and config.kv_cache not in KV_CACHES:
             raise BuildError(f"the KV cache is {config.kv_cache!r}; pass --kv-cache one of {', '.join(KV_CACHES)}.")
         if not config.quant and not config.kv_cache:
@@ -157,20 +155,3 @@ def _device(asked: str) -> str:
     if asked == "cuda" and not there:
         raise BuildError("--calibration-device cuda was asked for, but there is no GPU here; pass cpu or auto.")
     return "cuda" if asked != "cpu" and there else "cpu"
-
-
-def _check_stored(config: BuildConfig, method: str) -> None:
-    """Raises BuildError: options that a checkpoint with quantised weights has no use for."""
-    if config.quant:
-        raise BuildError(
-            f"{config.model} is quantised already ({method}), and --quant {config.quant} would round it a second time; "
-            "leave out --quant, or give the unquantised checkpoint."
-        )
-    for option, given in (("--kv-cache", config.kv_cache), ("--scales", config.scales),
-                          ("--calibration-data", config.calibration_data),
-                          ("--accept-accuracy", config.accept_accuracy)):  # fmt: skip
-        if given:
-            raise BuildError(
-                f"{config.model} is quantised already ({method}), so there is nothing to calibrate or to compare it "
-                f"with; leave out {option}."
-            )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
@@ -26,6 +26,24 @@ from .passes.quantise_activation import quantise_activation
 from .passes.quantise_weight import quantise_linear
 from .passes.verify import verify
 from .quantised_checkpoints import QuantisedWeights, StoredModule
+
+if TYPE_CHECKING:
+    from . import BuildConfig
+
+
+def check_options(config: BuildConfig, weights: QuantisedWeights) -> None:
+    """Raises BuildError: options of a build that a checkpoint with quantised weights has no use for."""
+    already = f"{config.model} is quantised already ({weights.method})"
+    if config.quant:
+        raise BuildError(
+            f"{already}, and --quant {config.quant} would round it a second time; leave out --quant, or give the "
+            "unquantised checkpoint."
+        )
+    for option, given in (("--kv-cache", config.kv_cache), ("--scales", config.scales),
+                          ("--calibration-data", config.calibration_data),
+                          ("--accept-accuracy", config.accept_accuracy)):  # fmt: skip
+        if given:
+            raise BuildError(f"{already}, so there is nothing to calibrate or to compare it with; leave out {option}.")
 
 
 def keep_stored(model: ir.Model, weights: QuantisedWeights) -> dict[str, Any]:
@@ -57,6 +75,7 @@ def keep_stored(model: ir.Model, weights: QuantisedWeights) -> dict[str, Any]:
     return {
         "checkpoint": weights.method, "scheme": weights.spelt(), "weights": len(kept),
         "dequantised": {"weights": len(others), "for example": others[:3]},
+        "kv_cache": weights.kv and {"dtype": weights.kv.dtype},
     }  # fmt: skip
 
 

@@ -60,7 +60,6 @@ class QuantisedWeights:
         """`compressed-tensors: 8 weights as fp8_e4m3; activations fp8_e4m3, for each token`."""
         kinds = Counter(module.spelt() for module in self.modules.values())
         words = [f"{count} weights as {kind}" for kind, count in kinds.most_common()]
-        words += [f"KV cache in {self.kv.dtype}"] if self.kv else []
         return f"{self.method}: {', '.join(words)}"
 
 

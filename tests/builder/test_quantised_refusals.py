@@ -248,7 +248,7 @@ def test_an_engine(tmp_path):
 @pytest.mark.parametrize("options, words", [
     ({"quant": "w8a16"}, "is quantised already .gptq., and --quant w8a16 would round it a second time; leave out"),
     ({"calibration_data": "text.txt"}, "is quantised already .gptq., so there is nothing to calibrate"),
-    ({"target": "cuda"}, "with --target cuda, which has no kernels for quantised weights yet"),
+    ({"target": "cuda"}, "quantised already .gptq., and --target cuda has no kernels for quantised weights yet"),
 ])  # fmt: skip
 def test_options_of_a_build(tmp_path, options, words):
     model(tmp_path / "model", "gptq")
