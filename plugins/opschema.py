@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
-from onnx import AttributeProto, TypeProto, helper
+from onnx import AttributeProto, TensorProto, TypeProto, helper
 from onnx.defs import OpSchema
 from onnx.shape_inference import InferenceContext
 
@@ -101,6 +101,17 @@ def int_attribute(context: InferenceContext, name: str, default: int = 0) -> int
     """Value of an int attribute of the node."""
     attribute: AttributeProto | None = context.get_attribute(name)
     return default if attribute is None else attribute.i
+
+
+def infer_quantised(
+    context: InferenceContext, shape: Sequence[Dim] | None, dtype: str = "dtype", group: str = "group"
+) -> None:
+    """Declares outputs 0 and 1 as [T, K] in the 8 bits of attribute `dtype`, and the scales of tokens or of groups."""
+    columns = int_attribute(context, group)
+    set_output(context, 0, int_attribute(context, dtype), shape)
+    if shape is not None:
+        groups = 1 if not columns else -(-shape[1] // columns) if isinstance(shape[1], int) else None
+        set_output(context, 1, TensorProto.FLOAT, [shape[0], groups])
 
 
 def complete_attributes(node: ir.Node, schema: OpSchema, given: dict[str, Any]) -> dict[str, Any]:

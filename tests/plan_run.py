@@ -3,6 +3,7 @@
 import math
 
 import torch
+from ingot.engines import step
 from ingot.engines.dtypes import DTYPES
 from ingot.engines.plan import ZEROS, Argument
 from ingot.plugins import jit
@@ -39,18 +40,34 @@ class PlanRun:
         return rest[: rest.numel() // element.itemsize * element.itemsize].view(element)
 
 
-def padded(step, bucket, width):
+def padded(tensors, bucket, width):
     """Step tensors padded to the bucket as the runtime pads them: slot 0, no tokens, no keys."""
-    num_tokens = len(step["tokens"])
+    num_tokens = len(tensors["tokens"])
     sizes = {"tokens": bucket.tokens, "positions": bucket.tokens, "slots": bucket.tokens,
              "query_start": bucket.sequences + 1, "kv_len": bucket.sequences, "logit_rows": bucket.rows}  # fmt: skip
     out = {}
     for name, size in sizes.items():
-        given = step[name]
+        given = tensors[name]
         out[name] = torch.full((size,), num_tokens if name == "query_start" else 0, dtype=torch.int32)
         out[name][: len(given)] = given
-    pages = step["pages"]
+    pages = tensors["pages"]
     out["pages"] = torch.full((bucket.sequences, width), 2**30, dtype=torch.int32)
     out["pages"][: pages.shape[0], : pages.shape[1]] = pages
     assert all(math.isfinite(t.float().sum()) for t in out.values())
     return out
+
+
+def step_inputs(spans, prompts, pages, page_size):
+    """A step over `spans` of (sequence, start, end); the last token of each wants logits."""
+    positions = torch.cat([torch.arange(start, end) for _, start, end in spans])
+    owner = torch.cat([torch.full((end - start,), s) for s, start, end in spans])
+    starts = torch.tensor([0, *(end - start for _, start, end in spans)]).cumsum(0)
+    return {
+        step.TOKENS: torch.cat([prompts[s][start:end] for s, start, end in spans]),
+        step.POSITIONS: positions,
+        step.SLOTS: pages[owner, positions // page_size] * page_size + positions % page_size,
+        step.QUERY_START: starts,
+        step.KV_LEN: torch.tensor([end for _, _, end in spans]),
+        step.PAGES: pages,
+        step.LOGIT_ROWS: starts[1:] - 1,
+    }

@@ -29,8 +29,8 @@ def tactics(site: Site) -> list[Tactic]:
     (second,) = activations(activation)
     fused = own(site, site.attributes["activation"])
     mine = [tactic.name for tactic in own(product)][OWN_PRODUCTS:]
-    both = [_both(each, second, between) for each in products(product) if each.name not in mine]
-    return fused + both + [tactic for rows in BLOCKS for tactic in _in_blocks(site, rows)]
+    apart = [both(each, second, between) for each in products(product) if each.name not in mine]
+    return fused + apart + [tactic for rows in BLOCKS for tactic in _in_blocks(site, rows)]
 
 
 def _in_blocks(site: Site, rows: int) -> list[Tactic]:
@@ -61,8 +61,8 @@ def _repeated(tactic: Tactic, times: int, x_bytes: int, y_bytes: int, rows: int)
     return replace(tactic, name=f"{tactic.name}, by {rows} rows", launches=launches)
 
 
-def _both(first: Tactic, second: Tactic, between: Tensor) -> Tactic:
-    """The product into the workspace, its own workspace behind that, then the activation."""
+def both(first: Tactic, second: Tactic, between: Tensor) -> Tactic:
+    """One op's tactic into the workspace, its own workspace behind that, then another op's of it, which needs none."""
     size = -(-between.num_bytes // 256) * 256
 
     def moved(launch: Launch, kind: str) -> Launch:

@@ -1,18 +1,12 @@
 """Declaration of `ingot::QuantiseTokens`."""
 
-from onnx import TensorProto
 from onnx.shape_inference import InferenceContext
 
-from ..opschema import declare, int_attribute, set_output, shape_of
+from ..opschema import declare, infer_quantised, shape_of
 
 
 def _infer(context: InferenceContext) -> None:
-    shape, group = shape_of(context, 0), int_attribute(context, "group")
-    set_output(context, 0, int_attribute(context, "dtype"), shape)
-    if shape is None:
-        return
-    groups = 1 if not group else -(-shape[1] // group) if isinstance(shape[1], int) else None
-    set_output(context, 1, TensorProto.FLOAT, [shape[0], groups])
+    infer_quantised(context, shape_of(context, 0))
 
 
 SCHEMA = declare(

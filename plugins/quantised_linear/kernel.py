@@ -14,7 +14,7 @@ from ..dequantise.kernel import dequantise, kind_of, pointer_of
 from ..linear.kernel import tactics as products
 from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic, Tensor
 from .library import fp8_products
-from .row import MOST_ROWS
+from .row import LOW_HALF, MOST_ROWS
 
 Shape = tuple[int, int, int, int, int]  # BM, BN, BK, warps, stages
 X, WEIGHT, SCALE, ZERO, X_SCALE, BIAS = range(6)  # inputs
@@ -45,10 +45,9 @@ def tactics(site: Site) -> list[Tactic]:
     """All that could be the fastest, likeliest first; there is one for all types, since what is dequantised can be
     multiplied."""
     found = fp8_products(site) + own(site)
-    weight = site.inputs[WEIGHT]
-    assert site.inputs[X] is not None and weight is not None
-    rows = site.inputs[X].shape[0]
-    if not found or (rows >= FEWEST_DEQUANTISED and 2 * weight.shape[0] * weight.shape[1] <= ROOM):
+    x, weight = site.inputs[X], site.inputs[WEIGHT]
+    assert x is not None and weight is not None
+    if not found or (x.shape[0] >= FEWEST_DEQUANTISED and 2 * weight.shape[0] * weight.shape[1] <= ROOM):
         found += dequantised(site)
     return found
 
@@ -96,8 +95,10 @@ def _shapes(site: Site) -> list[tuple[Shape, int]]:
         fitting = [(bm, bn, bk if bm < 128 else min(bk, 64), w, s) for bm, bn, bk, w, s in fitting]
     least = 64 if weight.dtype == "int4" and x.dtype not in FLOATS else 32  # of an instruction, in halves for int4
     groups = _groups(site)
-    cut = [(bm, bn, gcd(bk, groups) if groups else bk, *rest) for bm, bn, bk, *rest in fitting]
-    return [(shape, parts) for shape in cut if shape[2] >= least  # type: ignore[misc]
+    if groups:  # two accumulators: of the slice, and of all
+        fitting = [shape for shape in fitting if shape[0] * shape[1] <= 2048 * shape[3]] or fitting[-1:]
+    cut = [(bm, bn, gcd(bk, groups) if groups else bk, warps, stages) for bm, bn, bk, warps, stages in fitting]
+    return [(shape, parts) for shape in cut if shape[2] >= least
             for parts in (_parts(site, shape) if rows <= SOME_ROWS and x.dtype != "float32" else [1])]  # fmt: skip
 
 
@@ -138,9 +139,10 @@ def _row(site: Site, activation: str, bn: int, bk: int, warps: int) -> Tactic:
         "M": rows, "N": width, "K": depth, "BM": bm, "BN": bn, "BK": bk,
         "X_KIND": kind_of(x, site.device.capability), "EVEN": columns % block == 0 and depth % bk == 0,
     }  # fmt: skip
-    kernel = Kernel("quantised_linear.row:quantised_row_kernel", _signature(site), tuple(constants.items()),
+    signature = (*_signature(site), ("low", "i32"))
+    kernel = Kernel("quantised_linear.row:quantised_row_kernel", signature, tuple(constants.items()),
                     num_warps=warps, divisible=_aligned(site))  # fmt: skip
-    launch = Launch(kernel, (triton.cdiv(columns, block), 1, 1), (*_operands(site), Operand("output", 0)))
+    launch = Launch(kernel, (triton.cdiv(columns, block), 1, 1), (*_operands(site), Operand("output", 0), LOW_HALF))
     return Tactic(f"row {bn}x{bk} warps{warps}", (launch,))
 
 
@@ -176,6 +178,7 @@ def _operands(site: Site) -> tuple[Operand, ...]:
 def _signature(site: Site) -> tuple[tuple[str, str], ...]:
     names, capability = ("x", "weight", "scale", "zero", "x_scale", "bias"), site.device.capability
     weight = site.inputs[WEIGHT]
+    assert weight is not None
     found = [(name, pointer_of(each or weight, capability)) for name, each in zip(names, site.inputs, strict=True)]
     return (*found, ("y", POINTERS[site.outputs[0].dtype]))
 
@@ -197,12 +200,8 @@ def dequantised(site: Site) -> list[Tactic]:
     whole = replace(weight, dtype=y.dtype, cold=False)
     size, launches, at = _aligned_bytes(whole), [], {WEIGHT: Operand("workspace", 0), BIAS: Operand("input", BIAS)}
     how = ("groups", site.attributes["group"]) if site.attributes["group"] else ("rows", 0)
-    operands = (
-        Operand("input", WEIGHT),
-        Operand("input", SCALE),
-        Operand("input", ZERO if zero else WEIGHT),
-        at[WEIGHT],
-    )
+    zero_at = Operand("input", ZERO if zero else WEIGHT)
+    operands = (Operand("input", WEIGHT), Operand("input", SCALE), zero_at, at[WEIGHT])
     launches.append(dequantise(weight, scale, zero, whole, how, capability, operands))
     at[X] = Operand("input", X)
     rows = replace(x, dtype=y.dtype)
@@ -226,7 +225,8 @@ def dequantised(site: Site) -> list[Tactic]:
         return replace(launch, arguments=tuple(arguments))
 
     return [
-        Tactic(f"dequantised, then {each.name}", (*launches, *map(moved, each.launches)), size + each.workspace, each.zeros)
+        Tactic(f"dequantised, then {each.name}", (*launches, *map(moved, each.launches)), size + each.workspace,
+               each.zeros)
         for each in found if each.name not in mine
     ]  # fmt: skip
 

@@ -59,8 +59,8 @@ def quantised_kernel(
     w_at = weight + n64[:, None] * LINE + first + stored[None, :]
     m64 = m.to(tl.int64)
     if INT4:
-        pair = tl.arange(0, 2)[None, None, :]
-        x_at = x + m64[:, None, None] * K + part * DEPTH + stored[None, :, None] * 2 + pair  # [BM, BK // 2, 2]
+        columns = tl.arange(0, BK)
+        x_at = x + m64[:, None] * K + part * DEPTH + columns[None, :]  # [BM, BK]
     else:
         x_at = x + m64[None, :] * K + part * DEPTH + stored[:, None]  # [BK, BM]
     acc = tl.zeros([BN, BM], ACC)
@@ -68,14 +68,13 @@ def quantised_kernel(
     for start in range(0, end, BK):
         k = part * DEPTH + start
         deep = stored < (K - k) // 2 if INT4 else stored < K - k
-        w = tl.load(
-            w_at + (start // 2 if INT4 else start), mask=None if EVEN else deep[None, :], other=None if EVEN else 0.0
-        )
+        at = start // 2 if INT4 else start
+        w = tl.load(w_at + at, mask=None if EVEN else deep[None, :], other=None if EVEN else 0.0)
         if ZERO and GROUP > 0:
             z = zero_points(zero, n64 * GROUPS + k // GROUP, inside, KIND)
         if INT4:
-            there = (m < M)[:, None, None] if EVEN else (m < M)[:, None, None] & deep[None, :, None]
-            even, odd = tl.split(tl.load(x_at + start, mask=there, other=0.0))
+            there = (m < M)[:, None] if EVEN else (m < M)[:, None] & (columns < K - k)[None, :]
+            even, odd = tl.split(tl.reshape(tl.load(x_at + start, mask=there, other=0.0), [BM, BK // 2, 2]))
             low, high = half_byte(w & 15, DTYPE), half_byte(w >> 4, DTYPE)
             if ZERO:
                 low, high = low - z[:, None].to(DTYPE), high - z[:, None].to(DTYPE)

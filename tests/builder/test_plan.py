@@ -20,7 +20,7 @@ from ingot.plugins import tactics_of
 from ingot.plugins.dtypes import to_torch
 from ingot.plugins.interpreter import Program
 from ingot.plugins.tactic import Device
-from plan_run import PlanRun, padded
+from plan_run import PlanRun, padded, step_inputs
 
 PAGE_SIZE, WIDTH = 4, 16
 PROMPTS = (19, 34, 1, 27)
@@ -72,7 +72,7 @@ def test_a_plan_computes_what_its_graph_does(family, tmp_path):
     prefill = [(s, 0, n) for s, n in enumerate(PROMPTS)]
     decode = [(s, n, n + 1) for s, n in enumerate(PROMPTS)]
     for bucket, spans in zip(plan.buckets, (prefill, decode), strict=True):
-        inputs = {name: tensor.to(torch.int32) for name, tensor in step_inputs(spans, prompts, pages).items()}
+        inputs = {name: tensor.to(torch.int32) for name, tensor in step_inputs(spans, prompts, pages, PAGE_SIZE).items()}
         expected = program({**inputs, **theirs})[step.LOGITS]
         run = PlanRun(plan, planner.kernels, bucket, {**weights, **padded(inputs, bucket, WIDTH), **ours})
         run()
@@ -82,22 +82,6 @@ def test_a_plan_computes_what_its_graph_does(family, tmp_path):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=bound)
         run(["head"])  # a second time, as steps with many rows of logits do
         torch.testing.assert_close(run.logits(vocab)[: len(expected)], expected, rtol=1e-4, atol=bound)
-
-
-def step_inputs(spans, prompts, pages):
-    """A step over `spans` of (sequence, start, end); the last token of each wants logits."""
-    positions = torch.cat([torch.arange(start, end) for _, start, end in spans])
-    owner = torch.cat([torch.full((end - start,), s) for s, start, end in spans])
-    starts = torch.tensor([0, *(end - start for _, start, end in spans)]).cumsum(0)
-    return {
-        step.TOKENS: torch.cat([prompts[s][start:end] for s, start, end in spans]),
-        step.POSITIONS: positions,
-        step.SLOTS: pages[owner, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE,
-        step.QUERY_START: starts,
-        step.KV_LEN: torch.tensor([end for _, _, end in spans]),
-        step.PAGES: pages,
-        step.LOGIT_ROWS: starts[1:] - 1,
-    }
 
 
 @given(st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 12), st.integers(0, 12)), max_size=30))

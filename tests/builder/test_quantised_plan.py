@@ -1,0 +1,116 @@
+"""Quantised graphs on the cuda target: what is fused, and that a plan computes what the graph in Q/DQ form does."""
+
+import onnx_ir as ir
+import pytest
+import torch
+from families import FAMILIES
+
+pytest.importorskip("triton")
+
+from ingot.builder import gate
+from ingot.builder.export import export
+from ingot.builder.passes import optimise
+from ingot.builder.passes.graph import INGOT, dims, new, nodes, operand
+from ingot.builder.quantise import choose, quantise
+from ingot.builder.targets.fusion import fuse
+from ingot.builder.targets.planner import Planner, Sizes
+from ingot.builder.weights import attach
+from ingot.calibration.recipe import parse
+from ingot.engines import step
+from ingot.engines.plan import Plan
+from ingot.engines.weights import load_graph, open_weights, save_graph
+from ingot.plugins import tactics_of
+from ingot.plugins.interpreter import Program
+from ingot.plugins.tactic import Device
+from plan_run import PlanRun, padded, step_inputs
+
+TYPES = {"int8": ir.DataType.INT8, "fp8_e4m3": ir.DataType.FLOAT8E4M3FN}
+PAGE_SIZE, WIDTH = 4, 16
+PROMPTS, LAYERS = (5, 9), 2
+SIZES = [Sizes(32, 4, 4, 0), Sizes(4, 4, 4, 1)]
+ALL = "{perplexity: 1, rules: [{match: '*', method: rtn, format: %s}]}"
+INT4 = "{dtype: int4, group: 16, symmetric: false}"
+FEW_BITS = {"int4": (INT4, None, 0), "fp8": ("{dtype: fp8_e4m3}", "fp8_e4m3", 0), "int8": ("{dtype: int8}", "int8", 0),
+            "fp8-block": ("{dtype: fp8_e4m3, group: 32, rows: 32}", "fp8_e4m3", 32)}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A small Llama in fp32."""
+    config = FAMILIES["llama"]()
+    config.num_hidden_layers = LAYERS
+    graph = export(config, torch.float32)
+    attach(graph, gate._random_model(config).state_dict())
+    return optimise(graph)
+
+
+def quantised(model, name):
+    """A copy of the model in Q/DQ form."""
+    form, activation, group = FEW_BITS[name]
+    graph = ir.Model(model.graph.clone(), ir_version=10)
+    quantise(graph, choose(graph, parse(ALL % form, "mine", "mine.yaml")), {})
+    if activation:
+        quantise_activations(graph, TYPES[activation], group)
+    return graph
+
+
+def quantise_activations(graph, dtype, group):
+    """QuantiseTokens and DequantizeLinear in front of each Linear, shared by those that read the same."""
+    made = {}
+    for node in nodes(graph, "Linear"):
+        x = operand(node)
+        if x not in made:
+            tokens, columns = dims(x)
+            both = ir.node("QuantiseTokens", [x], {"dtype": int(dtype), "group": group}, domain=INGOT, num_outputs=2)
+            shapes = (tokens, columns), (tokens, -(-columns // group) if group else 1)
+            for value, shape, kind in zip(both.outputs, shapes, (dtype, ir.DataType.FLOAT), strict=True):
+                value.shape, value.type = ir.Shape(shape), ir.TensorType(kind)
+            graph.graph.insert_before(node, both)
+            options = {"axis": 1, "block_size": group or columns}
+            made[x] = new(node, "DequantizeLinear", list(both.outputs), dims(x), x.dtype, **options)
+        node.replace_input_with(0, made[x])
+
+
+EXPECTED = {
+    "int4": {"QuantisedLinear": 3, "GatedQuantisedLinear": 1, "RMSNorm": 2},
+    "int8": {"QuantisedLinear": 3, "GatedQuantisedLinear": 1, "QuantisedRMSNorm": 2, "QuantiseTokens": 1, "RMSNorm": 0},
+}
+
+
+@pytest.mark.parametrize("name", FEW_BITS)
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton's interpreter
+def test_a_quantised_plan_computes_what_its_graph_does(model, name, tmp_path):
+    """Weights as the engine's file has them, packed; activations may be rounded to a neighbour here and there."""
+    save_graph(quantised(model, name), tmp_path)
+    graph, stored = load_graph(tmp_path), open_weights(tmp_path)
+    fused = fuse(graph.graph)
+    ops = [node.op_type for node in fused]
+    assert "DequantizeLinear" not in ops and "Linear" not in ops and ops.count("RotaryPagedAttention") == LAYERS
+    for op, count in EXPECTED.get(name, {}).items():
+        extra = op in ("QuantisedLinear", "RMSNorm" if name == "int4" else "QuantisedRMSNorm")  # head, last norm
+        assert ops.count(op) == count * LAYERS + extra, (op, ops)
+    planner = Planner(fused, Device(90, 8), PAGE_SIZE, WIDTH, 4, lambda site: tactics_of(site.op)(site)[0])
+    buckets = tuple(planner.plan(sizes) for sizes in SIZES)
+    fields = planner.vocab_size, PAGE_SIZE, WIDTH, planner.logits_dtype, planner.nodes, (), buckets, (), planner.zeros
+    Plan(90, *fields).save(tmp_path)
+    plan = Plan.open(tmp_path)
+    program = Program(graph, stored)
+    counts = [-(-(n + 1) // PAGE_SIZE) for n in PROMPTS]
+    pages = torch.zeros(len(PROMPTS), max(counts), dtype=torch.int32)
+    for row, owned in zip(pages, (torch.randperm(sum(counts)) + 1).split(counts), strict=True):
+        row[: len(owned)] = owned
+    pools = [
+        {value.name: torch.full((sum(counts) + 1, PAGE_SIZE, *gate._numbers(value)), torch.nan)
+         for value in graph.graph.inputs if value.name not in step.STEP_INPUTS}
+        for _ in range(2)
+    ]  # fmt: skip
+    prompts = [torch.randint(3, 300, (n + 1,)) for n in PROMPTS]
+    spans = [(s, 0, n) for s, n in enumerate(PROMPTS)], [(s, n, n + 1) for s, n in enumerate(PROMPTS)]
+    for bucket, span in zip(plan.buckets, spans, strict=True):
+        inputs = {key: tensor.to(torch.int32) for key, tensor in step_inputs(span, prompts, pages, PAGE_SIZE).items()}
+        expected = program({**inputs, **pools[0]})[step.LOGITS]
+        run = PlanRun(plan, planner.kernels, bucket, {**stored, **padded(inputs, bucket, WIDTH), **pools[1]})
+        run()
+        found = run.logits(expected.shape[1])[: len(expected)]
+        change = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+        assert change < (2e-2 if FEW_BITS[name][1] else 1e-4), change
