@@ -51,6 +51,7 @@ class Gemm:
     """A matrix product by cuBLASLt, y [rows, width] = x [rows, depth] weight [width, depth]^T + bias.
 
     algorithm: cuBLASLt's description of it, 64 bytes in hexadecimal, which holds for `version` of the library.
+    scaled: the type of y where x and weight are FP8 with a factor for each of their rows.
     """
 
     rows: int
@@ -60,6 +61,7 @@ class Gemm:
     bias: bool
     algorithm: str
     version: int
+    scaled: str = ""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from .tactic import Gemm
 
 WORKSPACE = 32 << 20  # bytes; NVIDIA recommends it for compute capability 9.0
 MOST = 8  # algorithms that are asked for
+ANY_ADDRESS = 256  # not null: what is looked for is an algorithm that reads factors
 
 
 class Product:
@@ -31,18 +32,22 @@ class Product:
         self._descriptor, *self._layouts = _describe(gemm)
         self._algorithm = np.frombuffer(description, np.uint8).copy()
         self._factors = np.array([1, 0], np.float32)
-        self._bias = gemm.bias
+        self._bias, self._scaled = gemm.bias, gemm.scaled
 
     def launch(
         self, grid: tuple[int, int, int], stream: int, arguments: Sequence[int | float | Address], *, apart: bool = True
     ) -> None:
-        """Enqueues the product; arguments are x, weight, bias (any pointer where there is none), y and workspace.
+        """Enqueues the product; arguments are x, weight, bias (any pointer where there is none), y, workspace and, of a
+        scaled one, the factors of x and of the weight.
 
         It always starts when all before it is done.
         """
-        x, weight, bias, y, workspace = (a.value or 0 if isinstance(a, Address) else 0 for a in arguments)
+        x, weight, bias, y, workspace, *factors = (a.value or 0 if isinstance(a, Address) else 0 for a in arguments)
         if self._bias:
             _set(self._descriptor, "BIAS_POINTER", np.uint64(bias))
+        if self._scaled:
+            _set(self._descriptor, "B_SCALE_POINTER", np.uint64(factors[0]))
+            _set(self._descriptor, "A_SCALE_POINTER", np.uint64(factors[1]))
         weights, rows, result = self._layouts
         one, zero = self._factors.ctypes.data, self._factors[1:].ctypes.data
         self._library.matmul(
@@ -57,7 +62,7 @@ def load_product(gemm: plan.Gemm) -> Product:
 
     Raises EngineError: the library is missing, or knows no way.
     """
-    same = Gemm(gemm.rows, gemm.width, gemm.depth, gemm.dtype, gemm.bias)
+    same = Gemm(gemm.rows, gemm.width, gemm.depth, gemm.dtype, gemm.bias, scaled=gemm.scaled)
     if gemm.version == version():
         return Product(same, bytes.fromhex(gemm.algorithm))
     found = algorithms(same, 1)
@@ -74,7 +79,7 @@ def choose(gemm: Gemm) -> plan.Gemm:
     if gemm.rank >= len(found):
         raise BuildError(f"cuBLASLt proposes {len(found)} algorithms for {gemm}.")
     fields = gemm.rows, gemm.width, gemm.depth, gemm.dtype, gemm.bias
-    return plan.Gemm(*fields, found[gemm.rank].hex(), version())
+    return plan.Gemm(*fields, found[gemm.rank].hex(), version(), gemm.scaled)
 
 
 @cache
@@ -137,15 +142,20 @@ def _describe(gemm: Gemm) -> tuple[int, int, int, int]:
     from nvmath.bindings.cublas import ComputeType
 
     library, _ = _library()
-    kind = {"float32": CudaDataType.CUDA_R_32F, "float16": CudaDataType.CUDA_R_16F,
-            "bfloat16": CudaDataType.CUDA_R_16BF}[gemm.dtype]  # fmt: skip
+    kinds = {"float32": CudaDataType.CUDA_R_32F, "float16": CudaDataType.CUDA_R_16F,
+             "bfloat16": CudaDataType.CUDA_R_16BF, "float8_e4m3fn": CudaDataType.CUDA_R_8F_E4M3}  # fmt: skip
+    kind = kinds[gemm.dtype]
     descriptor = library.matmul_desc_create(ComputeType.COMPUTE_32F, CudaDataType.CUDA_R_32F)
     _set(descriptor, "TRANSA", np.int32(1))
     if gemm.bias:
         _set(descriptor, "EPILOGUE", np.int32(library.Epilogue.BIAS))
+    if gemm.scaled:  # a factor for each row of either; the pointers are set with each launch
+        for operand in "AB":
+            _set(descriptor, f"{operand}_SCALE_MODE", np.int32(library.MatmulMatrixScale.OUTER_VEC_32F))
+            _set(descriptor, f"{operand}_SCALE_POINTER", np.uint64(ANY_ADDRESS))
     weights = library.matrix_layout_create(kind, gemm.depth, gemm.width, gemm.depth)
     rows = library.matrix_layout_create(kind, gemm.depth, gemm.rows, gemm.depth)
-    result = library.matrix_layout_create(kind, gemm.width, gemm.rows, gemm.width)
+    result = library.matrix_layout_create(kinds[gemm.scaled or gemm.dtype], gemm.width, gemm.rows, gemm.width)
     return descriptor, weights, rows, result
 
 

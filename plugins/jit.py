@@ -40,7 +40,11 @@ def launch(
     zeros = _zeros(workspace.device, tactic.zeros)
     for each in tactic.launches:
         arguments: list[Any] = []
-        kinds = ["*u8"] * 5 if isinstance(each.kernel, Gemm) else [kind for _, kind in each.kernel.signature]
+        kinds = (
+            ["*u8"] * len(each.arguments)
+            if isinstance(each.kernel, Gemm)
+            else [kind for _, kind in each.kernel.signature]
+        )
         for argument, kind in zip(each.arguments, kinds, strict=True):
             if not isinstance(argument, Operand):
                 arguments.append(argument)
@@ -51,8 +55,8 @@ def launch(
             else:
                 operand = (inputs if argument.kind == "input" else outputs)[argument.index]
                 assert operand is not None, f"{each.kernel} is given an absent input"
-                if kind == "*u8" and operand.element_size() == 1:
-                    operand = operand.view(torch.uint8)  # fp8 where kernels know it as bytes
+                if kind == "*u8" and operand.itemsize == 1:
+                    operand = operand.view(torch.uint8)  # FP8 that a kernel reads as bits
                 arguments.append(
                     operand.view(-1)[argument.offset // operand.itemsize :] if argument.offset else operand
                 )

@@ -82,7 +82,10 @@ class Kernel:
 class Gemm:
     """A matrix product by cuBLASLt, y [rows, width] = x [rows, depth] weight [width, depth]^T + bias, accumulated in
     fp32: the algorithm that it proposes in place `rank`. Its arguments are x, weight, bias (any pointer where there is
-    none), y and `WORKSPACE` bytes (`plugins/cublas.py`)."""
+    none), y and `WORKSPACE` bytes (`plugins/cublas.py`).
+
+    scaled: the type of y where x and weight are FP8; two arguments follow, fp32 factors of the rows of x [rows] and of
+    those of the weight [width]."""
 
     rows: int
     width: int
@@ -90,6 +93,7 @@ class Gemm:
     dtype: str
     bias: bool = False
     rank: int = 0
+    scaled: str = ""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ def described(tensor):
 def poisoned(shape, dtype):
     """A tensor of NaN, or of a large number where there is no NaN."""
     dtype = getattr(torch, dtype)
-    return torch.full(shape, math.nan if dtype.is_floating_point else 2**30, dtype=dtype, device=DEVICE)
+    large = math.nan if dtype.is_floating_point else min(2**30, torch.iinfo(dtype).max)
+    return torch.full(shape, large, dtype=dtype, device=DEVICE)
 
 
 def run_tactic(tactic: Tactic, inputs, outputs):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from ...calibration.recipe import Recipe
 from ...engines.errors import BuildError, EngineError
 from ...engines.manifest import ModelInfo
 from ...engines.plan import FOLDER, Cubin, Gemm, Plan
@@ -31,21 +32,29 @@ from .timing_cache import TimingCache
 if TYPE_CHECKING:
     from .. import BuildConfig
 
+LISTED = ("GatedQuantisedLinear", "QuantiseTokens", "QuantisedGatedActivation", "QuantisedLinear", "QuantisedRMSNorm")
 SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}  # multiprocessors of the best-known GPU of each kind
+
+
+HARDWARE_FP8 = 89  # compute capability from which GPUs multiply FP8
 
 
 @contextmanager
 def begin(config: BuildConfig) -> Iterator[Compile]:
     """Looks for a GPU first, so that a build that cannot be made ends before the export."""
     gpu, device, how = _device(config)
+    if config.quant:
+        rules = Recipe.open(config.quant).rules
+        check_fp8(any(r.activation and r.activation.dtype == "fp8_e4m3" for r in rules), device.capability)
     cache = TimingCache.of(gpu) if gpu else None
 
     def compile(graph: ir.Model, model: ModelInfo, folder: Path) -> dict[str, Any]:
         """Write plan and cubins into `folder/cuda`; returns what the manifest says about them."""
         plan = make_plan(graph.graph, model.max_model_len, folder / FOLDER, device, config, gpu, cache)
+        ordered = "" if gpu else _not_in_table(plan, device)
         cached = f"; {cache.num_hits} of {cache.num_sites} sites from the timing cache" if cache else ""
         return {
-            "capability": device.capability, "gpu": gpu.name if gpu else None, "tactics": how + cached,
+            "capability": device.capability, "gpu": gpu.name if gpu else None, "tactics": how + ordered + cached,
             "max_num_seqs": plan.max_num_seqs, "max_num_batched_tokens": plan.max_num_batched_tokens,
             "page_size": plan.page_size, "buckets": len(plan.buckets), "cubins": len(plan.cubins),
         }  # fmt: skip
@@ -59,8 +68,10 @@ def make_plan(
 ) -> Plan:  # fmt: skip
     """Compile `graph` into `folder` and return the plan saved there. Raises BuildError for what nothing can run."""
     choices: dict[Any, Choice] = {}
+    fused = fuse(graph)
+    check_fp8(any(_multiplies_fp8(node) for node in fused), device.capability)
     planner = Planner(
-        fuse(graph), device, config.page_size, -(-max_model_len // config.page_size), config.max_num_seqs,
+        fused, device, config.page_size, -(-max_model_len // config.page_size), config.max_num_seqs,
         lambda site: choices[key_of(site)].tactic,
     )  # fmt: skip
     sizes = bucket_sizes(
@@ -88,6 +99,28 @@ def make_plan(
     )  # fmt: skip
     plan.save(folder)
     return plan
+
+
+def check_fp8(multiplied: bool, capability: int) -> None:
+    """Raises BuildError for products of FP8 activations where no GPU of the capability multiplies them."""
+    if multiplied and capability < HARDWARE_FP8:
+        raise BuildError(
+            f"the recipe quantises activations to FP8, and GPUs multiply FP8 from compute capability "
+            f"{HARDWARE_FP8 / 10} on, but this build is for {capability / 10}; take a recipe that leaves activations as "
+            "they are (w8a16-fp8, int4-..) or quantises them to INT8."
+        )
+
+
+def _multiplies_fp8(node: ir.Node) -> bool:
+    x = node.inputs[0] if node.inputs and "QuantisedLinear" in node.op_type else None
+    return x is not None and x.dtype == ir.DataType.FLOAT8E4M3FN
+
+
+def _not_in_table(plan: Plan, device: Device) -> str:
+    """Names the ops with several tactics of which the default table says nothing."""
+    known = {each.site.op for each in default_table(device.capability).measured}
+    ops = sorted({entry["op"] for entry in plan.tactics if entry["op"] in LISTED} - known)
+    return f"; {', '.join(ops)}: not in the table, the first that the op lists for its sizes" if ops else ""
 
 
 def _device(config: BuildConfig) -> tuple[Gpu | None, Device, str]:

@@ -14,11 +14,17 @@ def scale_of(reach, REACH: tl.constexpr):
 
 @triton.jit
 def rounded(v, DTYPE: tl.constexpr):
-    """The nearest int8 or E4M3 of fp32 numbers, saturated."""
+    """The nearest int8 or E4M3 of fp32 numbers, saturated.
+
+    E4M3 has steps of an eighth of the power of two below a number, 2^-9 at least: adding 1.5 * 2^20 times that power
+    and taking it away leaves a multiple of them, so the conversion has nothing left to round.
+    """
     if DTYPE == tl.int8:
         return tl.clamp(v + NEAREST - NEAREST, -128.0, 127.0).to(tl.int8)
     else:
-        return tl.clamp(v, -448.0, 448.0).to(DTYPE)
+        power = (v.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        large = tl.maximum(power, 0.015625) * 1572864.0
+        return tl.clamp(v + large - large, -448.0, 448.0).to(DTYPE)
 
 
 @triton.jit

@@ -42,7 +42,7 @@ class Weights:
     """The weights of an engine in one region of the GPU, on their way from the moment this exists.
 
     addresses: by name; num_bytes: of the region. Leaving it as a context waits for them, or stops them on an error.
-    dummy: small random numbers in their place, zeros for integers; the file is not needed.
+    dummy: small random numbers in their place, zeros for what may be an index; the file is not needed.
     Raises EngineError: too little memory, a missing or truncated file.
     """
 
@@ -65,7 +65,9 @@ class Weights:
         if dummy:
             _randomise(gpu, base, self.num_bytes)
             for name, (dtype, _) in declared.items():
-                if not dtype.floating:
+                if dtype.name.startswith("float8"):  # bytes of other types may be NaN
+                    _randomise(gpu, self.addresses[name], sizes[name], dtype.numpy)
+                elif not dtype.floating and dtype.itemsize > 1:  # single bytes are quantised weights
                     _zero(gpu, self.addresses[name], sizes[name])
             self._readers = []
             return
@@ -170,11 +172,16 @@ def _fill(buffer: np.ndarray, file: int, offset: int) -> None:
         done += count
 
 
-def _randomise(gpu: Gpu, base: int, total: int) -> None:
-    """Small random bf16 numbers everywhere (as float32 they are small, too)."""
+def _randomise(gpu: Gpu, base: int, total: int, dtype: np.dtype | None = None) -> None:
+    """Small random bf16 numbers everywhere (as float32 they are small, too), or numbers about 1 of a dtype."""
     buffer, stream = gpu.pinned(PIECE), gpu.stream()
-    numbers = np.random.default_rng(0).standard_normal(PIECE // 2, np.float32) * 0.02
-    buffer[:] = (numbers.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    if dtype is not None:
+        buffer[:] = (
+            np.random.default_rng(0).standard_normal(PIECE // dtype.itemsize, np.float32).astype(dtype).view("u1")
+        )
+    else:
+        numbers = np.random.default_rng(0).standard_normal(PIECE // 2, np.float32) * 0.02
+        buffer[:] = (numbers.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
     for offset in range(0, total, PIECE):
         gpu.upload(base + offset, buffer[: min(PIECE, total - offset)], stream)
     gpu.synchronise(stream)

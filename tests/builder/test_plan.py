@@ -72,7 +72,9 @@ def test_a_plan_computes_what_its_graph_does(family, tmp_path):
     prefill = [(s, 0, n) for s, n in enumerate(PROMPTS)]
     decode = [(s, n, n + 1) for s, n in enumerate(PROMPTS)]
     for bucket, spans in zip(plan.buckets, (prefill, decode), strict=True):
-        inputs = {name: tensor.to(torch.int32) for name, tensor in step_inputs(spans, prompts, pages, PAGE_SIZE).items()}
+        inputs = {
+            name: tensor.to(torch.int32) for name, tensor in step_inputs(spans, prompts, pages, PAGE_SIZE).items()
+        }
         expected = program({**inputs, **theirs})[step.LOGITS]
         run = PlanRun(plan, planner.kernels, bucket, {**weights, **padded(inputs, bucket, WIDTH), **ours})
         run()

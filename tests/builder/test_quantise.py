@@ -189,7 +189,6 @@ def test_options_that_make_no_sense(tmp_path, source):
         (dict(quant="w8a16", calibration_data=""), "needs text.*--calibration-data"),
         (dict(), "--calibration-data is for quantised builds"),
         (dict(calibration_data="", accept_accuracy=True), "--accept-accuracy is for quantised builds"),
-        (dict(quant="w8a16", target="cuda"), "--target cuda, which has no kernels for quantised weights"),
         (dict(quant="w9"), "recipe 'w9' cannot be read.*int4-gptq, int4-rtn"),
     ):
         with pytest.raises(BuildError, match=words):
