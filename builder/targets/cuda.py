@@ -106,8 +106,8 @@ def check_fp8(multiplied: bool, capability: int) -> None:
     if multiplied and capability < HARDWARE_FP8:
         raise BuildError(
             f"the recipe quantises activations to FP8, and GPUs multiply FP8 from compute capability "
-            f"{HARDWARE_FP8 / 10} on, but this build is for {capability / 10}; take a recipe that leaves activations as "
-            "they are (w8a16-fp8, int4-..) or quantises them to INT8."
+            f"{HARDWARE_FP8 / 10} on, but this build is for {capability / 10}; take a recipe that leaves activations "
+            "as they are (w8a16-fp8, int4-..) or quantises them to INT8."
         )
 
 

@@ -32,9 +32,9 @@ def tactics(site: Site) -> list[Tactic]:
     if attributes["y_dtype"]:
         how = {"dtype": attributes["y_dtype"], "group": attributes["y_group"]}
         (last, *_) = quantisations(Site("QuantiseTokens", how, (y,), site.outputs, site.device))
-        fused = [both(each, last, y) for each in fused]
+        fused = [both(each, replace(last, name="quantised"), y) for each in fused]
         rest = Site("QuantisedGatedActivation", how | {"activation": activation}, (between,), site.outputs, site.device)
-        second = quantised_activations(rest)[:1]
+        second = [replace(each, name="activated and quantised") for each in quantised_activations(rest)[:1]]
     else:
         second = activations(Site("GatedActivation", {"activation": activation}, (between,), site.outputs, site.device))
     mine = [tactic.name for tactic in own(product)][OWN_PRODUCTS:]
