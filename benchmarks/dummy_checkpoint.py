@@ -1,8 +1,9 @@
 """Writes a checkpoint of a well-known shape with random weights, to measure with where no model can be downloaded.
 
-    python benchmarks/dummy_checkpoint.py DIR [--shape llama-8b] [--layers N]
+    python benchmarks/dummy_checkpoint.py DIR [--shape llama-8b] [--layers N] [--hole]
 
-The weights are one block of random bf16 numbers again and again: nothing is computed from them but time.
+The weights are one block of random bf16 numbers again and again: nothing is computed from them but time. With --hole
+they are none, and take no room on the disk: for engines that are run with `--load-format dummy`.
 """
 
 import argparse
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", default="llama-8b", choices=SHAPES)
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--hole", action="store_true")
     args = parser.parse_args()
     class_name, sizes = SHAPES[args.shape]
     if args.layers:
@@ -62,7 +64,8 @@ def main() -> None:
     block = (numbers.view(np.uint32) >> 16).astype(np.uint16).tobytes()  # fp32 cut off to bf16
     with (args.folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for offset in range(0, end, BLOCK):
+        file.truncate(8 + len(text) + end)
+        for offset in range(0, 0 if args.hole else end, BLOCK):
             file.write(block[: min(BLOCK, end - offset)])
     print(f"{args.folder}: {end / 1e9:.2f} GB")
 
