@@ -34,6 +34,13 @@ CASES = {
     "Experts": (["x", "index", "route", "gate_up", "down"], {"activation": "relu"}, 1),
     "QuantiseTokens": (["x"], {"dtype": TensorProto.INT8, "group": 8}, 2),
     "QuantisedLinear": (["x8", "w8", "w_scale", "", "x_scale"], {"dtype": TensorProto.BFLOAT16, "group": 8}, 1),
+    "QuantisedRMSNorm": (["x", "d24", "x"], {"epsilon": 1e-5, "dtype": TensorProto.INT8, "group": 8}, 3),
+    "QuantisedGatedActivation": (["x"], {"activation": "relu", "dtype": TensorProto.INT8}, 2),
+    "GatedQuantisedLinear": (
+        ["x8", "w8", "w_scale", "", "x_scale"],
+        {"dtype": TensorProto.FLOAT16, "group": 8, "activation": "relu", "y_dtype": TensorProto.INT8, "y_group": 4},
+        2,
+    ),
     "RotaryPagedAttention": (["q", "cos_sin", *PAGED[3:]], ATTENTION, 1),
     "PagedAttention": (PAGED, ATTENTION, 1),
 }
@@ -44,6 +51,7 @@ def tensors(tokens):
         "x": torch.randn(tokens, 24),
         "w": torch.randn(10, 24),
         "d": torch.randn(12),
+        "d24": torch.randn(24),
         "x8": torch.ones(tokens, 24, dtype=torch.int8),
         "w8": torch.ones(10, 24, dtype=torch.int8),
         "w_scale": torch.rand(10, 3),
