@@ -36,6 +36,9 @@ class Batch(NamedTuple):
     sample_rows: np.ndarray  # [N] the rows (of the scheduler) they belong to
     sample_positions: np.ndarray  # [N] positions of the new tokens
     sample_works: np.ndarray  # [N] index into the step
+    drafts: np.ndarray | None  # [N] what was guessed for each sample, -1 for the last of a work; None: no guesses
+    num_ahead: np.ndarray | None  # [S] tokens to draft when this step's are known; None: nothing
+    rows: np.ndarray  # [S] of the scheduler
     num_works: int
     placements: list[Placement]  # rows with a new request, before anything is sampled
     masks: list[tuple[int, np.ndarray]]  # (index of a sample, bits of the tokens it may be), see `grammar.py`
@@ -97,7 +100,9 @@ class Arena:
 
         kv_len = cut(num_works)
         np.add(starts, counts, out=kv_len)
-        width = -(-int(kv_len.max()) // self._page_size)
+        num_ahead = np.array([work.num_ahead for work in step], np.int32) if any(w.num_ahead for w in step) else None
+        reach = kv_len if num_ahead is None else kv_len + num_ahead
+        width = -(-int(reach.max()) // self._page_size)
         pages = cut(num_works * width).reshape(num_works, width)
         np.take(self._table[:, :width], rows, axis=0, out=pages)
 
@@ -108,8 +113,14 @@ class Arena:
         if num_rows:
             np.add(self._range[:num_rows], np.repeat(ends - logit_ends, num_logits), out=logit_rows)
 
-        samples = np.flatnonzero([work[6] for work in step])
-        sample_index, sample_positions = logit_ends[samples] - 1, kv_len[samples]
+        num_samples = np.array([work[6] for work in step])
+        samples = np.flatnonzero(num_samples)
+        sample_index, sample_positions, drafts = logit_ends[samples] - 1, kv_len[samples], None
+        if any(work.drafts for work in step):
+            samples = np.repeat(samples, num_samples[samples])  # work of each sample
+            left = np.concatenate([np.arange(num)[::-1] for num in num_samples])  # samples of its work that follow
+            sample_index, sample_positions = logit_ends[samples] - 1 - left, kv_len[samples] - left
+            drafts = np.array([t for w in step if w.num_samples for t in (*w.drafts, -1)], np.int32)
         columns = cut(2 * len(logit_rows)).reshape(2, -1)
         columns[0], columns[1] = -1, 0
         columns[:, sample_index] = rows[samples], sample_positions
@@ -124,9 +135,12 @@ class Arena:
             sample_rows=rows[samples],
             sample_positions=sample_positions,
             sample_works=samples,
+            drafts=drafts,
+            num_ahead=num_ahead,
+            rows=rows,
             num_works=num_works,
             placements=_placements(step),
-            masks=[(i, matcher.mask) for i, work in enumerate(samples) if (matcher := step[work].request.matcher)],
+            masks=_masks(step),
             scored=_scored(step, logit_ends),
         )  # fmt: skip
 
@@ -170,6 +184,17 @@ class _Cut:
     def all(self) -> np.ndarray:
         """Everything handed out so far."""
         return self._buffer[: self._used]
+
+
+def _masks(step: Step) -> list[tuple[int, np.ndarray]]:
+    masks: list[tuple[int, np.ndarray]] = []
+    at = 0
+    for work in step:
+        matcher = work.request.matcher
+        if matcher and work.num_samples:
+            masks += enumerate(matcher.masks(work.drafts), at)
+        at += work.num_samples
+    return masks
 
 
 def _placements(step: Step) -> list[Placement]:

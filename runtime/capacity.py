@@ -15,6 +15,7 @@ from ..engines.manifest import Manifest
 
 MEMORY_SHARE = 0.2  # of the memory available
 MEMORY_CEILING = 4 << 30  # bytes; more has to be asked for
+DRAFTERS = ("ngram", "suffix", "draft")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,10 @@ class ServeConfig:
     num_kv_pages: pages, one of them set aside; or kv_cache_memory: bytes for them; by default, on a CPU, 20% of the
     memory available, at most 4 GiB and what `max_num_seqs` requests of full length need; on a GPU what is left of
     `gpu_memory_utilization` of its memory. What is None is settled by the engine's target.
+    speculate: what drafts tokens that the engine then verifies, several in a step: ngram (what followed the last
+    `prompt_lookup_max` to `prompt_lookup_min` tokens when they occurred before in the request), suffix (the same over
+    all answers, by counts), draft (a smaller engine, `draft_engine`); None: nothing. Answers do not change.
+    num_draft_tokens: drafted at a time for a request at most; adapt_drafts: fewer, or none, where they do not pay.
     """
 
     max_num_seqs: int | None = None
@@ -37,6 +42,12 @@ class ServeConfig:
     prefix_cache: bool = True
     gpu_memory_utilization: float = 0.9
     load_format: str = "auto"  # or dummy: random weights, for benchmarks
+    speculate: str | None = None
+    draft_engine: str | os.PathLike | None = None
+    num_draft_tokens: int = 4
+    adapt_drafts: bool = True
+    prompt_lookup_min: int = 2
+    prompt_lookup_max: int = 4
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size", "num_kv_pages",
@@ -52,6 +63,31 @@ class ServeConfig:
             raise EngineError(f"load_format is {self.load_format!r}; it must be auto or dummy.")
         if self.num_kv_pages is not None and self.kv_cache_memory is not None:
             raise EngineError("num_kv_pages and kv_cache_memory both size the KV pool; give one of them.")
+        self._check_speculation()
+
+    def _check_speculation(self) -> None:
+        if self.speculate not in (None, *DRAFTERS):
+            raise EngineError(f"speculate is {self.speculate!r}; it must be one of {', '.join(DRAFTERS)}.")
+        if self.speculate == "draft" and self.draft_engine is None:
+            raise EngineError("speculate is draft, which needs a draft engine; give its folder as draft_engine.")
+        if self.draft_engine is not None:
+            if self.speculate != "draft":
+                raise EngineError(f"draft_engine is for speculate=draft, which is {self.speculate!r}; leave one out.")
+            object.__setattr__(self, "draft_engine", os.path.abspath(self.draft_engine))  # options travel as JSON
+        for name, most in (("num_draft_tokens", 16), ("prompt_lookup_min", 16), ("prompt_lookup_max", 16)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise EngineError(f"{name} is {value!r}; it must be an integer from 1 to {most}.")
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise EngineError(
+                f"prompt_lookup_min is {self.prompt_lookup_min}; it must not exceed prompt_lookup_max,"
+                f" {self.prompt_lookup_max}."
+            )
+        if self.max_model_len is not None and self.speculate and self.num_draft_tokens >= self.max_model_len:
+            raise EngineError(
+                f"num_draft_tokens is {self.num_draft_tokens}, but a request may have {self.max_model_len} tokens only"
+                " (max_model_len); draft fewer."
+            )
 
     def with_defaults(self, max_num_seqs: int, max_num_batched_tokens: int, page_size: int) -> ServeConfig:
         """The same with these values where nothing was asked for."""

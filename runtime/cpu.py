@@ -9,55 +9,68 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..engines.errors import EngineError
 from ..engines.manifest import Manifest
 from ..engines.step import LOGITS, TOKENS, k_pages, v_pages
 from ..engines.weights import GRAPH_FILE, load_graph, open_weights, random_weights
 from ..plugins import native
 from ..plugins.interpreter import Program
 from .batch import Batch
-from .capacity import ServeConfig, num_kv_pages
+from .capacity import ServeConfig, available_memory, model_len, num_kv_pages
 from .engine import Engine
 from .executor import Logprobs, Result, Sampled, by_work
 from .request import SamplingParams
 from .sampler import Sampler, top_logprobs
+from .speculation.costs import Costs, Curve, scratch_step
+from .speculation.draft_engine import DraftEngine, check_pair
 
 Graph = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, PAGE_SIZE = 64, 512, 16  # what is served if nothing else is asked for
 
 
 class _Pending:
-    """A step on its way through the worker. The lock is held until the worker is done: cheaper than an Event."""
+    """A call on its way through the worker. The lock is held until the worker is done: cheaper than an Event."""
 
-    def __init__(self, batch: Batch):
-        self.batch = batch
-        self.result: Result | None = None
+    def __init__(self, call: Callable[[], Any]):
+        self.call = call
+        self.result: Any = None
         self.error: BaseException | None = None
         self.running = threading.Lock()
         self.running.acquire()
 
-    def wait(self) -> Result:
+    def wait(self) -> Any:
         with self.running:
             if self.error is not None:
                 raise self.error
-            assert self.result is not None
             return self.result
 
 
 class CpuExecutor:
-    """Runs a graph (a `Program`) over its KV pools, `k_pages.i` and `v_pages.i` by name, in a thread of its own."""
+    """Runs a graph (a `Program`) over its KV pools, `k_pages.i` and `v_pages.i` by name, in a thread of its own.
 
-    def __init__(self, graph: Graph, pools: Mapping[str, torch.Tensor], sampler: Sampler, config: ServeConfig):
+    drafter: drafts after each step whose batch asks for it.
+    """
+
+    costs: Costs | None = None
+
+    def __init__(
+        self, graph: Graph, pools: Mapping[str, torch.Tensor], sampler: Sampler, config: ServeConfig,
+        drafter: DraftEngine | None = None,
+    ):  # fmt: skip
         assert config.max_num_seqs is not None
         self.config = config
         self.num_pages = next(iter(pools.values())).shape[0] if pools else 0
         self.graph = graph
         self._pools = dict(pools)
         self.sampler = sampler
+        self.drafter = drafter
         self._last_token = np.zeros(config.max_num_seqs, np.int32)
         self._queue: SimpleQueue[_Pending | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="ingot-executor", daemon=True)
@@ -68,15 +81,28 @@ class CpuExecutor:
         """Maps the weights, binds the graph, allocates the pools. Raises EngineError: too little memory."""
         config = config.with_defaults(MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, PAGE_SIZE)
         assert config.max_num_seqs is not None and config.page_size is not None
-        compiled = engine.folder / engine.manifest.target
-        kernels = native.load(compiled)
-        binders = kernels.binders if isinstance(kernels, native.Kernels) else None
-        graph = load_graph(compiled if (compiled / GRAPH_FILE).exists() else engine.folder)  # lowered, if quantised
-        weights = random_weights(graph) if config.load_format == "dummy" else open_weights(engine.folder)
-        program = Program(graph, weights, binders)
+        program, num_pages = open_program(engine, config), num_kv_pages(engine.manifest, config)
         sampler = Sampler(config.max_num_seqs, engine.manifest.model.vocab_size)
-        return cls(program, pools(engine.manifest, num_kv_pages(engine.manifest, config), config.page_size), sampler,
-                   config)  # fmt: skip
+        drafter = _open_drafter(engine, config, num_pages) if config.speculate == "draft" else None
+        found = cls(program, pools(engine.manifest, num_pages, config.page_size), sampler, config, drafter)
+        if config.speculate:
+            found.measure()
+        return found
+
+    def measure(self) -> None:
+        """Finds out what steps of decoding cost, up to the largest that drafts can make."""
+        config, draft = self.config, self.drafter
+        assert config.max_num_seqs and config.max_num_batched_tokens and config.page_size
+        widest = min(config.max_num_batched_tokens, config.max_num_seqs * (1 + config.num_draft_tokens))
+
+        def curve(graph: Graph, pools: Mapping[str, torch.Tensor]) -> Curve:
+            return Curve.measure(lambda size: graph(scratch_step(size, 4) | dict(pools)), widest)
+
+        call = _Pending(
+            lambda: Costs(curve(self.graph, self._pools), curve(draft.graph, draft.pools) if draft else None)
+        )
+        self._queue.put(call)
+        self.costs = call.wait()
 
     def allocate(self, num_bytes: int) -> np.ndarray:
         return np.zeros(num_bytes, np.uint8)
@@ -85,7 +111,7 @@ class CpuExecutor:
         """Any number of anything."""
 
     def launch(self, batch: Batch) -> Sampled:
-        pending = _Pending(batch)
+        pending = _Pending(partial(self._run, batch))
         self._queue.put(pending)
         return pending
 
@@ -98,7 +124,7 @@ class CpuExecutor:
         with torch.inference_mode():
             while (pending := self._queue.get()) is not None:
                 try:
-                    pending.result = self._run(pending.batch)
+                    pending.result = pending.call()
                 except BaseException as error:  # handed to whoever waits: a step never disappears
                     pending.error = error
                 finally:
@@ -110,6 +136,8 @@ class CpuExecutor:
         tokens[in_flight] = self._last_token[-1 - tokens[in_flight]]
         for placement in batch.placements:
             self.sampler.place(placement)
+        if self.drafter:
+            self.drafter.follow(batch)
         inputs = {name: torch.from_numpy(array) for name, array in batch.inputs.items()}
         logits = self.graph(inputs | self._pools)[LOGITS]  # [R, vocab]
 
@@ -122,9 +150,40 @@ class CpuExecutor:
             return Result([[] for _ in range(batch.num_works)], None, prompt_logprobs)
         if len(batch.sample_index) != logits.shape[0]:
             logits = logits[torch.from_numpy(batch.sample_index)]
-        tokens, found = self.sampler.sample(logits, batch.sample_rows, batch.sample_positions, batch.masks)
-        self._last_token[batch.sample_rows] = tokens
-        return Result(*by_work(batch, tokens.tolist(), found), prompt_logprobs)
+        tokens, found = self.sampler.sample(
+            logits, batch.sample_rows, batch.sample_positions, batch.masks, batch.drafts
+        )
+        self._last_token[batch.sample_rows] = tokens  # where there are drafts the host knows, and writes, the next one
+        drafts = self.drafter.draft(batch, tokens) if self.drafter else None
+        return Result(*by_work(batch, tokens.tolist(), found), prompt_logprobs, drafts)
+
+
+def open_program(engine: Engine, config: ServeConfig) -> Program:
+    """The graph of an engine with its weights, and with native kernels where it has them."""
+    compiled = engine.folder / engine.manifest.target
+    kernels = native.load(compiled)
+    binders = kernels.binders if isinstance(kernels, native.Kernels) else None
+    graph = load_graph(compiled if (compiled / GRAPH_FILE).exists() else engine.folder)  # lowered, if quantised
+    weights = random_weights(graph) if config.load_format == "dummy" else open_weights(engine.folder)
+    return Program(graph, weights, binders)
+
+
+def _open_drafter(target: Engine, config: ServeConfig, num_pages: int) -> DraftEngine:
+    """The draft engine of `config`. Raises EngineError: none there, of no use for `target`, or too little memory."""
+    assert config.draft_engine is not None and config.max_num_seqs and config.max_num_batched_tokens
+    assert config.page_size is not None
+    engine = Engine.open(config.draft_engine, dummy=config.load_format == "dummy")
+    check_pair(target, engine, model_len(target.manifest, config))
+    needed, available = engine.manifest.kv_bytes_per_token * config.page_size * num_pages, available_memory()
+    if available is not None and needed > available:
+        raise EngineError(
+            f"The KV pages of the draft engine need {needed / 2**20:.0f} MiB beside the target's {num_pages} pages, but"
+            f" {available / 2**20:.0f} MiB of memory are available; give a smaller num_kv_pages."
+        )
+    return DraftEngine(
+        open_program(engine, config), pools(engine.manifest, num_pages, config.page_size), config.max_num_seqs,
+        num_pages, config.page_size, target.manifest.model.vocab_size, config.max_num_batched_tokens,
+    )  # fmt: skip
 
 
 def pools(manifest: Manifest, num_pages: int, page_size: int) -> dict[str, torch.Tensor]:

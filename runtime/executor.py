@@ -10,10 +10,13 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from ..engines.errors import EngineError
 from .batch import Batch
 from .capacity import ServeConfig
 from .engine import Engine
 from .request import Logprob, SamplingParams
+from .speculation.costs import Costs
+from .speculation.verify import holding
 
 Logprobs = dict[int, Logprob]
 
@@ -24,6 +27,7 @@ class Result(NamedTuple):
     tokens: list[list[int]]
     logprobs: list[list[Logprobs] | None] | None = None
     prompt_logprobs: list[list[Logprobs] | None] | None = None
+    drafts: list[list[int]] | None = None  # where the executor drafts: guesses of the tokens that follow
 
 
 class Sampled(Protocol):
@@ -38,10 +42,12 @@ class Executor(Protocol):
     """Where steps run. Steps take effect in the order of their launches.
 
     config: what was asked for with the target's defaults filled in. num_pages: of the KV pool, the scratch page too.
+    costs: of steps, measured where drafts are to be verified.
     """
 
     config: ServeConfig
     num_pages: int
+    costs: Costs | None
 
     def allocate(self, num_bytes: int) -> np.ndarray:
         """[num_bytes] uint8 of zeros for an arena, of the kind that steps are read from quickest."""
@@ -59,6 +65,11 @@ class Executor(Protocol):
 def open_executor(engine: Engine, config: ServeConfig) -> Executor:
     """The executor of the engine's target, KV pool allocated. EngineError: it does not fit, or cannot run here."""
     if engine.manifest.target == "cuda":
+        if config.speculate is not None:
+            raise EngineError(
+                f"speculate is {config.speculate!r}, but {engine.folder} is an engine for the cuda target, which cannot"
+                " verify drafts yet; leave it out, or build the engine for the cpu target."
+            )
         from .cuda.executor import CudaExecutor
 
         return CudaExecutor(engine, config)
@@ -70,16 +81,24 @@ def open_executor(engine: Engine, config: ServeConfig) -> Executor:
 def by_work(
     batch: Batch, tokens: list[int], found: list[Logprobs | None] | None
 ) -> tuple[list[list[int]], list[list[Logprobs] | None] | None]:
-    """Spreads the sampled tokens over the works; those that sample nothing get an empty list."""
-    if len(tokens) == batch.num_works:
+    """Spreads the sampled tokens over the works; those that sample nothing get an empty list.
+
+    Where there were drafts, a work gets its samples up to the first that is not what was guessed there.
+    """
+    if batch.drafts is None and len(tokens) == batch.num_works:
         spread = [[token] for token in tokens]
     else:
         spread = [[] for _ in range(batch.num_works)]
         for work, token in zip(batch.sample_works.tolist(), tokens, strict=True):
-            spread[work] = [token]
-    if found is None:
-        return spread, None
-    logprobs: list[list[Logprobs] | None] = [None] * batch.num_works
-    for work, entry in zip(batch.sample_works.tolist(), found, strict=True):
-        logprobs[work] = None if entry is None else [entry]
+            spread[work].append(token)
+    logprobs: list[list[Logprobs] | None] | None = None
+    if found is not None:
+        logprobs = [None] * batch.num_works
+        for work, entry in zip(batch.sample_works.tolist(), found, strict=True):
+            if entry is not None:
+                logprobs[work] = [*(logprobs[work] or ()), entry]
+    if batch.drafts is not None:
+        held = np.bincount(batch.sample_works, holding(np.array(tokens), batch.drafts), batch.num_works)
+        spread = [some[: int(num)] for some, num in zip(spread, held, strict=True)]
+        logprobs = logprobs and [some and some[: int(num)] for some, num in zip(logprobs, held, strict=True)]
     return spread, logprobs

@@ -82,6 +82,32 @@ class Matcher:
             raise ValueError(f"token {token} is not in the grammar: {self._matcher.get_error()}")
         return self._matcher.is_stopped()
 
+    def fitting(self, drafts: Sequence[int]) -> Sequence[int]:
+        """The first of `drafts` that may come next, one after the other, without ending the answer."""
+        fit = drafts[: self._matcher.validate_tokens(list(drafts))]
+        for num, token in enumerate(fit):
+            self._matcher.consume_token(token)
+            if self._matcher.is_stopped():
+                self._back(num + 1)
+                return fit[:num]
+        self._back(len(fit))
+        return fit
+
+    def masks(self, drafts: Sequence[int]) -> list[np.ndarray]:
+        """`mask` now and after each of `drafts`, all of which fit: what a token may be if those before it hold."""
+        masks = [self.mask]
+        for token in drafts:
+            self.advance(token)
+            masks.append(self.mask)
+        if drafts:
+            self._back(len(drafts))
+            self._mask = masks[0]
+        return masks
+
+    def _back(self, num: int) -> None:
+        if num and not self._matcher.rollback(num):
+            raise ValueError(f"the grammar does not go back by {num} tokens: {self._matcher.get_error()}")
+
     @property
     def complete(self) -> bool:
         """Whether the answer may end here."""

@@ -38,7 +38,7 @@ _NUMBERS: dict[str, tuple[float, float]] = {
     "repetition_penalty": (0.01, 100.0), "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0),
 }  # fmt: skip
 RANGES = {**_INTEGERS, **_NUMBERS}  # of all that have one
-_SWITCHES = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "prefix_cache")
+_SWITCHES = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "prefix_cache", "speculate")
 _OPTIONAL = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
 
 
@@ -49,6 +49,7 @@ class SamplingParams:
     `temperature=0` is greedy; `top_k` 0 or -1 is off; `max_tokens=None` runs to the context's end. `logprobs=k` returns
     the k most likely tokens and the chosen one. `prefix_cache=False` neither reads nor fills the prefix cache.
     `structured_outputs`: what the answer must be (`grammar.py`), also as a mapping; complete, the answer ends.
+    `speculate=False`: no drafts for this request, whose answer is the same with them.
     Raises RequestError naming the field, the value and what is allowed.
     """
 
@@ -72,6 +73,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     prefix_cache: bool = True
+    speculate: bool = True
     structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
 
     @classmethod
@@ -217,6 +219,7 @@ class Request:
     num_cached: int | None = field(init=False, default=None)  # prompt tokens found in the cache; None: never admitted
     num_scored: int = field(init=False, default=0)  # prompt positions whose logits were asked for (prompt_logprobs)
     num_shared: int = field(init=False, default=0)  # leading pages that are in the prefix cache
+    drafts: Sequence[int] = field(init=False, default=())  # of the tokens that follow, where the executor drafts
     digests: list[bytes] = field(init=False, default_factory=list)  # of the leading full pages, as far as needed
     num_preemptions: int = field(init=False, default=0)
     finish_reason: FinishReason | None = field(init=False, default=None)

@@ -3,7 +3,8 @@
 Parameters are columns indexed by row; they change only when a row gets a new request, and a step touches only the
 stages that some row of it needs (all greedy: one argmax). The order is vLLM's: logprobs of the raw logits; then masks,
 bias, min_tokens, penalties, temperature, min_p, top_k, top_p, draw. Counts for penalties are kept here, step by step,
-so sampling never waits for the host. Invariant: a row's token depends on its logits, request and position alone.
+so sampling never waits for the host. Invariant: a row's token depends on its logits, request and position alone; so
+drafts (`speculation/verify.py`) are verified by sampling at each of their positions.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from .distribution import cutoffs, draw, penalise, uniforms
 from .placement import Placement, needs_history
 from .request import Logprob
+from .speculation.verify import holding
 
 RANDOM, TRUNCATE, PENALTY, BIAS, MIN_TOKENS, LOGPROBS = (1 << i for i in range(6))
 
@@ -76,10 +78,12 @@ class Sampler:
         rows: np.ndarray,
         positions: np.ndarray,
         masks: Sequence[tuple[int, np.ndarray]] = (),
+        drafts: np.ndarray | None = None,
     ) -> tuple[np.ndarray, list[dict[int, Logprob] | None] | None]:
         """logits [R, V] (may be overwritten), rows [R], positions [R] of the new tokens -> tokens [R] int32, logprobs.
 
-        masks: (row of logits, bits of the tokens that may be sampled).
+        masks: (row of logits, bits of the tokens that may be sampled). drafts: see `verify.py`; where there are any,
+        rows has an entry for each sample, and a sample is drawn as if the drafts before it were right.
         The second result is None if no row asked for logprobs, else one dictionary per row (None where not asked).
         """
         row_flags = self._flags[rows]
@@ -101,10 +105,13 @@ class Sampler:
                 logits[i].index_fill_(0, self._stop_ids[int(rows[i])], -torch.inf)
         if flags & PENALTY:
             some = np.flatnonzero(row_flags & PENALTY)
-            self._penalise(logits, some, rows[some])
+            self._penalise(logits, some, rows[some], None if drafts is None else drafts[some])
         tokens = self._pick(logits, row_flags, flags, rows, positions)
         if flags & PENALTY:
-            self._counts[rows[some], tokens[some]] += 1
+            if drafts is not None:
+                some = some[holding(tokens, drafts)[some]]
+            index = torch.from_numpy(rows[some].astype(np.int64)), torch.from_numpy(tokens[some].astype(np.int64))
+            self._counts.index_put_(index, torch.ones(len(some)), accumulate=True)
         if raw is None:
             return tokens, None
         found = top_logprobs(raw, torch.from_numpy(tokens[asked]), self._num_logprobs[rows[asked]])
@@ -134,12 +141,15 @@ class Sampler:
             weights.masked_fill_(logits < cut, 0)
         return draw(weights, uniforms(self._seed[rows], positions)).numpy().astype(np.int32)
 
-    def _penalise(self, logits: torch.Tensor, some: np.ndarray, rows: np.ndarray) -> None:
+    def _penalise(self, logits: torch.Tensor, some: np.ndarray, rows: np.ndarray, drafts: np.ndarray | None) -> None:
         repetition, presence, frequency = torch.from_numpy(self._penalties[rows]).split(1, dim=1)
         index = torch.from_numpy(rows.astype(np.int64))
-        logits[some] = penalise(
-            logits[some], self._in_prompt[index], self._counts[index], repetition, presence, frequency
-        )
+        counts = self._counts[index]  # a copy [R, V]
+        for i, draft in enumerate(() if drafts is None else drafts.tolist()):
+            if draft >= 0:  # the next sample counts the drafts before it
+                counts[i + 1] = counts[i]
+                counts[i + 1, draft] += 1
+        logits[some] = penalise(logits[some], self._in_prompt[index], counts, repetition, presence, frequency)
 
     def _count(self, row: int, placement: Placement) -> None:
         missing = row + 1 - len(self._counts)

@@ -4,6 +4,7 @@ Requests are served by priority, then arrival. Admission gives a row and pages f
 taken when they are outgrown. If none is left, the last request in order is thrown out, to recompute later.
 `schedule()` may run before earlier steps are committed: row and pages come back only when no step in flight uses them.
 Steps run in order, all KV writes of a step before its reads: so a page can be shared from when it is scheduled.
+While drafts are verified nothing is scheduled, as how far a request gets is not known; KV past that is overwritten.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from typing import Any
 
 from ..engines.errors import EngineError, RequestError
 from .kv import PagePool, extend_digests
+from .prompt import Limits, check_length
 from .request import FinishReason, Request, State
+from .speculation.control import Speculation
+from .speculation.statistics import SpeculationStats
 from .step import Delta, SchedulerStats, Step, Work
 
 __all__ = ["Delta", "Scheduler", "SchedulerStats", "Step", "Work"]
@@ -28,6 +32,7 @@ class Scheduler:
     max_num_batched_tokens: tokens per step. max_model_len: prompt and output of one request. eos_token_ids: end a
     request unless it says `ignore_eos`. A request ends with "length" at max_tokens, at max_model_len or, where the
     whole pool (`pool.capacity` tokens) is smaller than both, when it has filled the pool (stop_reason "kv_pool").
+    speculation: says when and what to draft; None: never.
     """
 
     def __init__(
@@ -38,6 +43,7 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: Collection[int] = (),
         clock: Callable[[], float] = time.monotonic,
+        speculation: Speculation | None = None,
     ):
         for name, value, least in (
             ("max_num_seqs", max_num_seqs, 1),
@@ -51,7 +57,12 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
+        self._limits = Limits(0, max_model_len, pool.capacity)
         self._clock = clock
+        self._speculation = speculation
+        self._together = False  # the step that is being made speculates: all requests move in it
+        self._verifying = 0  # steps in flight with drafts
+        self._last_commit = 0.0
         self._requests: dict[str, Request] = {}  # all that have not ended
         self._waiting: list[Request] = []  # in order
         self._running: list[Request] = []  # in order
@@ -71,18 +82,7 @@ class Scheduler:
             raise RequestError(f"Request id {request.id!r} is in use; give each open request its own.")
         if not isinstance(request.priority, int):
             raise RequestError(f"priority is {request.priority!r}; it must be an integer, the lowest is served first.")
-        if not num_prompt:
-            raise RequestError("The prompt is empty; it needs at least one token.")
-        if num_prompt >= self.max_model_len:
-            raise RequestError(
-                f"The prompt has {num_prompt} tokens; the context holds {self.max_model_len}, at least one of them new:"
-                " shorten the prompt or raise max_model_len."
-            )
-        if num_prompt > pool.capacity:
-            raise RequestError(
-                f"The prompt has {num_prompt} tokens; the whole KV pool holds {pool.capacity}"
-                f" ({pool.num_pages - 1} pages of {pool.page_size}): shorten the prompt or give the pool more memory."
-            )
+        check_length(num_prompt, self._limits)
         asked = self.max_model_len
         if params.max_tokens is not None:
             asked = min(asked, num_prompt + params.max_tokens)
@@ -118,7 +118,7 @@ class Scheduler:
         """After a failed step: ends all requests with "error", forgets the cache and all steps in flight."""
         ended = [*self._requests.values()]
         for request in (*ended, *self._draining):
-            request.num_in_flight = request.steps_in_flight = 0
+            request.num_in_flight = request.steps_in_flight = self._verifying = 0
         for request in ended:
             self._finish(request, "error", None)
         for request in [*self._draining]:
@@ -150,6 +150,7 @@ class Scheduler:
             prefix_hit_tokens=self._prefix_hit,
             num_preemptions=self._num_preemptions,
             num_evictions=self.pool.num_evictions,
+            speculation=self._speculation.stats() if self._speculation else SpeculationStats(),
         )
 
     # -- steps ---------------------------------------------------------------------------------------------------------
@@ -160,6 +161,10 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         page_size = self.pool.page_size
         running = self._running  # victims leave from its end, while we walk from its start
+        if self._speculation:
+            self._together = not self._verifying and self._speculation.plan(running)
+            if self._verifying or (self._together and any(request.num_in_flight for request in running)):
+                return None
         # what may follow under a grammar depends on the token in flight: all such requests move in the same steps
         held = any(request.matcher and request.num_in_flight for request in running)
         i = 0
@@ -177,10 +182,14 @@ class Scheduler:
             lacking = -(-(start + num) // page_size) - len(request.pages)
             if lacking > 0 and not self._grow(request, lacking):
                 continue
-            works.append(self._work(request, num))
-            budget -= num
+            drafts: Sequence[int] = ()
+            if self._together and start + 1 == len(request.tokens):
+                drafts = self._guess(request, budget - 1 - (len(running) - i))
+            works.append(self._work(request, num + len(drafts), drafts=drafts))
+            budget -= num + len(drafts)
         if self._waiting:
             self._admit(works, budget)
+        self._verifying += any(work.drafts for work in works)
         return tuple(works) or None
 
     def commit(
@@ -189,23 +198,30 @@ class Scheduler:
         tokens: Sequence[Sequence[int]],
         logprobs: Sequence[Sequence[Any] | None] | None = None,
         prompt_logprobs: Sequence[Sequence[Any] | None] | None = None,
+        drafts: Sequence[Sequence[int]] | None = None,
     ) -> list[Delta]:
         """Takes the results of the oldest step in flight, one entry per work, and returns what is new.
 
-        tokens[i]: the `num_samples` tokens of work i. logprobs[i]: an entry per token; prompt_logprobs[i]: an entry per
-        row of logits before those; both are passed on unread. Results of requests that ended meanwhile are dropped.
+        tokens[i]: the `num_samples` tokens of work i, or of one with drafts those that hold (`verify.py`).
+        logprobs[i]: an entry per token; prompt_logprobs[i]: an entry per row of logits before those; both are passed on
+        unread. drafts[i]: what the executor guesses to follow. Results of requests that ended meanwhile are dropped.
         """
         deltas: list[Delta] = []
         now = self._clock()
+        self._verifying -= any(work.drafts for work in step)
         for i, (work, sampled) in enumerate(zip(step, tokens, strict=True)):
             request = work.request
-            if len(sampled) != work.num_samples:
+            if not (len(sampled) == work.num_samples or (work.drafts and 0 < len(sampled) < work.num_samples)):
                 raise ValueError(
                     f"{len(sampled)} tokens for {request.id}, of which {work.num_samples} were to be sampled"
                 )
             request.steps_in_flight -= 1
             request.num_in_flight -= work.num_samples
             if request.state is not State.FINISHED:
+                if sampled:
+                    request.drafts = drafts[i] if drafts else ()
+                if work.drafts:
+                    request.computed = work.start + len(sampled)  # what was written for the drafts that failed is void
                 scores = prompt_logprobs[i] if prompt_logprobs else None
                 if sampled:
                     deltas.append(self._accept(request, sampled, logprobs[i] if logprobs else None, scores, now))
@@ -213,28 +229,40 @@ class Scheduler:
                     deltas.append(Delta(request.id, [], prompt_logprobs=scores))
             if not request.steps_in_flight and request in self._draining:
                 self._give_back(request)
+        if self._speculation:
+            self._speculation.observe(step, tokens, now - self._last_commit)
+            self._last_commit = now
         return deltas
-
-    def check(self) -> None:
-        """Asserts that rows and pages are conserved and every request is in one place. For tests."""
-        holders = [*self._running, *self._draining]
-        self.pool.check([request.pages for request in holders])
-        assert sorted([*self._rows, *(request.row for request in holders)]) == list(range(self.max_num_seqs)), "rows"
-        assert not any(request.pages or request.row >= 0 for request in self._waiting), (
-            "a waiting request holds something"
-        )
-        for line in (self._running, self._waiting):
-            assert line == sorted(line, key=_order), "order"
-        preempted = [request for request in self._draining if request.state is State.PREEMPTED]
-        places = sorted(request.id for request in (*self._running, *self._waiting, *preempted))
-        assert places == sorted(self._requests), "a request is in no place or in two"
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _work(self, request: Request, num: int, fresh: bool = False) -> Work:
+    def _guess(self, request: Request, spare: int) -> Sequence[int]:
+        """At most `spare` drafts for a request that is about to decode, as far as limit, pages and grammar let."""
+        assert self._speculation is not None
+        end = request.computed + 1
+        drafts = self._speculation.propose(request, max(0, min(spare, request.limit - 1 - end)))
+        if drafts and request.matcher:
+            drafts = request.matcher.fitting(drafts)
+        return drafts[: self._reserve(request, end, len(drafts))]
+
+    def _reserve(self, request: Request, end: int, num: int) -> int:
+        """Pages for up to `num` tokens from `end` on, as far as there are free ones; for how many there are."""
+        page_size = self.pool.page_size
+        num = min(num, request.limit - 1 - end)
+        lacking = min(-(-(end + num) // page_size) - len(request.pages), self.pool.num_free)
+        if lacking > 0:
+            request.pages += self.pool.allocate(lacking)
+        return max(0, min(num, len(request.pages) * page_size - end))
+
+    def _work(self, request: Request, num: int, fresh: bool = False, drafts: Sequence[int] = ()) -> Work:
         start = request.computed
         end = start + num
-        num_samples = num_logits = int(end == len(request.tokens) + request.num_in_flight)
+        num_samples = num_logits = int(end - len(drafts) == len(request.tokens) + request.num_in_flight)
+        num_ahead = 0
+        if drafts:
+            num_samples = num_logits = 1 + len(drafts)
+        if self._together and num_samples and self._speculation:
+            num_ahead = self._reserve(request, end, self._speculation.num_ahead(request))
         if request.num_scored < request.num_prompt - 1 and request.params.prompt_logprobs is not None:
             num_logits = max(num_samples, end - max(start, request.num_scored))
             request.num_scored = max(request.num_scored, min(end, request.num_prompt - 1))
@@ -242,7 +270,7 @@ class Scheduler:
         request.num_in_flight += num_samples
         request.steps_in_flight += 1
         self._share(request)
-        return Work(request, request.row, start, num, num_logits, request.pages, num_samples, fresh)
+        return Work(request, request.row, start, num, num_logits, request.pages, num_samples, fresh, drafts, num_ahead)
 
     def _grow(self, request: Request, lacking: int) -> bool:
         """More pages for a running request, at the cost of the last in order. False: a commit will bring them."""
@@ -344,6 +372,8 @@ class Scheduler:
         request.state = State.FINISHED
         request.finish_reason, request.stop_reason = reason, stop_reason
         request.metrics.finished = self._clock()
+        if self._speculation:
+            self._speculation.end(request)
         self._let_go(request)
 
     def _let_go(self, request: Request) -> None:

@@ -28,6 +28,8 @@ from .metrics import Metrics, Recorder
 from .prompt import Limits, Prompt, tokens_of
 from .request import SamplingParams
 from .scheduler import Scheduler
+from .speculation.control import Speculation
+from .speculation.drafter import open_drafter
 from .step import Delta
 from .stream import Answer, Listener, Stream
 from .text import Text
@@ -62,9 +64,15 @@ class Session:
         self.text = self.engine.text  # read meanwhile
         pool = PagePool(executor.num_pages, config.page_size, config.prefix_cache)
         self.limits = Limits(model.vocab_size, max_len, pool.capacity)
+        speculation = None
+        if config.speculate and executor.costs:
+            speculation = Speculation(
+                open_drafter(config), config.num_draft_tokens, executor.costs, config.adapt_drafts
+            )
         self.scheduler = Scheduler(
-            pool, config.max_num_seqs, config.max_num_batched_tokens, max_len, model.eos_token_ids
-        )
+            pool, config.max_num_seqs, config.max_num_batched_tokens, max_len, model.eos_token_ids,
+            speculation=speculation,
+        )  # fmt: skip
         return Arena(config.max_num_seqs, config.max_num_batched_tokens, max_len, config.page_size, executor.allocate)
 
     def prepare(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from .request import FinishReason, Request
+from .speculation.statistics import SpeculationStats
 
 FROM_DEVICE = -1  # a token still in flight: the executor takes it from last_token[row]
 
@@ -18,9 +19,11 @@ FROM_DEVICE = -1  # a token still in flight: the executor takes it from last_tok
 class Work(NamedTuple):
     """One request's share of a step: its tokens `start .. start + num_tokens`.
 
-    The last `num_logits` of them want logits; the last `num_samples` of those are sampled from (at most one today, more
-    when drafts are verified), those before are scored for `prompt_logprobs`. `pages` is the request's own list,
-    append-only while it has its row. `fresh`: the first work since it got the row, whose state is to be made anew.
+    The last `num_logits` of them want logits; the last `num_samples` of those are sampled from, those before are scored
+    for `prompt_logprobs`. `pages` is the request's own list, append-only while it has its row. `fresh`: the first work
+    since it got the row, whose state is to be made anew. `drafts`: guesses of its next tokens, the last of its share;
+    each of them is sampled from as well (`num_samples` is one more). `num_ahead`: tokens that the executor is to draft
+    once this step's are known.
     """
 
     request: Request
@@ -31,6 +34,8 @@ class Work(NamedTuple):
     pages: list[int]
     num_samples: int = 0
     fresh: bool = False
+    drafts: Sequence[int] = ()
+    num_ahead: int = 0
 
     @property
     def kv_len(self) -> int:
@@ -40,6 +45,7 @@ class Work(NamedTuple):
     def tokens(self) -> list[int]:
         """[num_tokens]; only the last one can be in flight."""
         known = self.request.tokens[self.start : self.kv_len]
+        known += self.drafts
         return known + [FROM_DEVICE] * (self.num_tokens - len(known))
 
 
@@ -70,6 +76,7 @@ class SchedulerStats:
     prefix_hit_tokens: int
     num_preemptions: int
     num_evictions: int
+    speculation: SpeculationStats = SpeculationStats()
 
     @property
     def kv_utilisation(self) -> float:

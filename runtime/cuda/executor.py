@@ -22,6 +22,7 @@ from ..capacity import ServeConfig, model_len
 from ..engine import Engine
 from ..executor import Logprobs, Result, by_work
 from ..request import Logprob, SamplingParams
+from ..speculation.costs import Costs
 from .graphs import Graphs, arena_bytes, logits_of
 from .logprobs import top_logprobs
 from .sampling import SamplingTables, check_params
@@ -42,6 +43,8 @@ class CudaExecutor:
 
     Raises EngineError: no GPU, one of another architecture, a plan for other sizes, too little memory, damaged weights.
     """
+
+    costs: Costs | None = None  # it verifies no drafts yet
 
     def __init__(self, engine: Engine, config: ServeConfig):
         began = time.perf_counter()

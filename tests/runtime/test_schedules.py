@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field
 
+from conservation import check
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -172,7 +173,7 @@ class World:
         self.check()
 
     def check(self):
-        self.scheduler.check()
+        check(self.scheduler)
         assert self.scheduler.num_running <= self.scheduler.max_num_seqs
         for record in self.records.values():
             request = record.request

@@ -1,0 +1,240 @@
+"""When to speculate, and how many tokens to draft for whom: whatever makes most tokens a second, by what was measured.
+
+A step's time follows from its tokens (`costs.py`), corrected by how long steps take with drafts and without. What a
+draft gains follows from how often the request's drafts were right lately. While drafts are verified, nobody knows the
+next token before the step is done, so all requests move together and the host's work is not hidden: that is in the
+correction, too. With more requests a step's tokens cost more, and speculation ends; with fewer it comes back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..request import Request, State
+from ..step import Step, Work
+from .costs import Costs
+from .drafter import Drafter
+from .statistics import SpeculationStats
+
+HOPE = 0.6  # of a draft's token to be right, before anything is known
+WEIGHT, WEIGHT_OF_ALL = 2.0, 20.0  # tokens that a prior counts for: all requests' for one request, HOPE for all
+MEMORY, MEMORY_OF_ALL = 0.95, 0.998  # what is left of a count after one token more
+PAUSE = 8  # steps without speculation between two looks at whether it would pay
+HORIZON = 32  # steps in which speculation has to earn what a draft engine must catch up with
+ADVANTAGE = 1.05  # that speculation must have to be turned on; without any it is turned off
+SURE = 0.1  # how much of a correction comes from the latest step
+
+
+class Chance:
+    """A share of successes that forgets, with a prior."""
+
+    def __init__(self, memory: float, weight: float):
+        self._memory, self._weight = memory, weight
+        self._right = self._all = 0.0
+
+    def count(self, right: int, tried: int) -> None:
+        kept = self._memory**tried
+        self._right, self._all = self._right * kept + right, self._all * kept + tried
+
+    def fade(self, kept: float) -> None:
+        """Less is known than before."""
+        self._right, self._all = self._right * kept, self._all * kept
+
+    def __call__(self, prior: float) -> float:
+        return (self._right + self._weight * prior) / (self._all + self._weight)
+
+
+@dataclass(slots=True)
+class Outlook:
+    """What is known of a request. number: tokens to draft for it. hits: of steps, how many had a draft.
+
+    reached: its length when a draft engine last guessed for it. shadow: guesses made only to see how good they are.
+    """
+
+    right: Chance
+    hits: float
+    number: int
+    reached: int = 0
+    shadow: Sequence[int] = ()
+
+
+class Speculation:
+    """Used by the scheduler, in its thread. most: tokens drafted at a time; adapt=False: always so many."""
+
+    def __init__(self, drafter: Drafter, most: int, costs: Costs, adapt: bool = True):
+        self._drafter, self._most, self._costs, self._adapt = drafter, most, costs, adapt
+        self._on = not adapt
+        self._outlooks: dict[Request, Outlook] = {}
+        self._right = Chance(MEMORY_OF_ALL, WEIGHT_OF_ALL)
+        self._pause = self._settling = 0
+        self._plain: dict[int, float] = {}  # logarithm of the number of requests -> measured / computed seconds
+        self._drafting: dict[int, float] = {}
+        self._drafted_at, self._accepted_at = [0] * most, [0] * most
+        self._num_drafts = self._num_steps = self._num_all_steps = 0
+
+    # -- asked by the scheduler ----------------------------------------------------------------------------------------
+
+    def plan(self, requests: Sequence[Request]) -> bool:
+        """Whether the next step of these running requests is to speculate; if so, all of them move together."""
+        some = [request for request in requests if request.params.speculate]
+        if not some or not self._adapt:
+            return bool(some)
+        if not self._on:
+            self._pause -= 1
+            if self._pause > 0:
+                return False
+            self._pause = PAUSE
+            self._doubt(some)
+        before, self._on = self._on, self._pays(len(requests) - len(some), some)
+        if self._on != before:
+            self._settling = 2  # steps in flight, which are timed by the other rule
+        return self._on
+
+    def propose(self, request: Request, most: int) -> Sequence[int]:
+        """Drafts for a request that is about to decode, at most so many."""
+        if not request.params.speculate:
+            return ()
+        drafts = self._drafter.propose(request, min(most, self._outlook(request).number))
+        if not self._drafter.ahead:
+            self._hit(request, bool(drafts))
+        return drafts
+
+    def num_ahead(self, request: Request) -> int:
+        """Tokens that the executor is to draft for the step after the next."""
+        if not (self._drafter.ahead and request.params.speculate):
+            return 0
+        outlook = self._outlook(request)
+        outlook.reached = len(request.tokens) + 1
+        return outlook.number
+
+    def observe(self, step: Step, tokens: Sequence[Sequence[int]], seconds: float) -> None:
+        """A step was committed: the tokens of each work that hold, and how long it took."""
+        if not any(work.num_samples for work in step):
+            return
+        verified = False
+        for work, found in zip(step, tokens, strict=True):
+            if work.drafts:
+                verified = True
+                self._verified(work.request, len(work.drafts), len(found) - 1)
+            elif found and not self._drafter.ahead and not self._on:
+                self._watch(work.request, found[0])
+        self._num_all_steps += 1
+        self._num_steps += verified
+        if self._settling:
+            self._settling -= 1
+        elif all(_decodes(work) for work in step):
+            self._time(step, verified, seconds)
+
+    def end(self, request: Request) -> None:
+        if self._outlooks.pop(request, None):
+            self._drafter.end(request)
+
+    def stats(self) -> SpeculationStats:
+        return SpeculationStats(
+            self._num_drafts, sum(self._drafted_at), sum(self._accepted_at), tuple(self._drafted_at),
+            tuple(self._accepted_at), self._num_steps, self._num_all_steps,
+        )  # fmt: skip
+
+    # -- what is known -------------------------------------------------------------------------------------------------
+
+    def _outlook(self, request: Request) -> Outlook:
+        found = self._outlooks.get(request)
+        if found is None:
+            hits = 1.0 if self._drafter.ahead else 0.5
+            found = self._outlooks[request] = Outlook(Chance(MEMORY, WEIGHT), hits, self._most)
+        return found
+
+    def _verified(self, request: Request, num: int, num_right: int) -> None:
+        self._num_drafts += 1
+        for i in range(num):
+            self._drafted_at[i] += 1
+            self._accepted_at[i] += i < num_right
+        self._learn(request, num_right, min(num, num_right + 1))
+
+    def _learn(self, request: Request, right: int, tried: int) -> None:
+        if outlook := self._outlooks.get(request):
+            outlook.right.count(right, tried)
+        self._right.count(right, tried)
+
+    def _hit(self, request: Request, hit: bool) -> None:
+        outlook = self._outlook(request)
+        outlook.hits += SURE * (hit - outlook.hits)
+
+    def _watch(self, request: Request, token: int) -> None:
+        """Without speculation: would the drafter, which costs next to nothing, have been right?"""
+        if not request.params.speculate or request.state is State.FINISHED:
+            return
+        outlook = self._outlook(request)
+        if outlook.shadow:
+            right = outlook.shadow[0] == token
+            self._learn(request, right, 1)
+            outlook.shadow = outlook.shadow[1:] if right else ()
+        else:  # the request's tokens have the new one already
+            outlook.shadow = self._drafter.propose(request, self._most)
+            self._hit(request, bool(outlook.shadow))
+
+    def _doubt(self, some: Sequence[Request]) -> None:
+        """What was learnt while speculating is out of date, the more the longer ago that was."""
+        if self._drafter.ahead:
+            for request in some:
+                self._outlook(request).right.fade(0.9)
+            self._right.fade(0.99)
+        for key, factor in self._drafting.items():
+            self._drafting[key] = factor + 0.02 * (1.1 * self._plain.get(key, 1.0) - factor)
+
+    # -- what it costs -------------------------------------------------------------------------------------------------
+
+    def _pays(self, num_others: int, some: Sequence[Request]) -> bool:
+        """Sets the number of drafts of each; False if the requests are better off with none."""
+        target, draft = self._costs
+        num = num_others + len(some)
+        key = num.bit_length()
+        plain = num / (self._plain.get(key, 1.0) * target(num))  # tokens a second
+        factor = self._drafting.get(key, 1.1 * self._plain.get(key, 1.0))
+        outlooks = [self._outlook(request) for request in some]
+        hope = self._right(HOPE)
+        chances = [min(outlook.right(hope), 0.99) for outlook in outlooks]
+        lag = 0.0
+        if draft:
+            behind = sum(len(r.tokens) - o.reached for r, o in zip(some, outlooks, strict=True))
+            lag = draft(behind) / HORIZON if behind > 2 * self._most * len(some) else 0.0
+        best, at = 0.0, 0
+        gain, reach, size = float(num), [outlook.hits for outlook in outlooks], float(num)
+        for i in range(1, self._most + 1):
+            reach = [r * c for r, c in zip(reach, chances, strict=True)]  # chance that the i-th is reached and right
+            gain += sum(reach)
+            size += sum(outlook.hits for outlook in outlooks)
+            seconds = factor * (target(size) + (i * draft(len(some)) if draft else 0.0) + lag)
+            if gain / seconds > best:
+                best, at = gain / seconds, i
+        if best < plain * (1.0 if self._on else ADVANTAGE):
+            return False
+        size = num + at * sum(outlook.hits for outlook in outlooks)
+        price = target(size + 1) - target(size) + (draft(len(some)) / len(some) if draft else 0.0)
+        least = min(1.0, best * factor * price)  # a token that is likelier earns more than the average
+        for outlook, chance in zip(outlooks, chances, strict=True):
+            outlook.number = self._most if least <= 0 else min(self._most, int(math.log(least) / math.log(chance)))
+            if not outlook.number:
+                outlook.right.fade(0.98)  # its drafts may be better some time, which nobody would see
+        return any(outlook.number for outlook in outlooks)
+
+    def _time(self, step: Step, verified: bool, seconds: float) -> None:
+        """Learns from a step in which all requests decode how much longer it takes than computed."""
+        drafting = any(work.num_ahead for work in step)
+        if drafting and not verified:  # the draft engine catches up
+            return
+        target, draft = self._costs
+        expected = target(sum(work.num_tokens for work in step))
+        if draft and drafting:
+            nums = [work.num_ahead for work in step]
+            expected += sum(draft(sum(num > i for num in nums)) for i in range(max(nums)))
+        corrections, key = self._drafting if self._on else self._plain, len(step).bit_length()
+        factor = min(4.0, max(0.25, seconds / expected))
+        before = corrections.get(key)
+        corrections[key] = factor if before is None else before + SURE * (factor - before)
+
+
+def _decodes(work: Work) -> bool:
+    return work.num_samples > 0 and work.num_tokens == 1 + len(work.drafts) and not work.fresh

@@ -1,0 +1,72 @@
+"""What steps cost: seconds by number of tokens, measured on the engine that is about to serve.
+
+The measurement takes a fraction of a second when the engine opens. Below a few tokens a step costs what reading the
+weights does, and drafts are nearly free; above, it grows with every token, and they are not.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ...engines import step as names
+
+BUDGET = 0.5  # seconds of measuring: larger sizes are taken to cost as much a token as the largest measured
+REPEATS = 3  # the quickest counts: what is slower was disturbed
+
+
+class Curve:
+    """Seconds of a step by its tokens: straight lines between what was measured, never falling."""
+
+    def __init__(self, sizes: Sequence[int], seconds: Sequence[float]):
+        self._sizes = list(sizes)
+        self._seconds = [max(seconds[: i + 1]) for i in range(len(seconds))]
+
+    def __call__(self, size: float) -> float:
+        sizes, seconds = self._sizes, self._seconds
+        if size >= sizes[-1]:
+            return seconds[-1] * size / sizes[-1]
+        i = bisect_left(sizes, size)
+        if not i:
+            return seconds[0]
+        share = (size - sizes[i - 1]) / (sizes[i] - sizes[i - 1])
+        return seconds[i - 1] + share * (seconds[i] - seconds[i - 1])
+
+    @classmethod
+    def measure(cls, run: Callable[[int], object], most: int, budget: float = BUDGET) -> Curve:
+        """run(size): a step of so many tokens, up to `most`."""
+        sizes: list[int] = []
+        seconds: list[float] = []
+        size, began = 1, time.perf_counter()
+        while not sizes or (sizes[-1] < most and time.perf_counter() - began < budget):
+            times = []
+            for _ in range(REPEATS):
+                start = time.perf_counter()
+                run(size)
+                times.append(time.perf_counter() - start)
+            sizes.append(size)
+            seconds.append(min(times))
+            size = min(2 * size, most)
+        return cls(sizes, seconds)
+
+
+class Costs(NamedTuple):
+    """Of a step of the target, and of one of the draft engine where there is one."""
+
+    target: Curve
+    draft: Curve | None = None
+
+
+def scratch_step(size: int, width: int) -> dict[str, torch.Tensor]:
+    """The inputs of a step of `size` sequences with a token each and `width` pages, all of them the scratch page."""
+    arrays = {
+        names.TOKENS: np.zeros(size), names.POSITIONS: np.zeros(size), names.SLOTS: np.zeros(size),
+        names.QUERY_START: np.arange(size + 1), names.KV_LEN: np.full(size, width),
+        names.PAGES: np.zeros((size, width)), names.LOGIT_ROWS: np.arange(size),
+    }  # fmt: skip
+    return {name: torch.from_numpy(array.astype(np.int32)) for name, array in arrays.items()}

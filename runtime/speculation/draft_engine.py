@@ -1,0 +1,150 @@
+"""A second, smaller engine that guesses what the target will say, run by the target's executor in its own thread.
+
+Its KV cache has the target's pages: the token in slot s of the target has slot s here, so prefix hits, preemption and
+rows are the scheduler's work alone. It may lag behind: when drafts are wanted for a row, what it has not seen yet is
+computed first. Nothing here bears on what is sampled: a wrong guess costs time, never an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+from ...engines import step as names
+from ...engines.errors import EngineError
+from ..batch import Batch
+from ..engine import Engine
+from .verify import holding
+
+Graph = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+
+
+class DraftEngine:
+    """Drafts greedily for all rows of a batch at once. Used by the executor's thread, in the order of its steps.
+
+    graph, pools: of the draft engine, the pools with as many pages as the target's. vocab_size: the target's.
+    max_tokens: of a step, where a row has much to catch up with.
+    """
+
+    def __init__(
+        self, graph: Graph, pools: Mapping[str, torch.Tensor], num_rows: int, num_pages: int, page_size: int,
+        vocab_size: int, max_tokens: int,
+    ):  # fmt: skip
+        self.graph, self.pools = graph, dict(pools)
+        self._page_size, self._vocab_size, self._max_tokens = page_size, vocab_size, max_tokens
+        self._token = np.zeros(num_pages * page_size, np.int32)  # in each slot, as the target or a draft put it there
+        self._whole = np.zeros(num_pages, bool)  # pages that are full here, too: a prefix hit finds them
+        self._seen = np.zeros(num_rows, np.int64)  # leading positions of a row whose KV is right
+
+    def follow(self, batch: Batch) -> None:
+        """The target runs this step; its tokens in flight have been filled in."""
+        inputs = batch.inputs
+        slots, positions, starts = inputs[names.SLOTS], inputs[names.POSITIONS], inputs[names.QUERY_START]
+        self._token[slots] = inputs[names.TOKENS]
+        self._whole[slots[positions % self._page_size == 0] // self._page_size] = False
+        for placement in batch.placements:
+            work = int(np.flatnonzero(batch.rows == placement.row)[0])
+            found = self._whole[inputs[names.PAGES][work, : positions[starts[work]] // self._page_size]]
+            num = len(found) if found.all() else int(found.argmin())
+            self._seen[placement.row] = num * self._page_size
+
+    def draft(self, batch: Batch, tokens: np.ndarray) -> list[list[int]] | None:
+        """Guesses after the step's tokens [N], `num_ahead` for each work; None where none are wanted."""
+        works = batch.sample_works
+        held = np.ones(len(works), bool) if batch.drafts is None else holding(tokens, batch.drafts)
+        last = np.flatnonzero(held & np.append(~held[1:] | (works[1:] != works[:-1]), True))  # one for each work
+        works, rows, ends = works[last], batch.sample_rows[last], batch.sample_positions[last] + 1
+        self._seen[rows] = np.minimum(self._seen[rows], ends - 1)
+        if batch.num_ahead is None:
+            return None
+        drafts: list[list[int]] = [[] for _ in range(batch.num_works)]
+        wanted = np.flatnonzero(batch.num_ahead[works] > 0)
+        if len(wanted):
+            works, rows, ends = works[wanted], rows[wanted], ends[wanted]
+            guesses = self._guess(
+                batch.inputs[names.PAGES][works], rows, ends, tokens[last[wanted]], batch.num_ahead[works]
+            )
+            for work, some in zip(works.tolist(), guesses, strict=True):
+                drafts[work] = some
+        return drafts
+
+    def _guess(
+        self, pages: np.ndarray, rows: np.ndarray, ends: np.ndarray, tokens: np.ndarray, nums: np.ndarray
+    ) -> list[list[int]]:
+        """pages [S, P], rows [S], lengths with the newest token [S], that token [S], guesses wanted [S]."""
+        begins = self._seen[rows]
+        self._put(pages, ends - 1, tokens)
+        while int((ends - 1 - begins).sum()) > self._max_tokens:
+            left = np.cumsum(ends - 1 - begins)
+            counts = np.diff(np.minimum(left, self._max_tokens), prepend=0)
+            some = counts > 0
+            self._run(pages[some], begins[some], counts[some])
+            begins += counts
+        full = (ends - 1) // self._page_size  # pages of tokens that stay
+        self._whole[pages[np.arange(pages.shape[1]) < full[:, None]]] = True
+        guesses: list[list[int]] = [[] for _ in rows]
+        counts, alive = ends - begins, np.arange(len(rows))
+        for i in range(int(nums.max())):
+            found = self._run(pages[alive], begins[alive], counts[alive])
+            for row, token in zip(alive.tolist(), found.tolist(), strict=True):
+                guesses[row].append(token)
+            goes_on = nums[alive] > i + 1
+            alive, found = alive[goes_on], found[goes_on]
+            begins, counts = ends + i, np.ones_like(ends)
+            self._put(pages[alive], begins[alive], found)
+        self._seen[rows] = ends - 1 + nums
+        return guesses
+
+    def _run(self, pages: np.ndarray, begins: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """A step over tokens `begin .. begin + count` of each sequence -> the likeliest token after each [S]."""
+        query_start = np.zeros(len(counts) + 1, np.int32)
+        np.cumsum(counts, out=query_start[1:])
+        sequences = np.repeat(np.arange(len(counts)), counts)
+        positions = np.arange(query_start[-1]) + np.repeat(begins - query_start[:-1], counts)
+        slots = self._slots(pages[sequences, positions // self._page_size], positions)
+        kv_len = begins + counts
+        arrays = {
+            names.TOKENS: self._token[slots], names.POSITIONS: positions, names.SLOTS: slots,
+            names.QUERY_START: query_start, names.KV_LEN: kv_len,
+            names.PAGES: pages[:, : -(-int(kv_len.max()) // self._page_size)], names.LOGIT_ROWS: query_start[1:] - 1,
+        }  # fmt: skip
+        inputs = {name: torch.from_numpy(np.ascontiguousarray(array, np.int32)) for name, array in arrays.items()}
+        logits = self.graph(inputs | self.pools)[names.LOGITS]
+        return logits[:, : self._vocab_size].argmax(-1).numpy().astype(np.int32)
+
+    def _put(self, pages: np.ndarray, positions: np.ndarray, tokens: np.ndarray) -> None:
+        page = pages[np.arange(len(pages)), positions // self._page_size]
+        self._token[self._slots(page, positions)] = tokens
+
+    def _slots(self, page: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        return page * self._page_size + positions % self._page_size
+
+
+def check_pair(target: Engine, draft: Engine, max_len: int) -> None:
+    """Raises EngineError where `draft` cannot guess for `target`, whose requests have at most `max_len` tokens."""
+    name, model, wanted = draft.folder, draft.manifest.model, target.manifest.model
+    if draft.manifest.target != target.manifest.target:
+        raise EngineError(
+            f"The draft engine {name} is for the {draft.manifest.target} target, {target.folder} for"
+            f" {target.manifest.target}; build both for the same."
+        )
+    texts = [text.tokenizer.get_vocab() if (text := engine.text) else None for engine in (target, draft)]
+    if model.vocab_size != wanted.vocab_size and (None in texts or texts[0] != texts[1]):
+        raise EngineError(
+            f"The draft engine {name} has a vocabulary of {model.vocab_size} tokens, {target.folder} one of"
+            f" {wanted.vocab_size}; a draft model must have the target's tokenizer."
+        )
+    if None not in texts and texts[0] != texts[1]:
+        ours, theirs = ({number: token for token, number in text.items()} for text in texts if text is not None)
+        number = min(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
+        raise EngineError(
+            f"The draft engine {name} has another tokenizer than {target.folder}: token {number} is"
+            f" {theirs.get(number)!r} there and {ours.get(number)!r} here; a draft model must have the target's."
+        )
+    if model.max_model_len < max_len:
+        raise EngineError(
+            f"The draft engine {name} has {model.max_model_len} positions, but requests may have {max_len} tokens;"
+            f" give max_model_len {model.max_model_len} or less, or another draft engine."
+        )
