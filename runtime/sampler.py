@@ -145,10 +145,13 @@ class Sampler:
         repetition, presence, frequency = torch.from_numpy(self._penalties[rows]).split(1, dim=1)
         index = torch.from_numpy(rows.astype(np.int64))
         counts = self._counts[index]  # a copy [R, V]
-        for i, draft in enumerate(() if drafts is None else drafts.tolist()):
-            if draft >= 0:  # the next sample counts the drafts before it
-                counts[i + 1] = counts[i]
-                counts[i + 1, draft] += 1
+        if drafts is not None:
+            at = np.arange(len(drafts))
+            first = np.concatenate(([True], drafts[:-1] < 0))
+            depth = at - np.maximum.accumulate(np.where(first, at, 0))  # drafts before each sample, which it counts
+            for back in range(1, int(depth.max(initial=0)) + 1):
+                deep = np.flatnonzero(depth >= back)
+                counts[deep, drafts[deep - back]] += 1
         logits[some] = penalise(logits[some], self._in_prompt[index], counts, repetition, presence, frequency)
 
     def _count(self, row: int, placement: Placement) -> None:

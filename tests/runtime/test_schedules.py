@@ -2,7 +2,8 @@
 
 The fake model's next token is a hash of the prefix, so what a request gets alone is known. The executor writes the hash
 of the prefix to each slot, in step order, and checks every slot that a step reads: stale, overwritten or wrongly shared
-pages cannot pass. Rows, pages, order, wasted work and progress are checked after every call.
+pages cannot pass. Rows, pages, order, wasted work and progress are checked after every call. Where a world speculates,
+drafts are right, wrong or none at random, and so is whether they are asked for at all.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field
 
+import pytest
 from conservation import check
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -18,8 +20,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from ingot.runtime.kv import SCRATCH_PAGE, PagePool
 from ingot.runtime.request import Request, RequestError, SamplingParams, State, fan_out
 from ingot.runtime.scheduler import Scheduler
+from ingot.runtime.speculation.statistics import SpeculationStats
 
-EOS, STOP, VOCABULARY = 0, 1, 12
+EOS, STOP, VOCABULARY, MOST_DRAFTS = 0, 1, 12, 5
 BASES = [[2, 3, 4, 2, 3, 4, 5, 6] * 4, [2, 3, 4, 2, 3, 5, 5, 9] * 4, [7] * 32]  # prompts begin alike
 
 
@@ -76,15 +79,54 @@ class Follower:
         self.num_seen += 1
         return False
 
+    def fitting(self, drafts):
+        return drafts[: self.num_seen % 4]
+
+
+class Guesses:
+    """Speculation that comes and goes; what it drafts may be right."""
+
+    def __init__(self, rng, records):
+        self.rng, self.records, self.ahead, self.ended = rng, records, rng.random() < 0.5, set()
+        self.on, self.right = rng.choice([0.3, 0.9, 1.0]), rng.choice([0.2, 0.7, 1.0])
+
+    def plan(self, requests):
+        return bool(requests) and self.rng.random() < self.on
+
+    def propose(self, request, most):
+        assert request.id not in self.ended and most >= 0
+        if self.ahead:
+            return request.drafts[:most]
+        return self.guess(request, len(request.tokens), min(most, self.rng.choice([0, 1, 3, MOST_DRAFTS])))
+
+    def guess(self, request, length, num):
+        record = self.records[request.id]
+        wrong = [self.rng.random() > self.right for _ in range(num)]
+        return [(record.token_at(length + i) + wrong[i]) % VOCABULARY for i in range(num)]
+
+    def num_ahead(self, request):
+        return self.rng.choice([0, 2, MOST_DRAFTS]) if self.ahead else 0
+
+    def observe(self, step, tokens, seconds):
+        assert len(step) == len(tokens)
+
+    def end(self, request):
+        self.ended.add(request.id)
+
+    def stats(self):
+        return SpeculationStats()
+
 
 class World:
     """A scheduler, a fake executor with up to `depth` steps ahead of the host, and the truth about each request."""
 
-    def __init__(self, num_pages=9, page_size=2, rows=3, budget=8, context=24, depth=1, prefix_cache=True):
+    def __init__(self, num_pages=9, page_size=2, rows=3, budget=8, context=24, depth=1, prefix_cache=True,
+                 guessing=None):  # fmt: skip
         self.pool = PagePool(num_pages, page_size, prefix_cache)
-        self.scheduler = Scheduler(self.pool, rows, budget, context, eos_token_ids=[EOS])
-        self.depth = depth
         self.records: dict[str, Record] = {}
+        self.guesses = guessing and Guesses(guessing, self.records)
+        self.scheduler = Scheduler(self.pool, rows, budget, context, eos_token_ids=[EOS], speculation=self.guesses)
+        self.depth = depth
         self.kv: dict[int, int] = {}  # slot -> hash of the prefix
         self.last_token: dict[int, int] = {}  # row -> token
         self.owner: dict[int, Request] = {}  # row -> request
@@ -125,6 +167,7 @@ class World:
     def launch(self, step):
         assert step and sum(work.num_tokens for work in step) <= self.scheduler.max_num_batched_tokens
         assert len({work.row for work in step}) == len({work.request.id for work in step}) == len(step)
+        assert not any(work.drafts for before, *_ in self.in_flight for work in before), "where it goes on is not known"
         written: dict[int, int] = {}
         for work in step:  # all writes come first
             record = self.records[work.request.id]
@@ -137,32 +180,49 @@ class World:
                 self.events["bound"] += 1
             tokens = [self.last_token[work.row] if token == -1 else token for token in work.tokens]
             assert len(tokens) == work.num_tokens > 0
+            kv, drafted = 0, work.kv_len - len(work.drafts)
             for position, token in enumerate(tokens, work.start):
                 slot = self.slot(work, position)
-                assert token == record.token_at(position), "the executor would compute another token"
+                if position < drafted:
+                    assert token == record.token_at(position), "the executor would compute another token"
                 assert slot // self.pool.page_size != SCRATCH_PAGE and slot not in written, "two tokens in one slot"
-                written[slot] = record.kv_at(position)
+                kv = written[slot] = record.kv_at(position) if position < drafted else hash((kv, token))
+            assert not work.drafts or drafted == len(work.request.tokens)
+            assert work.kv_len < work.request.limit and len(work.pages) * self.pool.page_size >= (
+                work.kv_len + work.num_ahead
+            ), "no room for drafts"
         assert not any(slots & written.keys() for *_, slots in self.in_flight), "a slot in use is overwritten"
         self.kv |= written
-        tokens, scored, slots = [], [], set()
+        tokens, scored, slots, drafts = [], [], set(), []
         for work in step:
             record = self.records[work.request.id]
             read = [self.slot(work, position) for position in range(work.kv_len)]
-            assert [self.kv[slot] for slot in read] == record.kv[: work.kv_len], "wrong KV"
-            assert 0 <= work.num_samples <= work.num_logits <= work.num_tokens and work.num_samples <= 1
-            tokens.append([record.token_at(work.kv_len)] * work.num_samples)
+            known = work.kv_len - len(work.drafts)
+            assert [self.kv[slot] for slot in read[:known]] == record.kv[:known], "wrong KV"
+            assert 0 <= work.num_samples <= work.num_logits <= work.num_tokens
+            assert work.num_samples <= 1 if not work.drafts else work.num_samples == 1 + len(work.drafts)
+            tokens.append([record.token_at(work.kv_len)] * (work.num_samples - len(work.drafts)))
+            if work.drafts:
+                right = [record.token_at(known + i) == draft for i, draft in enumerate(work.drafts)]
+                num_right = [*right, False].index(False)
+                tokens[-1] = [record.token_at(known + i) for i in range(num_right + 1)]
+                self.events += Counter(accepted=num_right, rejected=len(work.drafts) - num_right)
+            drafts.append(self.guesses.guess(work.request, known + len(tokens[-1]), work.num_ahead)
+                          if self.guesses else [])  # fmt: skip
             scored.append([*range(work.kv_len - work.num_logits, work.kv_len - work.num_samples)])
             slots.update(read)
-            record.num_sampled += work.num_samples
-            self.last_token |= dict.fromkeys([work.row] * work.num_samples, record.token_at(work.kv_len))
-        self.in_flight.append((step, tokens, scored, slots))
+            record.num_sampled += len(tokens[-1])
+            if tokens[-1]:
+                self.last_token[work.row] = tokens[-1][-1]
+        self.in_flight.append((step, tokens, scored, drafts, slots))
 
     def slot(self, work, position):
         return work.pages[position // self.pool.page_size] * self.pool.page_size + position % self.pool.page_size
 
     def commit(self):
-        step, tokens, scored, _ = self.in_flight.pop(0)
-        for delta in self.scheduler.commit(step, tokens, [[-token for token in some] for some in tokens], scored):
+        step, tokens, scored, drafts, _ = self.in_flight.pop(0)
+        logprobs = [[-token for token in some] for some in tokens]
+        for delta in self.scheduler.commit(step, tokens, logprobs, scored, drafts):
             record = self.records[delta.request_id]
             assert record.reason is None, "a delta after the end"
             assert delta.token_ids or delta.prompt_logprobs, "an empty delta"
@@ -185,8 +245,12 @@ class World:
             if not request.params.prefix_cache:
                 others = [r.request.pages for r in self.records.values() if r is not record]
                 assert not set(request.pages) & {page for pages in others for page in pages}, "opted out, yet shared"
-            wasted = record.num_sampled - request.num_in_flight - len(record.seen)
-            assert wasted <= (self.depth + 1 if record.by_hand else self.depth if record.reason == "stop" else 0)
+            launched = [pair for step, tokens, *_ in self.in_flight for pair in zip(step, tokens, strict=True)]
+            under_way = sum(len(some) for work, some in launched if work.request is request)
+            wasted = record.num_sampled - under_way - len(record.seen)
+            most = self.depth + (MOST_DRAFTS if self.guesses else 0)
+            assert wasted <= (most + 1 if record.by_hand else most if record.reason == "stop" else 0)
+            assert not (self.guesses and record.reason) or request.id in self.guesses.ended
 
     def turn(self):
         """As the loop does: one more step, then the oldest is committed."""
@@ -238,7 +302,7 @@ def random_params(rng):
     )
 
 
-def random_world(rng):
+def random_world(rng, speculating):
     return World(
         num_pages=rng.choice([2, 4, 6, 9, 14, 40]),
         page_size=rng.choice([1, 2, 3, 4]),
@@ -247,11 +311,12 @@ def random_world(rng):
         context=rng.choice([2, 9, 24, 40]),
         depth=rng.choice([0, 1, 1, 1, 2]),
         prefix_cache=rng.random() < 0.85,
+        guessing=random.Random(rng.random()) if speculating else None,
     )
 
 
-def random_schedule(rng) -> Counter[str]:
-    world = random_world(rng)
+def random_schedule(rng, speculating) -> Counter[str]:
+    world = random_world(rng, speculating)
     for _ in range(rng.randrange(4, 24)):
         for _ in range(rng.choice([0, 0, 1, 2])):
             salt = rng.choice([b"", b"", b"", b"other"])
@@ -264,14 +329,16 @@ def random_schedule(rng) -> Counter[str]:
     return world.events
 
 
-def test_thousands_of_random_schedules():
+@pytest.mark.parametrize("speculating", [False, True])
+def test_thousands_of_random_schedules(speculating):
     events: Counter[str] = Counter()
     for seed in range(2000):
         try:
-            events += random_schedule(random.Random(seed))
+            events += random_schedule(random.Random(seed), speculating)
         except Exception as error:
             raise AssertionError(f"seed {seed}") from error
-    wanted = ("preemptions", "evictions", "hits", "kv_pool", "ended in flight", "bound")
+    wanted = ["preemptions", "evictions", "hits", "kv_pool", "ended in flight", "bound"]
+    wanted += ["accepted", "rejected"] if speculating else []
     assert min(events[e] for e in wanted) > 100, events
 
 
@@ -280,7 +347,7 @@ class Schedules(RuleBasedStateMachine):
 
     @initialize(seed=st.integers(0, 1 << 20))
     def start(self, seed):
-        self.world = random_world(random.Random(seed))
+        self.world = random_world(random.Random(seed), seed % 2)
 
     @rule(rng=st.randoms(use_true_random=False), priority=st.integers(-1, 1), salt=st.sampled_from([b"", b"other"]))
     def add(self, rng, priority, salt):

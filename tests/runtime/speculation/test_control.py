@@ -1,0 +1,143 @@
+"""When speculation goes on and off, on a simulated clock: never worse than the better of both by more than a little."""
+
+import random
+
+import pytest
+from ingot.runtime.request import Request, SamplingParams, State
+from ingot.runtime.speculation.control import Speculation
+from ingot.runtime.speculation.costs import Costs, Curve
+from ingot.runtime.step import Work
+
+
+def test_a_curve_is_straight_between_what_was_measured():
+    curve = Curve([1, 2, 8], [2.0, 1.0, 8.0])
+    assert [curve(n) for n in (0.5, 1, 2, 5, 8, 16)] == [2.0, 2.0, 2.0, 5.0, 8.0, 16.0]
+
+
+def test_measuring_ends_in_time_and_at_the_largest():
+    sizes = []
+    curve = Curve.measure(sizes.append, 11)
+    assert sorted(set(sizes)) == [1, 2, 4, 8, 11] and curve(11) >= 0
+    sizes.clear()
+    Curve.measure(sizes.append, 1 << 60, budget=0.0)
+    assert set(sizes) == {1}
+
+
+class Oracle:
+    """Drafts that are right with a certain chance; counts what they and the steps would take."""
+
+    def __init__(self, ahead):
+        self.ahead = ahead
+
+    def propose(self, request, most):
+        return [1] * most
+
+    def end(self, request):
+        pass
+
+
+def work_of(request, drafts, ahead=0):
+    num = 1 + len(drafts)
+    return Work(request, 0, len(request.tokens) - 1, num, num, [], num, False, drafts, ahead)
+
+
+def simulate(num, right, cost, draft_cost=None, steps=300, most=4, wrong_by=1.0, seed=0, speculation=None):
+    """Seconds a token with speculation and without, and the share of steps that speculated, for `num` requests.
+
+    cost, draft_cost: tokens -> seconds. wrong_by: how much longer steps with drafts take than measured.
+    """
+    rng = random.Random(seed)
+    sizes = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+    costs = Costs(Curve(sizes, list(map(cost, sizes))), draft_cost and Curve(sizes, list(map(draft_cost, sizes))))
+    speculation = speculation or Speculation(Oracle(draft_cost is not None), most, costs)
+    requests = [Request(str(i), [1] * 8, SamplingParams()) for i in range(num)]
+    seconds = tokens = 0.0
+    for _ in range(steps):
+        on = speculation.plan(requests)
+        works, found = [], []
+        for request in requests:
+            drafts = speculation.propose(request, most) if on else []
+            ahead = speculation.num_ahead(request) if on else 0
+            works.append(work_of(request, drafts, ahead))
+            held = 1
+            while held <= len(drafts) and rng.random() < right:
+                held += 1
+            found.append([1 if held > 1 or rng.random() < right else 2] * held)
+        took = cost(sum(work.num_tokens for work in works)) * (wrong_by if on else 1.0)
+        if draft_cost and on:
+            took += sum(draft_cost(num) for _ in range(max(work.num_ahead for work in works)))
+        for request, some in zip(requests, found, strict=True):
+            request.tokens += some
+        speculation.observe(tuple(works), found, took)
+        seconds, tokens = seconds + took, tokens + sum(map(len, found))
+    plain = cost(num) / num
+    stats = speculation.stats()
+    for request in requests:
+        request.state = State.FINISHED
+        speculation.end(request)
+    return seconds / tokens, plain, stats.steps / stats.all_steps
+
+
+def small(num):
+    """Reading the weights takes 1, a token 0.05."""
+    return max(1.0, 0.05 * num)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("num", [1, 3, 16, 64])
+@pytest.mark.parametrize("right", [0.0, 0.3, 0.7, 0.95])
+def test_never_much_worse_and_better_where_it_can_be(ahead, num, right):
+    took, plain, share = simulate(num, right, small, (lambda n: max(0.1, 0.005 * n)) if ahead else None)
+    assert plain / took > 0.97
+    if num == 1 and right >= 0.7:
+        assert plain / took > 1.4 and share > 0.9
+    if num == 64 and right < 0.9:
+        assert share < 0.1
+    if right == 0 and (ahead or num >= 16):  # below, drafts cost nothing here
+        assert share < 0.15
+
+
+def test_it_is_measured_not_believed():
+    """Steps with drafts that take three times what was measured when the engine opened end it."""
+    took, plain, share = simulate(2, 0.6, small, wrong_by=3.0)
+    assert share < 0.2 and plain / took > 0.9
+
+
+def test_on_again_when_there_are_fewer():
+    sizes = [1, 1024]
+    speculation = Speculation(Oracle(False), 4, Costs(Curve(sizes, [1.0, 51.2])))
+    shares = []
+    for num in (1, 64, 1):
+        before = speculation.stats()
+        simulate(num, 0.8, small, steps=100, speculation=speculation)
+        after = speculation.stats()
+        shares.append((after.steps - before.steps) / (after.all_steps - before.all_steps))
+    assert shares[0] > 0.9 and shares[1] < 0.15 and shares[2] > 0.85, shares
+
+
+def test_each_request_gets_what_suits_it():
+    speculation = Speculation(Oracle(False), 4, Costs(Curve([1, 64, 512], [1.0, 2.0, 20.0])))
+    good, bad = requests = [Request(name, [1] * 8, SamplingParams()) for name in "ab"]
+    for _ in range(60):
+        assert speculation.plan(requests)
+        drafts = [speculation.propose(request, 4) for request in requests]
+        works = [work_of(request, some) for request, some in zip(requests, drafts, strict=True)]
+        speculation.observe(tuple(works), [[1] * (1 + len(drafts[0])), [1]], 1.0)
+    assert len(speculation.propose(good, 4)) == 4 and len(speculation.propose(bad, 4)) < 4
+    stats = speculation.stats()
+    assert stats.drafted_at[0] >= stats.drafted_at[3] and stats.accepted == sum(stats.accepted_at)
+    assert stats.mean_length == 1 + stats.accepted / stats.drafts
+
+
+def test_whoever_wants_none_gets_none():
+    speculation = Speculation(Oracle(False), 4, Costs(Curve([1, 512], [1.0, 2.0])))
+    without = Request("a", [1], SamplingParams(speculate=False))
+    assert not speculation.plan([without])
+    assert speculation.plan([without, Request("b", [1], SamplingParams())])
+    assert not speculation.propose(without, 4)
+
+
+def test_nothing_is_kept_of_requests_that_ended():
+    speculation = Speculation(Oracle(False), 4, Costs(Curve([1, 512], [1.0, 20.0])))
+    simulate(32, 0.0, small, steps=40, speculation=speculation)
+    assert not speculation._outlooks
