@@ -21,6 +21,9 @@ Engine = Annotated[Path, typer.Argument(metavar="DIR", help="An engine directory
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 PROFILE = "Show the time of each op in a step against its floor instead, and draw it (--plot, or profile.png)."
+Speculate = Annotated[str | None, typer.Option(help="Draft tokens and verify them: ngram, suffix or draft.")]
+Draft = Annotated[Path | None, typer.Option("--draft-engine", "--draft", help="The engine that drafts.")]
+NumDrafts = Annotated[int, typer.Option(help="Tokens drafted at a time for a request at most.")]
 PrefixCache = Annotated[bool, typer.Option(help="Reuse the KV pages of prompts that begin alike.")]
 
 
@@ -106,6 +109,11 @@ def bench(
     prefill: Annotated[
         str | None, typer.Option(help="With --profile: prompts a step each, as 1024,4096; 0: none.")
     ] = None,
+    speculate: Speculate = None,
+    draft_engine: Draft = None,
+    num_draft_tokens: NumDrafts = 4,
+    levels: Annotated[str, typer.Option(help="With --speculate: requests at a time, each measured.")] = "1,4,16,64",
+    rounds: Annotated[int, typer.Option(min=1, help="With --speculate: measurements of each.")] = 3,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -125,6 +133,15 @@ def bench(
         return _profile(engine, options, sizes, context, prompts, seed, plot, as_json)
     if batches is not None or prefill is not None:
         raise typer.BadParameter("--batches and --prefill belong to --profile; add it or leave them out.")
+    if speculate is not None or draft_engine is not None:
+        if rate is not None or concurrency is not None or num_requests is not None:
+            raise typer.BadParameter(
+                "--speculate measures --levels one after the other; leave out --rate, --concurrency and --num-requests."
+            )
+        options |= {"speculate": speculate, "draft_engine": draft_engine, "num_draft_tokens": num_draft_tokens}
+        options |= {"prefix_cache": False}
+        sizes = _sizes("levels", levels)
+        return _speculation(engine, options, file, input_len, output_len, sizes, rounds, seed, plot, as_json)
     if concurrency is None and rate is None:
         concurrency = 8
     for name, value in {"num-requests": num_requests, "concurrency": concurrency, "rate": rate}.items():
@@ -245,6 +262,49 @@ def _profile(
     except ImportError:
         print("The profile is not drawn: it needs matplotlib; install it with `pip install 'ingot[bench]'`.",
               file=sys.stderr)  # fmt: skip
+
+
+def _speculation(
+    engine: Path, options: dict[str, Any], file: Path | None, input_len: str, output_len: str, levels: list[int],
+    rounds: int, seed: int, plot: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Print the speed-up by drafts, and draw it."""
+    from rich.console import Console
+
+    from . import bench as benchmark
+    from .async_llm import AsyncLLM
+    from .request import SamplingParams
+    from .speculation import bench
+
+    if plot:
+        _check_plot(plot)
+    num = rounds * sum(map(bench.num_of, levels))
+    console = Console(stderr=True)
+
+    async def measure() -> list[bench.Level]:
+        async with AsyncLLM(engine, **options | {"max_num_seqs": options["max_num_seqs"] or max(levels)}) as llm:
+            with console.status("measuring", spinner="dots") as status:
+                if file:
+                    jobs = benchmark.from_file(file, num, output_len, seed)
+                else:
+                    prompts = await bench.written(llm, num, benchmark.lengths(input_len)[1], seed)
+                    how = SamplingParams(temperature=0.0, max_tokens=benchmark.lengths(output_len)[1], ignore_eos=True)
+                    jobs = [benchmark.Job(list(prompt), how) for prompt in prompts]
+
+                def say(level: bench.Level) -> None:
+                    status.update(f"done: {level.concurrency} at a time, {level.speedup:.2f}x")
+
+                return await bench.compare(llm, jobs, levels, rounds, say)
+
+    found = asyncio.run(measure())
+    title = f"{options['speculate']}, {options['num_draft_tokens']} tokens a draft: {engine}"
+    if as_json:
+        print(json.dumps({"engine": str(engine), "speculate": options["speculate"],
+                          "levels": [asdict(level) for level in found]}, indent=1))  # fmt: skip
+    else:
+        bench.show(title, found, Console())
+    if plot:
+        bench.draw(title, found, plot)
 
 
 def _check_plot(path: Path) -> None:

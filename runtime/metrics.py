@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .request import RequestMetrics
+from .speculation.statistics import SpeculationStats
 from .step import SchedulerStats
 
 RECENT = 8192  # values of each latency that are kept
@@ -60,6 +61,7 @@ class Metrics:
     inter_token: Latency | None
     e2e: Latency | None  # arrival to end
     healthy: bool
+    speculation: SpeculationStats = SpeculationStats()
 
     @property
     def prefix_hit_rate(self) -> float | None:
@@ -134,4 +136,5 @@ class Recorder:
             inter_token=Latency.of(self._inter_token.copy()),
             e2e=Latency.of(self._e2e.copy()),
             healthy=healthy,
+            speculation=stats.speculation,
         )

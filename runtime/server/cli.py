@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..cli import Draft, NumDrafts, Speculate
 from .logs import LogFormat, LogLevel
 from .logs import set_up as set_up_log
 
@@ -53,6 +54,9 @@ def serve(
     ] = None,
     prefix_cache: Annotated[bool, typer.Option(help="Reuse the KV pages of prompts that begin alike.")] = True,
     load_format: Annotated[str, typer.Option(help="dummy: random weights, the file is not read.")] = "auto",
+    speculate: Speculate = None,
+    draft_engine: Draft = None,
+    num_draft_tokens: NumDrafts = 4,
     max_waiting: Annotated[int, typer.Option(help="Sequences that may wait; past them clients get 429.")] = 1024,
     max_waiting_tokens: Annotated[int, typer.Option(help="Prompt tokens that may wait.")] = 1 << 20,
     request_timeout: Annotated[float | None, typer.Option(help="Seconds that a request may take.")] = None,
@@ -88,7 +92,8 @@ def serve(
     )  # fmt: skip
     options: dict[str, Any] = {
         "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens, "max_model_len": max_model_len,
-        "prefix_cache": prefix_cache, "load_format": load_format,
+        "prefix_cache": prefix_cache, "load_format": load_format, "speculate": speculate,
+        "draft_engine": None if draft_engine is None else str(draft_engine), "num_draft_tokens": num_draft_tokens,
     }  # fmt: skip
     if gpu_memory_utilization is not None:
         options["gpu_memory_utilization"] = gpu_memory_utilization

@@ -43,6 +43,8 @@ _GAUGES = {
     "step_seconds_p50": ("Time of a step, median of the recent ones.", lambda m: m.step.p50 if m.step else 0.0),
     "step_seconds_p99": ("Time of a step, of a hundred recent ones the slowest.",
                          lambda m: m.step.p99 if m.step else 0.0),
+    "spec_decode_steps_perc": ("Of the steps that gave tokens, the share that verified drafts, 0 to 1.",
+                               lambda m: m.speculation.share or 0.0),
     "engine_healthy": ("1 while the engine serves.", lambda m: float(m.healthy)),
 }  # fmt: skip
 _COUNTERS = {
@@ -52,6 +54,10 @@ _COUNTERS = {
     "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", lambda m: m.prefix_queried),
     "prefix_cache_hits": ("Of them, tokens found.", lambda m: m.prefix_hits),
     "engine_steps": ("Steps of the engine.", lambda m: m.steps),
+    "spec_decode_num_drafts": ("Drafts of a request that were verified.", lambda m: m.speculation.drafts),
+    "spec_decode_num_draft_tokens": ("Tokens of these drafts.", lambda m: m.speculation.drafted),
+    "spec_decode_num_accepted_tokens": ("Of them, tokens that were accepted.", lambda m: m.speculation.accepted),
+    "spec_decode_num_steps": ("Steps that verified drafts.", lambda m: m.speculation.steps),
 }
 
 
@@ -125,6 +131,12 @@ class ServerMetrics(Collector):
         for reason, count in sorted(found.finished.items()):
             ended.add_metric([self.model, reason], count)
         yield ended
+        accepted = CounterMetricFamily(PREFIX + "spec_decode_num_accepted_tokens_per_pos",
+                                       "Accepted tokens by their place in the draft, the first is 0.",
+                                       labels=["model_name", "position"])  # fmt: skip
+        for position, count in enumerate(found.speculation.accepted_at):
+            accepted.add_metric([self.model, str(position)], count)
+        yield accepted
         for each in self._histograms:
             yield each.family(self.model)
         info = InfoMetricFamily(PREFIX + "build", "What is serving.")

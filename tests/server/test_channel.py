@@ -153,6 +153,8 @@ def _metrics(latency):
                 isinstance(t, msgspec.inspect.DataclassType) for t in types
             ):
                 values[field.name] = latency
+            case msgspec.inspect.DataclassType(cls=kind):
+                values[field.name] = kind()
             case _:
                 values[field.name] = None
     return Metrics(**values)
