@@ -103,7 +103,7 @@ async def _rate(llm: AsyncLLM, jobs: Sequence[Job], level: int, with_drafts: boo
 
 def _sum(counts: SpeculationStats, before: SpeculationStats, after: SpeculationStats) -> SpeculationStats:
     """counts and what came between two snapshots."""
-    added = {}
+    added: dict[str, Any] = {}
     for name, value in asdict(after).items():
         old, so_far = getattr(before, name), getattr(counts, name)
         if isinstance(value, tuple):

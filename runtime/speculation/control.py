@@ -18,13 +18,14 @@ from .costs import Costs
 from .drafter import Drafter
 from .statistics import SpeculationStats
 
-HOPE = 0.6  # of a draft's token to be right, before anything is known
-WEIGHT, WEIGHT_OF_ALL = 2.0, 20.0  # tokens that a prior counts for: all requests' for one request, HOPE for all
+HOPE = 0.7  # of a draft's token to be right, before anything is known
+WEIGHT, WEIGHT_OF_ALL = 8.0, 40.0  # tokens that a prior counts for: all requests' for one request, HOPE for all
 MEMORY, MEMORY_OF_ALL = 0.95, 0.998  # what is left of a count after one token more
 PAUSE = 8  # steps without speculation between two looks at whether it would pay
 HORIZON = 32  # steps in which speculation has to earn what a draft engine must catch up with
+OVERHEAD = 1.1  # of steps that are not overlapped, before that is known
 ADVANTAGE = 1.05  # that speculation must have to be turned on; without any it is turned off
-SURE = 0.1  # how much of a correction comes from the latest step
+SURE = 0.1  # how much the latest step says about whether a drafter has an idea
 
 
 class Chance:
@@ -44,6 +45,18 @@ class Chance:
 
     def __call__(self, prior: float) -> float:
         return (self._right + self._weight * prior) / (self._all + self._weight)
+
+
+class Median:
+    """Of positive values, followed by steps of a share of it: a step of the engine that was disturbed counts once."""
+
+    def __init__(self, value: float):
+        self.value, self._num = value, 0
+
+    def count(self, value: float) -> None:
+        self._num += 1
+        step = 1 + max(0.03, 0.3 / (1 + self._num))
+        self.value = min(value, self.value * step) if value > self.value else max(value, self.value / step)
 
 
 @dataclass(slots=True)
@@ -69,8 +82,8 @@ class Speculation:
         self._outlooks: dict[Request, Outlook] = {}
         self._right = Chance(MEMORY_OF_ALL, WEIGHT_OF_ALL)
         self._pause = self._settling = 0
-        self._plain: dict[int, float] = {}  # logarithm of the number of requests -> measured / computed seconds
-        self._drafting: dict[int, float] = {}
+        self._plain: dict[int, Median] = {}  # logarithm of the number of requests -> measured / computed seconds
+        self._drafting: dict[int, Median] = {}
         self._drafted_at, self._accepted_at = [0] * most, [0] * most
         self._num_drafts = self._num_steps = self._num_all_steps = 0
 
@@ -80,7 +93,8 @@ class Speculation:
         """Whether the next step of these running requests is to speculate; if so, all of them move together."""
         some = [request for request in requests if request.params.speculate]
         if not some or not self._adapt:
-            return bool(some)
+            self._on = bool(some)
+            return self._on
         if not self._on:
             self._pause -= 1
             if self._pause > 0:
@@ -182,7 +196,7 @@ class Speculation:
                 self._outlook(request).right.fade(0.9)
             self._right.fade(0.99)
         for key, factor in self._drafting.items():
-            self._drafting[key] = factor + 0.02 * (1.1 * self._plain.get(key, 1.0) - factor)
+            factor.value += 0.05 * (OVERHEAD * self._factor(self._plain, key) - factor.value)
 
     # -- what it costs -------------------------------------------------------------------------------------------------
 
@@ -191,8 +205,8 @@ class Speculation:
         target, draft = self._costs
         num = num_others + len(some)
         key = num.bit_length()
-        plain = num / (self._plain.get(key, 1.0) * target(num))  # tokens a second
-        factor = self._drafting.get(key, 1.1 * self._plain.get(key, 1.0))
+        factors = self._factor(self._plain, key), self._factor(self._drafting, key)
+        factor, plain = factors[1], num / (factors[0] * target(num))  # tokens a second
         outlooks = [self._outlook(request) for request in some]
         hope = self._right(HOPE)
         chances = [min(outlook.right(hope), 0.99) for outlook in outlooks]
@@ -231,9 +245,14 @@ class Speculation:
             nums = [work.num_ahead for work in step]
             expected += sum(draft(sum(num > i for num in nums)) for i in range(max(nums)))
         corrections, key = self._drafting if self._on else self._plain, len(step).bit_length()
-        factor = min(4.0, max(0.25, seconds / expected))
-        before = corrections.get(key)
-        corrections[key] = factor if before is None else before + SURE * (factor - before)
+        if key not in corrections:
+            corrections[key] = Median(self._factor(corrections, key))
+        corrections[key].count(seconds / expected)
+
+    def _factor(self, corrections: dict[int, Median], key: int) -> float:
+        if found := corrections.get(key):
+            return found.value
+        return OVERHEAD * self._factor(self._plain, key) if corrections is self._drafting else 1.0
 
 
 def _decodes(work: Work) -> bool:

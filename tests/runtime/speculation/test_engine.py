@@ -1,0 +1,165 @@
+"""Answers with drafts against answers without, through `LLM`, for every drafter; what is refused, and how."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from hand_made import DEMO, cast_llama, prompts_of
+from ingot import LLM, SamplingParams
+from ingot.engines.errors import EngineError
+from ingot.engines.manifest import Manifest
+from ingot.runtime.capacity import ServeConfig
+from ingot.runtime.executor import open_executor
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    return cast_llama(DEMO / "pycoder-draft-2m", tmp_path_factory.mktemp("engines") / "small")
+
+
+@pytest.fixture(scope="module")
+def draft(engine, tmp_path_factory):
+    """A draft engine that is right often, though not always: the small model with its last layer's MLP left out."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    checkpoint = tmp_path_factory.mktemp("checkpoints") / "draft"
+    shutil.copytree(DEMO / "pycoder-draft-2m", checkpoint)
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] = torch.zeros_like(weights["model.layers.1.mlp.down_proj.weight"])
+    save_file(weights, checkpoint / "model.safetensors")
+    return cast_llama(checkpoint, tmp_path_factory.mktemp("engines") / "draft")
+
+
+PROMPTS = [*prompts_of(5, 60, 5), *([prompts_of(6, 45, 1)[0]] * 2)]
+KINDS = [
+    {"temperature": 0, "max_tokens": 24},
+    {"temperature": 0.9, "top_p": 0.8, "max_tokens": 30, "logprobs": 2, "stop": ["self", "\n\n"]},
+    {"temperature": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.2, "min_tokens": 9, "max_tokens": 22},
+    {"temperature": 0.8, "top_k": 20, "n": 2, "max_tokens": 17, "logit_bias": {13: 2.0}, "prompt_logprobs": 1},
+    {"temperature": 0.6, "structured_outputs": {"regex": "[a-z]{4,30}( = [0-9]{2,9})?"}, "max_tokens": 20},
+    {"temperature": 0, "max_tokens": 25, "speculate": False},
+    {"temperature": 0, "max_tokens": 21, "ignore_eos": True, "stop_token_ids": [199, 12]},
+]
+PARAMS = [SamplingParams(seed=11 + i, **kind) for i, kind in enumerate(KINDS)]
+ROOMY = {"max_num_seqs": 9}
+TIGHT = {"max_num_seqs": 5, "page_size": 4, "num_kv_pages": 32, "max_num_batched_tokens": 24}  # thrown out and chunked
+
+
+def answers(llm):
+    """Everything that a user sees but times, of a batch of all kinds; twice, so that prefixes are found."""
+    found = []
+    for _ in range(2):
+        for output in llm.generate(PROMPTS, PARAMS, progress=False):
+            for answer in output.outputs:
+                logprobs = [{t: round(p.logprob, 3) for t, p in e.items()} for e in answer.logprobs or ()]
+                found.append((answer.token_ids, answer.text, answer.finish_reason, answer.stop_reason, logprobs))
+            found.append([e and {t: round(p.logprob, 3) for t, p in e.items()} for e in output.prompt_logprobs or ()])
+    return found
+
+
+@pytest.fixture(scope="module")
+def wanted(engine):
+    with LLM(engine, **ROOMY) as llm:
+        return answers(llm)
+
+
+@pytest.mark.parametrize("room", [ROOMY, TIGHT], ids=["roomy", "tight"])
+@pytest.mark.parametrize("speculate", ["ngram", "suffix", "draft"])
+def test_answers_are_those_without_drafts(engine, draft, wanted, speculate, room):
+    options = {"draft_engine": draft} if speculate == "draft" else {}
+    with LLM(engine, speculate=speculate, adapt_drafts=False, num_draft_tokens=3, **options, **room) as llm:
+        assert answers(llm) == wanted
+        metrics = llm.metrics()
+    stats = metrics.speculation
+    assert stats.accepted > 20 and stats.drafted > stats.accepted and metrics.kv_utilisation == 0
+    assert sum(stats.accepted_at) == stats.accepted and stats.accepted_at[0] >= stats.accepted_at[-1] > 0
+    assert metrics.prefix_hits > 0 and 0 < stats.share <= 1
+    assert (metrics.preemptions > 0) == (room is TIGHT)
+
+
+@pytest.mark.parametrize("room", [ROOMY, TIGHT], ids=["roomy", "tight"])
+def test_an_engine_that_drafts_for_itself_is_always_right(engine, room):
+    """Whatever it lags behind, is thrown out or finds in the prefix cache, its KV is that of the tokens."""
+    greedy = [SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, speculate=i != 2) for i in range(7)]
+    with LLM(engine, speculate="draft", draft_engine=engine, adapt_drafts=False, **room) as llm:
+        llm.generate(PROMPTS[3:], SamplingParams(temperature=0, max_tokens=9, speculate=False), progress=False)
+        llm.generate(PROMPTS, greedy, progress=False)
+        llm.generate(PROMPTS, greedy, progress=False)
+        stats, preemptions = llm.metrics().speculation, llm.metrics().preemptions
+    assert stats.drafted > 200 and stats.accepted == stats.drafted
+    assert (preemptions > 0) == (room is TIGHT)
+
+
+def test_adaptation_changes_no_answer(engine, draft, wanted):
+    with LLM(engine, speculate="draft", draft_engine=draft, **ROOMY) as llm:
+        assert answers(llm) == wanted
+
+
+def changed(engine, out, **model):
+    """The engine with another manifest."""
+    shutil.copytree(engine, out)
+    manifest = Manifest.open(out)
+    dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, **model)).save(out)
+    return out
+
+
+def other_tokenizer(engine, out):
+    shutil.copytree(engine, out)
+    path = out / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    a, b = (next(token for token, number in vocab.items() if number == n) for n in (300, 301))
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    path.write_text(json.dumps(content))
+    Manifest.read(out).save(out)
+    return out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"speculate": "magic"}, "speculate is 'magic'; it must be one of ngram, suffix, draft"),
+        ({"speculate": "draft"}, "needs a draft engine"),
+        ({"draft_engine": "x"}, "draft_engine is for speculate=draft, which is None"),
+        ({"speculate": "ngram", "draft_engine": "x"}, "draft_engine is for speculate=draft, which is 'ngram'"),
+        ({"speculate": "draft", "draft_engine": "/nowhere"}, "/nowhere"),
+        ({"speculate": "ngram", "num_draft_tokens": 0}, "num_draft_tokens is 0; it must be an integer from 1 to 16"),
+        ({"speculate": "ngram", "num_draft_tokens": 17}, "num_draft_tokens is 17"),
+        ({"speculate": "ngram", "num_draft_tokens": 8, "max_model_len": 8}, "a request may have 8 tokens only"),
+        ({"speculate": "ngram", "prompt_lookup_min": 5}, "prompt_lookup_min is 5; it must not exceed"),
+        ({"speculate": "ngram", "prompt_lookup_max": True}, "prompt_lookup_max is True"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(engine, options, message):
+    with pytest.raises(EngineError, match=message) as caught:
+        LLM(engine, **options)
+    assert str(caught.value).count(". ") == 0, "one sentence"
+
+
+def test_draft_engines_that_do_not_fit_are_refused(engine, tmp_path):
+    for draft, message in (
+        (changed(engine, tmp_path / "short", max_model_len=64), "has 64 positions, but requests may have"),
+        (changed(engine, tmp_path / "target", vocab_size=99), None),
+        (
+            other_tokenizer(engine, tmp_path / "tokens"),
+            "has another tokenizer .*: token 300 is '.*' there and '.*' here",
+        ),
+    ):
+        if message is None:
+            (draft / "tokenizer.json").unlink()
+            Manifest.read(draft).save(draft)
+            message = "has a vocabulary of 99 tokens, .* one of 4096"
+        with pytest.raises(EngineError, match=message) as caught:
+            LLM(engine, speculate="draft", draft_engine=draft)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_cuda_target_refuses(engine):
+    from ingot.runtime.engine import Engine
+
+    opened = Engine.open(engine)
+    cuda = dataclasses.replace(opened, manifest=dataclasses.replace(opened.manifest, target="cuda"))
+    with pytest.raises(EngineError, match="speculate is 'ngram', but .* cuda target, which cannot verify drafts yet"):
+        open_executor(cuda, ServeConfig(speculate="ngram"))
