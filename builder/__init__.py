@@ -42,11 +42,14 @@ class BuildConfig:
     calibration_device: str = "auto"  # cpu, cuda, or auto: the GPU if there is one
     scales: str = ""  # file of what `ingot calibrate` found; nothing is searched for then
     accept_accuracy: bool = False  # build what the recipe's bound refuses
-    # of the cuda target, whose plan has fixed sizes
+    # of the cuda and tensorrt targets, whose plans have fixed sizes
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 4096
     page_size: int = 16
     tune: bool = True  # time tactics where there is a GPU
+    tensorrt_plugins: str = (
+        "Rope"  # of the tensorrt target: ops that ingot's kernels run although it has a form of its own
+    )
     gpu_arch: int | None = None  # compute capability times ten; None: that of the GPU at hand, else 90
 
 
@@ -88,7 +91,7 @@ def build_engine(
     from .quantisation import Quantisation
     from .record import activation_dtype, kv_layers, model_info, versions
     from .stored_weights import check_options, keep_stored
-    from .targets import target_of
+    from .targets import audience_of, target_of
     from .text_files import copy_text_files
 
     start, phase = time.perf_counter(), Phases(on_phase)
@@ -101,7 +104,7 @@ def build_engine(
         quantisation = Quantisation.of(config, checkpoint)
         dtype = activation_dtype(config.dtype, checkpoint.config)
     journal = quantisation.journal(Path(config.out), dtype, on_note) if quantisation else nullcontext()
-    with journal as kept, target.begin(config) as compile:
+    with journal as kept, target.begin(config, audience_of(on_bytes, on_note)) as compile:
         graph, error, num_exported = _graph(checkpoint, dtype, phase, on_pass)
         quantised = None
         if quantisation and kept is not None:

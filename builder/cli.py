@@ -26,7 +26,7 @@ def build(
         Path | None,
         typer.Option(metavar="DIR", help="Compile this engine anew for --target; no MODEL.", show_default=False),
     ] = None,
-    target: Annotated[str, typer.Option(help="What the engine will run on: cpu or cuda.")] = "cpu",
+    target: Annotated[str, typer.Option(help="What the engine will run on: cpu, cuda or tensorrt.")] = "cpu",
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's own.", metavar="DTYPE")
     ] = "auto",
@@ -43,10 +43,18 @@ def build(
         bool, typer.Option("--accept-accuracy", help="Build it even if it is worse than the recipe allows.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the engine that is already there.")] = False,
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="cuda: sequences of a step at most.")] = 256,
-    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="cuda: tokens of a step at most.")] = 4096,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="cuda, tensorrt: sequences of a step at most.")] = 256,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(min=1, help="cuda, tensorrt: tokens of a step at most.")
+    ] = 4096,
     tune: Annotated[bool, typer.Option(help="cuda: time the kernels on the GPU at hand.")] = True,
-    gpu_arch: Annotated[int | None, typer.Option(help="cuda: 80, 86, 89, 90, 100 or 120, if not this GPU's.")] = None,
+    gpu_arch: Annotated[
+        int | None,
+        typer.Option("--gpu-arch", "--compute-capability", help="80, 86, 89, 90, 100 or 120, if not this GPU's."),
+    ] = None,
+    tensorrt_plugins: Annotated[
+        str, typer.Option(metavar="OPS", help="tensorrt: ops that ingot runs although TensorRT could, with commas.")
+    ] = "Rope",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Phases, node counts, library warnings.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
@@ -63,7 +71,7 @@ def build(
     config = BuildConfig(
         model or "", str(out), target, dtype, force, quant, kv_cache, calibration_data, calibration_tokens,
         calibration_width, calibration_device, scales, accept_accuracy, max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens, tune=tune, gpu_arch=gpu_arch,
+        max_num_batched_tokens=max_num_batched_tokens, tune=tune, gpu_arch=gpu_arch, tensorrt_plugins=tensorrt_plugins,
     )  # fmt: skip
     manifest = _build_with_progress(config, verbose)
     if as_json:
@@ -103,6 +111,7 @@ def _build_with_progress(config: BuildConfig, verbose: bool) -> Manifest:
 
     from . import build_engine
     from .retarget import retarget
+    from .targets import Audience
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
@@ -118,12 +127,13 @@ def _build_with_progress(config: BuildConfig, verbose: bool) -> Manifest:
         def on_bytes(done: int, total: int) -> None:
             bar.update(bar.task_ids[-1], completed=done, total=total)
 
+        def on_note(note: str) -> None:
+            console.print(note, highlight=False, soft_wrap=True)
+
         if not config.model:
             on_phase(f"compile for {config.target}")
-            return retarget(Path(config.out), config)
-        return build_engine(
-            config, on_phase, on_bytes, on_note=lambda note: console.print(note, highlight=False, soft_wrap=True)
-        )
+            return retarget(Path(config.out), config, Audience(on_bytes, on_note))
+        return build_engine(config, on_phase, on_bytes, on_note=on_note)
 
 
 def _show_phases(out: Path, manifest: Manifest) -> None:

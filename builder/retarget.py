@@ -12,10 +12,10 @@ from ..engines.manifest import Manifest
 from ..engines.weights import load_graph
 from ..engines.writer import engine_directory
 from . import BuildConfig
-from .targets import target_of
+from .targets import NOBODY, Audience, target_of
 
 
-def retarget(folder: Path, config: BuildConfig) -> Manifest:
+def retarget(folder: Path, config: BuildConfig, audience: Audience = NOBODY) -> Manifest:
     """Compile the graph of the engine in `folder` anew, for `config.target` and what is at hand; the checkpoint is not
     needed. Until it is done the old engine stays as it is; weights are linked, not copied.
 
@@ -23,7 +23,7 @@ def retarget(folder: Path, config: BuildConfig) -> Manifest:
     """
     start = time.perf_counter()
     manifest = Manifest.open(folder)
-    with target_of(config.target).begin(config) as compile, engine_directory(folder, force=True) as fresh:
+    with target_of(config.target).begin(config, audience) as compile, engine_directory(folder, force=True) as fresh:
         for name in manifest.files:
             if name.partition("/")[0] != manifest.target:
                 (fresh / name).parent.mkdir(parents=True, exist_ok=True)

@@ -162,20 +162,22 @@ class Plan:
 
 def _pack_bucket(bucket: Bucket) -> dict[str, Any]:
     fields = {name: getattr(bucket, name) for name in Bucket.__dataclass_fields__}
-    return fields | {"parts": {name: [_pack(launch) for launch in part] for name, part in bucket.parts.items()}}
+    return fields | {"parts": {name: [pack_launch(launch) for launch in part] for name, part in bucket.parts.items()}}
 
 
 def _unpack_bucket(fields: dict[str, Any]) -> Bucket:
-    parts = {name: tuple(_unpack(launch) for launch in part) for name, part in fields["parts"].items()}
+    parts = {name: tuple(unpack_launch(launch) for launch in part) for name, part in fields["parts"].items()}
     return Bucket(**fields | {"parts": parts})
 
 
-def _pack(launch: Launch) -> list[Any]:
+def pack_launch(launch: Launch) -> list[Any]:
+    """As a flat list for JSON."""
     arguments = [f"{a.kind[0]}{a.offset}:{a.name}" if isinstance(a, Argument) else a for a in launch.arguments]
     return [launch.cubin, launch.node, launch.site, *launch.grid, *arguments]
 
 
-def _unpack(fields: list[Any]) -> Launch:
+def unpack_launch(fields: list[Any]) -> Launch:
+    """What `pack_launch` made a list of."""
     cubin, node, site, x, y, z, *arguments = fields
     return Launch(cubin, node, site, (x, y, z), tuple(_argument(a) if isinstance(a, str) else a for a in arguments))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,13 +23,32 @@ from ...engines.manifest import ModelInfo
 if TYPE_CHECKING:
     from .. import BuildConfig
 
+
+@dataclass(frozen=True)
+class Audience:
+    """Who hears how compiling goes on: `progress(done, all)` in steps of any size, `note(sentence)`."""
+
+    progress: Callable[[int, int], None] = lambda done, total: None
+    note: Callable[[str], None] = lambda sentence: None
+
+
+NOBODY = Audience()
+
+
+def audience_of(
+    progress: Callable[[int, int], None] | None = None, note: Callable[[str], None] | None = None
+) -> Audience:
+    """Of those that listen."""
+    return Audience(progress or NOBODY.progress, note or NOBODY.note)
+
+
 Compile = Callable[[ir.Model, ModelInfo, Path], dict[str, Any]]  # -> target_info of the manifest
 
 
 class Target(Protocol):
     """A module of this folder."""
 
-    def begin(self, config: BuildConfig) -> AbstractContextManager[Compile]: ...
+    def begin(self, config: BuildConfig, audience: Audience = NOBODY) -> AbstractContextManager[Compile]: ...
 
 
 def target_of(name: str) -> Target:
@@ -42,5 +62,11 @@ def target_of(name: str) -> Target:
             from . import cuda
 
             return cuda
+        case "tensorrt":
+            from . import tensorrt
+
+            return tensorrt
         case _:
-            raise BuildError(f"there is no target {name!r}, expected 'cpu' or 'cuda'; pass one as `--target`.")
+            raise BuildError(
+                f"there is no target {name!r}, expected 'cpu', 'cuda' or 'tensorrt'; pass one as `--target`."
+            )

@@ -23,14 +23,14 @@ from ..passes import drop_dead
 from ..passes.graph import nodes
 from ..passes.lowering import lower_quantised
 from ..passes.verify import verify
-from . import Compile
+from . import NOBODY, Audience, Compile
 
 if TYPE_CHECKING:
     from .. import BuildConfig
 
 
 @contextmanager
-def begin(config: BuildConfig) -> Iterator[Compile]:
+def begin(config: BuildConfig, audience: Audience = NOBODY) -> Iterator[Compile]:
     """The kernels are the same for every graph, so the C++ compiler runs beside the export, on another core."""
     with tempfile.TemporaryDirectory(prefix="ingot-") as scratch, ThreadPoolExecutor(1) as thread:
         kernels = Path(scratch) / "cpu"

@@ -22,7 +22,7 @@ from ...engines.plan import FOLDER, Cubin, Gemm, Plan
 from ...plugins import cublas
 from ...plugins.gpu import Gpu
 from ...plugins.tactic import Device
-from . import Compile, cubin
+from . import NOBODY, Audience, Compile, cubin
 from .fusion import fuse
 from .planner import Planner, bucket_sizes, key_of
 from .table import default_table
@@ -40,7 +40,7 @@ HARDWARE_FP8 = 89  # compute capability from which GPUs multiply FP8
 
 
 @contextmanager
-def begin(config: BuildConfig) -> Iterator[Compile]:
+def begin(config: BuildConfig, audience: Audience = NOBODY) -> Iterator[Compile]:
     """Looks for a GPU first, so that a build that cannot be made ends before the export."""
     gpu, device, how = _device(config)
     if config.quant:

@@ -5,7 +5,7 @@ They are a part of compiling the plan. The engine's `model.onnx` stays as it was
 they are made on a copy, and each takes place only where it is certain that nobody else reads what it swallows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
@@ -88,10 +88,10 @@ FUSIONS: tuple[Fusion, ...] = (
 )  # fmt: skip
 
 
-def fuse(graph: ir.Graph) -> ir.Graph:
-    """A copy of `graph` after all `FUSIONS`; initialisers are shared with it. BuildError if one spoils the graph."""
+def fuse(graph: ir.Graph, fusions: Sequence[Fusion] = FUSIONS) -> ir.Graph:
+    """A copy of `graph` after all `fusions`; initialisers are shared with it. BuildError if one spoils the graph."""
     model = ir.Model(graph.clone(), ir_version=10)
-    for fusion in FUSIONS:
+    for fusion in fusions:
         fusion(model)
         drop_dead(model)
         verify(model, fusion.__name__)

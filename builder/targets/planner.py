@@ -97,6 +97,7 @@ class Planner:
     nodes: tuple[str, ...] = ()
     planned: dict[Hashable, int] = field(default_factory=dict)
     zeros: int = 0  # bytes that the tactics of any bucket want to be zero
+    runs: Callable[[ir.Node], bool] = lambda node: True  # the nodes that are planned
 
     def __post_init__(self) -> None:
         self.nodes = tuple(node.name or f"{node.op_type}.{i}" for i, node in enumerate(self.graph))
@@ -106,13 +107,15 @@ class Planner:
             self._dim(LOGIT_ROWS, 0): "rows",
             self._dim(KV_LEN, 0): "sequences",
         }
-        (self._logits,) = (value for value in self.graph.outputs if value.name == LOGITS)
+        (self.logits,) = (value for value in self.graph.outputs if value.name == LOGITS)
 
     def sites(self, sizes: Sizes) -> list[Work]:
         """What a bucket launches, in order: staging, the graph's nodes, each kind of sampling."""
         work = [self._staging(sizes)]
         part = "body"
         for i, node in enumerate(self.graph):
+            if not self.runs(node):
+                continue
             attributes = {name: attribute.value for name, attribute in node.attributes.items()}
             num_inputs = len(node.inputs)
             if node.domain == "ingot":
@@ -139,7 +142,7 @@ class Planner:
         return Work("stage", STAGING, site, (PACKED, LAST_TOKEN), (*STEP_INPUTS, SAMPLE_ROWS, SAMPLE_POSITIONS))
 
     def _sampling(self, name: str, kind: Kind, sizes: Sizes) -> Work:
-        logits = self.tensor(self._logits, sizes)
+        logits = self.tensor(self.logits, sizes)
         vocab = logits.shape[1]
         num_logprobs = min(MAX_LOGPROBS, vocab)
         tables: dict[str, Tensor] = {}
@@ -157,7 +160,7 @@ class Planner:
             "num_logprobs": num_logprobs if kind.logprobs else 0, "truncate": kind.truncate, "extras": kind.extras,
         }  # fmt: skip
         site = Site("Sample", attributes, (logits, row, row, *shapes), outputs, self.device)
-        inputs: tuple[ir.Value | str, ...] = (self._logits, SAMPLE_ROWS, SAMPLE_POSITIONS, *TABLES)
+        inputs: tuple[ir.Value | str, ...] = (self.logits, SAMPLE_ROWS, SAMPLE_POSITIONS, *TABLES)
         return Work(f"sample.{name}", SAMPLING, site, inputs, kind.results)
 
     def tensor(self, value: ir.Value, sizes: Sizes) -> Tensor:
@@ -167,7 +170,7 @@ class Planner:
         if value.name == QUERY_START:
             shape: list[int] = [sizes.sequences + 1]
         elif value.name == PAGES:
-            shape = [sizes.sequences, self.max_pages]
+            shape = [sizes.sequences, self.page_columns(sizes)]
         elif value in self._inputs and len(value.shape) == 4:  # KV pool: pages are counted when the engine opens
             shape = [1, self.page_size, *(int(d) for d in value.shape[2:])]  # type: ignore[arg-type]
         else:
@@ -176,13 +179,17 @@ class Planner:
         name = "int4" if int4 else next(d.name for d in DTYPES.values() if d.onnx == value.dtype)
         return Tensor(tuple(shape), name, cold=value.is_initializer() or len(shape) == 4)
 
+    def page_columns(self, sizes: Sizes) -> int:
+        """Columns of the page table in a bucket."""
+        return self.max_pages
+
     @property
     def logits_dtype(self) -> str:
-        return next(d.name for d in DTYPES.values() if d.onnx == self._logits.dtype)
+        return next(d.name for d in DTYPES.values() if d.onnx == self.logits.dtype)
 
     @property
     def vocab_size(self) -> int:
-        return self.tensor(self._logits, Sizes(1, 1, 1, 1)).shape[1]
+        return self.tensor(self.logits, Sizes(1, 1, 1, 1)).shape[1]
 
     def plan(self, sizes: Sizes) -> Bucket:
         """The launches of a bucket, each site run by the tactic that is chosen for it."""
@@ -196,12 +203,12 @@ class Planner:
             for launch in tactic.launches:
                 cubin = self.kernels.setdefault(launch.kernel, len(self.kernels))
                 arguments = tuple(
-                    self._argument(each, a, offsets, workspace) if isinstance(a, Operand) else a
+                    self.argument(each, a, offsets, workspace) if isinstance(a, Operand) else a
                     for a in launch.arguments
                 )
                 parts[each.part].append(Launch(cubin, each.node, site, launch.grid, arguments))
         return Bucket(
-            sizes.tokens, sizes.sequences, sizes.rows, sizes.max_query, sizes.max_context, arena, offsets[self._logits],
+            sizes.tokens, sizes.sequences, sizes.rows, sizes.max_query, sizes.max_context, arena, offsets[self.logits],
             {name: tuple(launches) for name, launches in parts.items()},
         )  # fmt: skip
 
@@ -220,14 +227,15 @@ class Planner:
                     # what the head reads stays, since the head may run more than once
                     stays = work[first[used]].part == "body" and each.part != "body"
                     last[used] = max(last[used], len(work) if stays else at)
-        last[self._logits] = len(work)
+        last[self.logits] = len(work)
         values = list(first)
         intervals = [Interval(self.tensor(v, sizes).num_bytes, first[v], last[v]) for v in values]
         intervals += [Interval(tactic.workspace, at, at) for at, tactic in enumerate(tactics)]
         offsets, total = place(intervals)
         return dict(zip(values, offsets, strict=False)), offsets[len(values) :], total
 
-    def _argument(self, work: Work, operand: Operand, offsets: Mapping[ir.Value, int], workspace: int) -> Argument:
+    def argument(self, work: Work, operand: Operand, offsets: Mapping[ir.Value, int], workspace: int) -> Argument:
+        """An operand of a tactic as an argument of a launch; the workspace and `offsets` are places in the arena."""
         if operand.kind == "workspace":
             return Argument("arena", offset=workspace + operand.index)
         if operand.kind == "zeros":
