@@ -59,6 +59,8 @@ def show(facts: dict[str, Any]) -> None:
     console = Console()
     console.print(summary)
     console.print(_operations(facts["ops"]))
+    if facts["tensorrt"]:
+        console.print(_tensorrt(facts["tensorrt"]))
 
 
 def _operations(ops: dict[str, Any]) -> Any:
@@ -73,6 +75,24 @@ def _operations(ops: dict[str, Any]) -> Any:
     for where, counts in [*groups, ("outside", ops["outside"])]:
         names = ", ".join(f"{n} {op}" if n > 1 else op for op, n in sorted(counts.items()))
         table.add_row(where, str(sum(counts.values())), names)
+    return table
+
+
+def _tensorrt(facts: dict[str, Any]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    sizes = ", ".join(
+        f"{size(facts[f'{name}_bytes'])} of {words}"
+        for name, words in (("plan", "plan"), ("cubin", "ingot's kernels"), ("workspace", "workspace for plugins"))
+    )
+    table = Table(box=box.SIMPLE, title=f"TensorRT: {sizes}", title_justify="left")
+    for column in ("profile", "steps", "layers", "plugins"):
+        table.add_column(column)
+    for i, profile in enumerate(facts["profiles"]):
+        kind = "decoding" if profile["decoding"] else "any"
+        counts = (", ".join(f"{n} {name}" for name, n in profile[key].items()) for key in ("layers", "plugins"))
+        table.add_row(str(i), f"{kind}, up to {profile['tokens']} tokens", *counts)
     return table
 
 

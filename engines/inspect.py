@@ -7,6 +7,7 @@ the first and the last stretch together have beyond that is outside of the layer
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,7 +15,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from . import tensorrt
 from .manifest import Manifest
+from .plan import Plan
 from .weights import GRAPH_FILE, load_graph
 
 
@@ -33,6 +36,7 @@ def describe(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "kv_bytes_per_token": manifest.kv_bytes_per_token,
         "kv_layers": [asdict(layer) for layer in manifest.kv_layers],
         "ops": operations(ops),
+        "tensorrt": tensorrt_layers(folder) if manifest.target == tensorrt.FOLDER else None,
         "quantisation": manifest.quantisation,
         "build": asdict(manifest.build),
     }
@@ -59,4 +63,27 @@ def operations(op_types: Sequence[str], boundary: str = "PagedAttention") -> dic
         "total": len(op_types),
         "layers": layers,
         "outside": dict(edges - periods[-1]),
+    }
+
+
+def tensorrt_layers(folder: Path) -> dict[str, Any]:
+    """What TensorRT made of the graph: bytes of its plan, of ingot's cubins and of the plugins' workspace, and for each
+    optimisation profile the most tokens of a step, its layers by type, and its plugins by op."""
+    home = folder / tensorrt.FOLDER
+    plan, plugins = Plan.open(home), tensorrt.Plugins.open(home)
+    layers = json.loads((home / tensorrt.LAYERS_FILE).read_text(encoding="utf-8"))
+    profiles = []
+    for i, buckets in enumerate(plugins.profiles):
+        own = [layer for layer in layers if layer["profile"] == i]
+        profiles.append({
+            "decoding": plan.buckets[buckets[0]].max_query == 1,
+            "tokens": max(plan.buckets[bucket].tokens for bucket in buckets),
+            "layers": dict(Counter(layer["type"] for layer in own).most_common()),
+            "plugins": dict(Counter(layer["plugin"] for layer in own if "plugin" in layer)),
+        })  # fmt: skip
+    return {
+        "plan_bytes": (home / tensorrt.ENGINE_FILE).stat().st_size,
+        "cubin_bytes": sum(path.stat().st_size for path in home.glob("cubins/*")),
+        "workspace_bytes": max((kernels.workspace for kernels in plugins.kernels.values()), default=0),
+        "profiles": profiles,
     }

@@ -94,7 +94,7 @@ class Bucket:
     max_context: int
     arena: int
     logits: int
-    parts: dict[str, tuple[Launch, ...]]  # stage, body, head, and sample.KIND
+    parts: dict[str, tuple[Launch, ...]]  # stage, body, head (neither for TensorRT), and sample.KIND
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .plan import Launch, pack_launch, unpack_launch
+from .plan import Bucket, Launch, pack_launch, unpack_launch
+from .step import KV_LEN, LOGIT_ROWS, PAGES, POSITIONS, QUERY_START, SLOTS, TOKENS
 
 FOLDER = "tensorrt"
 ENGINE_FILE = "model.plan"
@@ -97,6 +98,15 @@ class Plugins:
         fields["kernels"] = {name: _unpack(kernels) for name, kernels in fields["kernels"].items()}
         fields["profiles"] = tuple(map(tuple, fields["profiles"]))
         return cls(**fields | {"page_columns": tuple(fields["page_columns"])})
+
+
+def step_shapes(bucket: Bucket, page_columns: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the step tensors in a bucket."""
+    tokens, sequences = (bucket.tokens,), bucket.sequences
+    return {
+        TOKENS: tokens, POSITIONS: tokens, SLOTS: tokens, QUERY_START: (sequences + 1,), KV_LEN: (sequences,),
+        PAGES: (sequences, page_columns), LOGIT_ROWS: (bucket.rows,),
+    }  # fmt: skip
 
 
 def updated(pool: str) -> str:

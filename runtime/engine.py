@@ -1,7 +1,8 @@
 """An engine directory, opened: manifest verified, text side ready; executors read graph or plan and weights.
 
 Nothing of the builder or of transformers is imported. Every byte that is used is hashed once: the weights of a cuda
-engine by its executor as it reads them, everything else here. The tokenizer is read meanwhile, in a thread.
+engine by its executor as it reads them (those of a tensorrt engine are in its plan), everything else here. The
+tokenizer is read meanwhile, in a thread.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..engines.weights import WEIGHTS_FILE
 from .request import SamplingParams
 from .text import Text
 
-TARGETS = ("cpu", "cuda")
+TARGETS = ("cpu", "cuda", "tensorrt")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Engine:
         """
         folder = Path(folder)
         manifest = Manifest.read(folder, TARGETS)
-        manifest.verify(folder, without=(WEIGHTS_FILE,) if dummy or manifest.target == "cuda" else ())
+        manifest.verify(folder, without=(WEIGHTS_FILE,) if dummy or manifest.target != "cpu" else ())
         with_text = ThreadPoolExecutor(1, thread_name_prefix="ingot-text")
         text = with_text.submit(Text.open, folder)
         with_text.shutdown(wait=False)

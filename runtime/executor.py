@@ -73,6 +73,10 @@ def open_executor(engine: Engine, config: ServeConfig) -> Executor:
         from .cuda.executor import CudaExecutor
 
         return CudaExecutor(engine, config)
+    if engine.manifest.target == "tensorrt":
+        from .tensorrt.executor import TensorRTExecutor
+
+        return TensorRTExecutor(engine, config)
     from .cpu import CpuExecutor
 
     return CpuExecutor.open(engine, config)

@@ -23,7 +23,7 @@ from ..engine import Engine
 from ..executor import Logprobs, Result, by_work
 from ..request import Logprob, SamplingParams
 from ..speculation.costs import Costs
-from .graphs import Graphs, arena_bytes, logits_of
+from .graphs import Graphs, Replays, arena_bytes, logits_of
 from .logprobs import top_logprobs
 from .sampling import SamplingTables, check_params
 from .weights import Weights
@@ -45,6 +45,7 @@ class CudaExecutor:
     """
 
     costs: Costs | None = None  # it verifies no drafts yet
+    _graphs: Replays
 
     def __init__(self, engine: Engine, config: ServeConfig):
         began = time.perf_counter()
@@ -63,14 +64,14 @@ class CudaExecutor:
         self._stream = gpu.stream()
         with Weights(gpu, engine, dummy=config.load_format == "dummy") as weights:
             self._plan = plan = Plan.open(folder)
-            _check(plan, engine, gpu, config)
+            check_plan(plan, engine, gpu, config)
             self.config = config = config.with_defaults(plan.max_num_seqs, plan.max_num_batched_tokens, plan.page_size)
             planned = time.perf_counter()
             self._tables = SamplingTables(gpu, plan.max_num_seqs, plan.vocab_size, self._stream)
             self._tables.reserve(KINDS["greedy"])
             self._buffers = self._tables.addresses | self._allocate_buffers(plan)
             self._arena = gpu.allocate(arena_bytes(plan), "the activations")
-            self.num_pages = _num_pages(engine, gpu, config, plan, self._tables.bytes_of(KINDS["logprobs"]))
+            self.num_pages = pages_of_pool(engine, gpu, config, plan, self._tables.bytes_of(KINDS["logprobs"]))
             self._buffers |= self._allocate_pools(engine, self.num_pages)
             self._graphs = Graphs(gpu, plan, folder, weights.addresses, self._buffers, self._arena, self._stream)
             self._results = [self._allocate_results(plan) for _ in range(2)]
@@ -243,7 +244,7 @@ class Pending:
         return result._replace(prompt_logprobs=self._prompt_logprobs)
 
 
-def _check(plan: Plan, engine: Engine, gpu: Gpu, config: ServeConfig) -> None:
+def check_plan(plan: Plan, engine: Engine, gpu: Gpu, config: ServeConfig) -> None:
     """Raises EngineError where the plan cannot serve this GPU or this configuration."""
     folder, have = engine.folder, gpu.device.capability
     mend = f"build it again for this GPU with `ingot build {engine.manifest.model.source} -o {folder} --target cuda`"
@@ -265,7 +266,7 @@ def _check(plan: Plan, engine: Engine, gpu: Gpu, config: ServeConfig) -> None:
         )
 
 
-def _num_pages(engine: Engine, gpu: Gpu, config: ServeConfig, plan: Plan, later: int) -> int:
+def pages_of_pool(engine: Engine, gpu: Gpu, config: ServeConfig, plan: Plan, later: int) -> int:
     """Pages of the pool; `later` bytes will be allocated while serving, besides what graphs and the driver take.
 
     Raises EngineError if a request of full length would not fit, with the numbers.

@@ -6,13 +6,21 @@ done, so that its kernels can rely on all of that: step tensors above all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ...engines.plan import Argument, Bucket, Gemm, Launch, Plan
 from ...plugins.cublas import load_product
 from ...plugins.gpu import Address, Gpu, Launchable
+
+
+class Replays(Protocol):
+    """Parts of buckets as graphs."""
+
+    def capture(self, bucket: int, *parts: str) -> Any: ...
+
+    def replay(self, bucket: int, *parts: str) -> None: ...
 
 
 class Graphs:
@@ -39,16 +47,21 @@ class Graphs:
         """The graph of these parts."""
         graph = self._graphs.get((bucket, parts))
         if graph is None:
-            found = [self._plan.buckets[bucket].parts[part] for part in parts]
-            for launch in (launch for part in found for launch in part):
-                self._load(launch)
-            graph = self._gpu.capture(lambda: self._enqueue(found), self._stream)
+            self.load(bucket, *parts)
+            graph = self._gpu.capture(lambda: self.enqueue(bucket, *parts), self._stream)
             self._graphs[bucket, parts] = graph
         return graph
 
-    def _enqueue(self, parts: Sequence[Sequence[Launch]]) -> None:
+    def load(self, bucket: int, *parts: str) -> None:
+        """Loads what these parts launch, for loading cannot be captured."""
         for part in parts:
-            for i, launch in enumerate(part):
+            for launch in self._plan.buckets[bucket].parts[part]:
+                self._load(launch)
+
+    def enqueue(self, bucket: int, *parts: str) -> None:
+        """Launches these parts one by one; what they launch is loaded."""
+        for part in parts:
+            for i, launch in enumerate(self._plan.buckets[bucket].parts[part]):
                 self._functions[launch.cubin].launch(launch.grid, self._stream, self._arguments(launch), apart=i == 0)
 
     def _arguments(self, launch: Launch) -> list[int | float | Address]:
@@ -60,7 +73,6 @@ class Graphs:
         return Address(self._addresses[argument.kind][argument.name] + argument.offset)
 
     def _load(self, launch: Launch) -> None:
-        """Loads what a launch runs, for loading cannot be captured."""
         if launch.cubin in self._functions:
             return
         binary = self._plan.cubins[launch.cubin]

@@ -24,14 +24,15 @@ from ....plugins.gpu import Gpu
 from ....plugins.tactic import Device
 from ....plugins.tensorrt import api, flavour
 from ....plugins.tensorrt.adapter import plugins_of
+from ....plugins.tensorrt.log import Log
 from .. import NOBODY, Audience, Compile, cubin
 from ..cuda import SMS
 from ..fusion import fuse, rotary_attentions
 from ..planner import bucket_sizes
-from .log import Log
+from .layers import layers_of
 from .lowering import LOWERINGS, lower
 from .onnx_graph import MappedWeights, plugin_proto
-from .plan_file import GIB, build, expected_bytes
+from .plan_file import GIB, build, expected_bytes, last_log
 from .plugin_plan import distinct, plan_plugins
 from .profiles import ranges, share
 
@@ -84,12 +85,12 @@ def _compile(
             build(lowered, plugin_proto(lowered, planned.nodes), weights, shapes, capability, out / ENGINE_FILE, log,
                   audience.progress)  # fmt: skip
     finally:
-        log.keep()
+        log.save(last_log())
 
     planned.plan.save(out)
     module, version = flavour.about()
     Plugins(module, version, capability, profiles, planned.page_columns, planned.kernels).save(out)
-    layers = log.layers()
+    layers = layers_of(text for _, text in log.lines)
     (out / LAYERS_FILE).write_text(json.dumps(layers, indent=0) + "\n", encoding="utf-8")
     plan = planned.plan
     return {

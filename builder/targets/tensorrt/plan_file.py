@@ -16,7 +16,8 @@ import onnx_ir as ir
 from ....engines.errors import BuildError
 from ....plugins.tensorrt import api as trt
 from ....plugins.tensorrt import flavour
-from .log import Log, last_log
+from ....plugins.tensorrt.log import Log, one_line
+from ..timing_cache import cache_folder
 from .onnx_graph import MappedWeights
 from .profiles import Range, add_profile
 from .progress import monitor
@@ -30,6 +31,11 @@ BASE_BYTES, PER_WEIGHT_BYTE = 0.8 * GIB, 2.6
 def expected_bytes(num_bytes: int) -> int:
     """Memory of this machine that a build takes at most, for `num_bytes` of weights."""
     return int(BASE_BYTES + PER_WEIGHT_BYTE * num_bytes)
+
+
+def last_log() -> Path:
+    """Where what TensorRT said in the last build is kept."""
+    return cache_folder() / "tensorrt" / "last-build.log"
 
 
 def build(
@@ -85,7 +91,7 @@ def _refused(parser: trt.OnnxParser, model: ir.Model, log: Log) -> BuildError:
     if log.out_of_memory or not parser.num_errors:
         return _failed(log)
     error = parser.get_error(0)
-    name, why = error.node_name(), _one_line(error.desc())
+    name, why = error.node_name(), one_line(error.desc())
     node = next((node for node in model.graph if node.name == name), None)
     if node is None:
         return BuildError(f"TensorRT cannot read the graph: {why}; build for `--target cuda`, or report the model.")
@@ -101,13 +107,8 @@ def _failed(log: Log, otherwise: str = "it gave no reason") -> BuildError:
         return BuildError(
             "TensorRT ran out of memory while it built; build on a machine with more, or for fewer tokens a step."
         )
-    errors = [_one_line(text) for text in log.errors]
-    why = errors[-1] if errors else otherwise
+    why = log.why() if log.errors else otherwise
     return BuildError(f"TensorRT could not build the engine ({why}); its log is {last_log()}.")
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:400]
 
 
 def _writer(file: BinaryIO) -> trt.IStreamWriter:

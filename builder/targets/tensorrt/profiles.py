@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from ....engines.plan import Bucket
-from ....engines.step import KV_LEN, LOGIT_ROWS, PAGES, POSITIONS, QUERY_START, SLOTS, TOKENS
+from ....engines.tensorrt import step_shapes
 from ....plugins.tensorrt import api as trt
 
 SMALL_DECODE, SMALL_STEP = 16, 512  # tokens of the last bucket in the first profile of each kind
@@ -39,15 +39,6 @@ def share(buckets: Sequence[Bucket]) -> tuple[tuple[int, ...], ...]:
         large = bucket.tokens > (SMALL_DECODE if decoding else SMALL_STEP)
         groups.setdefault((not decoding, large), []).append(i)
     return tuple(tuple(groups[key]) for key in sorted(groups))
-
-
-def step_shapes(bucket: Bucket, page_columns: int) -> dict[str, Shape]:
-    """Shapes of the step tensors in a bucket."""
-    tokens, sequences = (bucket.tokens,), bucket.sequences
-    return {
-        TOKENS: tokens, POSITIONS: tokens, SLOTS: tokens, QUERY_START: (sequences + 1,), KV_LEN: (sequences,),
-        PAGES: (sequences, page_columns), LOGIT_ROWS: (bucket.rows,),
-    }  # fmt: skip
 
 
 def ranges(graph: ir.Graph, buckets: Sequence[Bucket], page_columns: Sequence[int], page_size: int) -> dict[str, Range]:
