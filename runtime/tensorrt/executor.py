@@ -56,8 +56,10 @@ class TensorRTExecutor(CudaExecutor):
         self.num_pages = pages_of_pool(engine, gpu, self.config, plan, self._tables.bytes_of(KINDS["logprobs"]))
         self._buffers |= self._allocate_pools(engine, self.num_pages)
         own = Graphs(gpu, plan, folder, {}, self._buffers, self._arena, self._stream)
-        self._graphs = StepGraphs(gpu, plan, own, self._network, self._buffers, _pool_shapes(engine, plan, self.num_pages),
-                                  self._arena, self._stream)  # fmt: skip
+        shapes = _pool_shapes(engine, plan, self.num_pages)
+        self._graphs = StepGraphs(
+            gpu, plan, own, self._network, self._buffers, shapes, self._arena, self._stream
+        )  # fmt: skip
         self._results = [self._allocate_results(plan) for _ in range(2)]
         for bucket in range(len(plan.buckets)):
             self._graphs.capture(bucket, "stage", "body", "head", "sample.greedy")
