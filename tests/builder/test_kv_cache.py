@@ -10,14 +10,17 @@ from hand_made import DEMO
 from ingot.builder import BuildConfig, build_engine, gate
 from ingot.builder.calibrate import Text, calibrate, check
 from ingot.builder.export import export
+from ingot.builder.journal import Journal
 from ingot.builder.kv_cache import PoolScales, quantise_pools
 from ingot.builder.node_major import Windows, run
 from ingot.builder.passes import optimise
 from ingot.builder.passes.verify import verify
+from ingot.builder.quantise import choose
 from ingot.builder.record import kv_layers
 from ingot.builder.weights import attach
 from ingot.calibration.accuracy import Accuracy
 from ingot.calibration.recipe import KVCache, Recipe, kv_recipes, parse
+from ingot.calibration.scales import Scales
 from ingot.engines.errors import BuildError, EngineError
 from ingot.engines.step import LOGITS, STEP_INPUTS
 from ingot.plugins.dtypes import TORCH_DTYPES
@@ -73,30 +76,33 @@ TEXT = Text((windows(3, 24, 1), windows(2, 24, 2)), (windows(3, 24, 3),))
 def test_what_is_measured_is_what_the_graph_computes(family, kv):
     model = model_of(family)
     before = whole(model, TEXT.held_out[0])[0]
-    scales = PoolScales(kv, len(TEXT.calibration))
-    (*_, measured) = run(scales.graph(model), TEXT.calibration + TEXT.held_out, before=scales)
+    journal = Journal.none()
+    pools = PoolScales(kv, len(TEXT.calibration), journal.scales, journal)
+    (*_, measured) = run(pools.graph(model), TEXT.calibration + TEXT.held_out, give=pools)
+    scales, layers = journal.scales.kv, journal.layers.values()
     assert torch.equal(whole(model, TEXT.held_out[0])[0], before), "the search leaves the graph as it was"
-    quantise_pools(model, kv.dtype, scales.found)
+    quantise_pools(model, kv.dtype, scales)
     verify(model, "quantise_pools")
     found, pools = whole(model, TEXT.held_out[0])
     torch.testing.assert_close(found, measured)
     assert 0 < (found - before).abs().mean() < 0.2 * before.abs().mean()
     assert {pool.dtype for pool in pools.values()} == {TYPES[kv.dtype]}
-    assert len(scales.layers) == len(pools) and all(0 < layer.error < 0.06 for layer in scales.layers)
+    assert len(layers) == len(pools) and all(0 < layer.error < 0.06 for layer in layers)
     heads = {value.name: gate._numbers(value)[0] if kv.per == "head" else 1 for value in model.graph.inputs[7:]}
-    assert {name: len(scale) for name, scale in scales.found.items()} == heads
+    assert {name: len(scale) for name, scale in scales.items()} == heads
     assert {layer.dtype for layer in kv_layers(model)} == {str(TYPES[kv.dtype]).removeprefix("torch.")}
 
 
 @pytest.mark.parametrize("per", ["layer", "head"])
 def test_scales_cover_what_the_first_pool_gets(graph, per):
     """Keys after the rotation, of all calibration batches: what a plain engine has in its pool of layer 0."""
-    scales = PoolScales(KVCache("fp8_e4m3", per), 2)
-    run(scales.graph(graph), TEXT.calibration + TEXT.held_out, before=scales)
+    journal = Journal.none()
+    pools = PoolScales(KVCache("fp8_e4m3", per), 2, journal.scales, journal)
+    list(run(pools.graph(graph), TEXT.calibration + TEXT.held_out, give=pools))
     for name in ("k_pages.0", "v_pages.0"):
         written = torch.cat([whole(graph, batch)[1][name].flatten(0, 1) for batch in TEXT.calibration])  # [T, H, D]
         most = written.abs().amax((0, 2) if per == "head" else (0, 1, 2)).reshape(-1)
-        torch.testing.assert_close(scales.found[name], most / 448)
+        torch.testing.assert_close(journal.scales.kv[name], most / 448)
 
 
 def test_no_scale_no_pool(graph):
@@ -128,23 +134,25 @@ def test_a_graph_without_scales_is_refused_by_its_node(graph):
 
 def test_calibration_finds_scales_with_weights_or_alone(graph):
     alone = kv_recipes()["int8-head"]
-    chosen, scales, accuracy = calibrate(graph, alone, TEXT)
-    assert not chosen and scales.kv.keys() == {value.name for value in graph.graph.inputs[7:]}
+    scales, accuracy = calibrate(graph, alone, TEXT)
+    assert not choose(graph, alone) and scales.kv.keys() == {value.name for value in graph.graph.inputs[7:]}
     assert [layer.name for layer in accuracy.layers] == list(scales.kv) and accuracy.kl > 0
     rules = "[{match: '*.mlp.*', method: rtn, format: {dtype: int8}}]"
     both = parse(f"{{perplexity: 1, rules: {rules}, kv_cache: {{dtype: int8, per: head}}}}", "both", "both.yaml")
     assert both.kv_cache == KVCache("int8", "head")
-    chosen, scales, accuracy = calibrate(graph, both, TEXT)
+    scales, accuracy = calibrate(graph, both, TEXT)
+    chosen = choose(graph, both)
     assert chosen and len(accuracy.layers) == len(chosen) + len(scales.kv)
 
 
 def test_keys_that_are_not_finite(graph):
     def poisoned(name, inputs):
-        return torch.full((128, 64), torch.nan) if "layers.1" in name and inputs[0].shape[1] == 64 else None
+        hurt = "layers.1" in name and inputs[0].shape[1] == 64
+        return (torch.full((128, 64), torch.nan), inputs) if hurt else None
 
-    scales = PoolScales(KINDS[0], 1)
+    pools = PoolScales(KINDS[0], 1, Scales(), Journal.none())
     with pytest.raises(BuildError, match="the KV pool k_pages.1 cannot be quantised: an activation has .* NaN"):
-        run(scales.graph(graph), [windows(1, 8)], poisoned, before=scales)
+        list(run(pools.graph(graph), [windows(1, 8)], poisoned, give=pools))
 
 
 def test_the_gate_names_another_kv_cache(graph, monkeypatch):
@@ -172,7 +180,7 @@ def test_a_kv_cache_that_is_none(kv, words):
 
 def test_a_recipe_of_a_kv_cache_alone():
     recipe = parse("{perplexity: 0.1, kv_cache: {dtype: fp8_e4m3, observer: mse}}", "mine", "mine.yaml")
-    assert recipe == Recipe("mine", "", 0.1, (), KVCache("fp8_e4m3", "layer", "mse")) and recipe.needs_text
+    assert recipe == Recipe("mine", "", 0.1, (), kv_cache=KVCache("fp8_e4m3", "layer", "mse")) and recipe.needs_text
 
 
 def test_options_that_make_no_sense(tmp_path):
