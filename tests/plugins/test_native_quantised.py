@@ -24,7 +24,7 @@ TOLERANCE = {
     torch.float16: dict(rtol=2e-3, atol=2e-3),
 }
 MACHINES = {"this": ("-march=native", "-O2"), "avx2": ("-march=x86-64-v3", "-O1"), "plain": ("-march=x86-64", "-O1")}
-ROWS = (1, 2, 3, 4, 5, 8, 19)
+ROWS = (1, 2, 3, 5, 19)
 
 
 @pytest.fixture(scope="module", params=MACHINES)
@@ -161,7 +161,7 @@ def test_rows_of_a_view_and_none_at_all(kernels):
 
 def test_nothing_outside_the_operands_is_read(kernels):
     """x ends where NaN begins and weights lie among codes of NaN, at every depth modulo the vector width."""
-    for depth, rows in itertools.product(range(1, 140, 3), (2, 6)):
+    for depth, rows in itertools.product(range(1, 140, 9), (2, 6)):
         x = torch.full((rows + 9, depth), math.nan)
         x[:rows] = torch.randn(rows, depth)
         codes = torch.full((12, depth), 127, dtype=torch.uint8)
