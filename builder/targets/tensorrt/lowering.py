@@ -116,8 +116,9 @@ def scales_as_activations(model: ir.Model) -> None:
         if not operand(node).is_initializer() or tensor is None or y.dtype is None or tensor.dtype == y.dtype:
             continue
         rounded = ir.LazyTensor(
-            partial(_converted, tensor, y.dtype), y.dtype, ir.Shape(list(tensor.shape.numpy())), name=f"{scale.name}.rounded"
-        )
+            partial(_converted, tensor, y.dtype), y.dtype, ir.Shape(list(tensor.shape.numpy())),
+            name=f"{scale.name}.rounded",
+        )  # fmt: skip
         value = ir.Value(name=rounded.name, type=ir.TensorType(y.dtype), shape=scale.shape, const_value=rounded)
         model.graph.register_initializer(value)
         node.replace_input_with(1, value)
