@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -47,6 +47,7 @@ class Journal:
         self.scales, self.layers = Scales(StoredWeights()), dict[str, Layer]()
         self.accuracy: Accuracy | None = None
         self._saved, self._num, self._lock = set[tuple[str, str]](), 0, -1
+        self._made = [path for path in folder.parents if not path.exists()] if folder else []  # the innermost first
         if folder:
             with disk(folder):
                 self._lock = self._open(folder, json.loads(json.dumps(about)), on_note)
@@ -106,6 +107,9 @@ class Journal:
         os.close(self._lock)
         if error is None or refused or {path.name for path in self.folder.iterdir()} <= {ABOUT}:
             shutil.rmtree(self.folder, ignore_errors=True)
+            for path in self._made:
+                with suppress(OSError):  # the output is in it
+                    path.rmdir()
 
     def _open(self, folder: Path, about: Any, on_note: Callable[[str], None]) -> int:
         """Reads what is there, if it is of the same calibration; returns the lock."""

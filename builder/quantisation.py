@@ -74,6 +74,7 @@ class Quantisation:
         if self.text is None or self.scales is not None:
             return Journal.none()
         about = {**self._about(), "dtype": dtype, "versions": versions()}
+        out = out.absolute()
         return Journal(out.with_name(f"{out.name}.calibration"), about, on_note or (lambda sentence: None))
 
     def find(

@@ -135,13 +135,16 @@ def test_what_is_of_something_else_is_not_used(graph, whole, tmp_path):
 
 def test_a_finished_one_is_done_at_once(graph, whole, tmp_path):
     """As after a build that was refused for its accuracy: with --accept-accuracy it has nothing to do."""
-    folder = tmp_path / "e.calibration"
+    folder = tmp_path / "deep" / "e.calibration"
     with pytest.raises(BuildError), Journal(folder, ABOUT) as kept:
         calibrate(graph, RECIPE, text(), journal=kept)
         raise BuildError("too bad")
     with Journal(folder, ABOUT) as kept:
         same(calibrate(graph, RECIPE, text(), lambda *_: pytest.fail("it walks"), journal=kept), whole)
-    assert not folder.exists()
+    assert folder.parent.is_dir(), "that was there before this one"
+    with pytest.raises(BuildError), Journal(tmp_path / "new" / "er" / "e.calibration", ABOUT):
+        raise BuildError("no such recipe")
+    assert list(tmp_path.iterdir()) == [folder.parent] and not folder.exists()
 
 
 def test_a_folder_that_is_in_the_way(tmp_path):
