@@ -60,7 +60,8 @@ class Chosen:
 def choose(model: ir.Model, recipe: Recipe) -> list[Chosen]:
     """The weights that the recipe stores in fewer bits: those of Linears in the order of the graph, and others.
 
-    A rule that matches weights of Linears or Experts says nothing about embeddings: `*` does not mean them.
+    A rule that matches weights of Linears or Experts says nothing about embeddings: `*` does not mean them. Experts
+    read activations as they are, whatever their rule says of them.
     Raises BuildError: a rule that decides about no weight, or asks for what a weight cannot be stored as, or a recipe
     that quantises none.
     """
