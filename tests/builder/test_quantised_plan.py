@@ -9,16 +9,19 @@ from families import FAMILIES
 
 pytest.importorskip("triton")
 
+from ingot import BuildConfig
 from ingot.builder import gate
 from ingot.builder.export import export
 from ingot.builder.passes import optimise
 from ingot.builder.passes.graph import INGOT, dims, new, nodes, operand
 from ingot.builder.quantise import choose, quantise
+from ingot.builder.targets.cuda import begin, make_plan
 from ingot.builder.targets.fusion import fuse
 from ingot.builder.targets.planner import Planner, Sizes
 from ingot.builder.weights import attach
 from ingot.calibration.recipe import parse
 from ingot.engines import step
+from ingot.engines.errors import BuildError
 from ingot.engines.plan import Plan
 from ingot.engines.weights import load_graph, open_weights, save_graph
 from ingot.plugins import tactics_of
@@ -121,3 +124,15 @@ def test_a_quantised_plan_computes_what_its_graph_does(model, name, tmp_path):
         found = run.logits(expected.shape[1])[: len(expected)]
         change = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
         assert change < (2e-2 if FEW_BITS[name][1] else 1e-4), change
+
+
+def test_fp8_products_are_refused_where_no_gpu_has_them(model, tmp_path):
+    """By the recipe, before anything is exported, and by the graph, for an engine that is compiled anew."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(ALL % "{dtype: fp8_e4m3}, activation: {dtype: fp8_e4m3}")
+    config = BuildConfig("", "", "cuda", quant=str(recipe), gpu_arch=80)
+    with pytest.raises(BuildError, match="from compute capability 8.9 on, but this build is for 8.0"), begin(config):
+        pass
+    graph = quantised(model, "fp8").graph
+    with pytest.raises(BuildError, match="from compute capability 8.9 on"):
+        make_plan(graph, 64, tmp_path, Device(80, 108), config, None)
