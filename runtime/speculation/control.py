@@ -23,6 +23,7 @@ WEIGHT, WEIGHT_OF_ALL = 8.0, 40.0  # tokens that a prior counts for: all request
 MEMORY, MEMORY_OF_ALL = 0.95, 0.998  # what is left of a count after one token more
 PAUSE = 8  # steps without speculation between two looks at whether it would pay
 HORIZON = 32  # steps in which speculation has to earn what a draft engine must catch up with
+TRIAL, LOOKS, WORTH = 4, 32, 0.6  # steps of a trial, after so many looks, where at least that speed is expected
 OVERHEAD = 1.1  # of steps that are not overlapped, before that is known
 ADVANTAGE = 1.05  # that speculation must have to be turned on; without any it is turned off
 SURE = 0.1  # how much the latest step says about whether a drafter has an idea
@@ -81,7 +82,7 @@ class Speculation:
         self._on = not adapt
         self._outlooks: dict[Request, Outlook] = {}
         self._right = Chance(MEMORY_OF_ALL, WEIGHT_OF_ALL)
-        self._pause = self._settling = 0
+        self._pause = self._settling = self._looks = self._trial = 0
         self._plain: dict[int, Median] = {}  # logarithm of the number of requests -> measured / computed seconds
         self._drafting: dict[int, Median] = {}
         self._drafted_at, self._accepted_at = [0] * most, [0] * most
@@ -99,8 +100,10 @@ class Speculation:
             self._pause -= 1
             if self._pause > 0:
                 return False
-            self._pause = PAUSE
+            self._pause, self._looks = PAUSE, self._looks + 1
             self._doubt(some)
+            if self._looks % LOOKS == 0:  # what was measured at first may be wrong
+                self._trial = TRIAL
         before, self._on = self._on, self._pays(len(requests) - len(some), some)
         if self._on != before:
             self._settling = 2  # steps in flight, which are timed by the other rule
@@ -136,6 +139,7 @@ class Speculation:
                 self._watch(work.request, found[0])
         self._num_all_steps += 1
         self._num_steps += verified
+        self._trial = max(0, self._trial - verified)
         if self._settling:
             self._settling -= 1
         elif all(_decodes(work) for work in step):
@@ -223,7 +227,8 @@ class Speculation:
             seconds = factor * (target(size) + (i * draft(len(some)) if draft else 0.0) + lag)
             if gain / seconds > best:
                 best, at = gain / seconds, i
-        if best < plain * (1.0 if self._on else ADVANTAGE):
+        if best < plain * (WORTH if self._trial else 1.0 if self._on else ADVANTAGE):
+            self._trial = 0
             return False
         size = num + at * sum(outlook.hits for outlook in outlooks)
         price = target(size + 1) - target(size) + (draft(len(some)) / len(some) if draft else 0.0)

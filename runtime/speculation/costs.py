@@ -17,7 +17,7 @@ import torch
 from ...engines import step as names
 
 BUDGET = 0.5  # seconds of measuring: larger sizes are taken to cost as much a token as the largest measured
-REPEATS = 3  # the quickest counts: what is slower was disturbed
+REPEATS = 8  # the quickest counts: what is slower was disturbed
 
 
 class Curve:
@@ -44,8 +44,8 @@ class Curve:
         seconds: list[float] = []
         size, began = 1, time.perf_counter()
         while not sizes or (sizes[-1] < most and time.perf_counter() - began < budget):
-            times = []
-            for _ in range(REPEATS):
+            times: list[float] = []
+            while len(times) < 2 or (len(times) < REPEATS and time.perf_counter() - began < budget):
                 start = time.perf_counter()
                 run(size)
                 times.append(time.perf_counter() - start)

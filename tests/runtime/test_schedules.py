@@ -177,6 +177,7 @@ class World:
             if work.request.matcher:
                 assert -1 not in work.tokens, "what may follow is not known"
                 assert work.request.matcher.num_seen == work.request.num_output
+                assert [*work.request.matcher.fitting(work.drafts)] == [*work.drafts], "the grammar refuses a draft"
                 self.events["bound"] += 1
             tokens = [self.last_token[work.row] if token == -1 else token for token in work.tokens]
             assert len(tokens) == work.num_tokens > 0

@@ -94,13 +94,13 @@ def test_never_much_worse_and_better_where_it_can_be(ahead, num, right):
     if num == 64 and right < 0.9:
         assert share < 0.1
     if right == 0 and (ahead or num >= 16):  # below, drafts cost nothing here
-        assert share < 0.15
+        assert share < 0.3
 
 
 def test_it_is_measured_not_believed():
     """Steps with drafts that take three times what was measured when the engine opened end it."""
     took, plain, share = simulate(2, 0.6, small, wrong_by=3.0)
-    assert share < 0.2 and plain / took > 0.9
+    assert share < 0.3 and plain / took > 0.9
 
 
 def test_on_again_when_there_are_fewer():
