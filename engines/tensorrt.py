@@ -25,7 +25,7 @@ LOG_FILE = "build.log.xz"  # all that TensorRT said while it built
 NAMESPACE = "ingot"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a node is itself, and attributes are no key
 class PluginNode:
     """A node of the graph that a plugin runs.
 

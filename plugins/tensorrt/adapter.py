@@ -55,6 +55,7 @@ def plugin_class() -> Any:
             for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):
                 base.__init__(self)
             self.node, self.workspace, self.launcher = node, workspace, launcher
+            self.data = _data(node.text())
             self.plugin_name, self.plugin_namespace, self.plugin_version = node.op, NAMESPACE, VERSION
             self.num_outputs = node.num_outputs + len(node.pools)
 
@@ -126,7 +127,7 @@ def plugin_class() -> Any:
             return self.clone()
 
         def get_fields_to_serialize(self) -> trt.PluginFieldCollection:
-            return _fields(self.node.text())
+            return _fields(self.data)
 
         def enqueue(
             self, input_desc: Sequence[trt.PluginTensorDesc], output_desc: Sequence[trt.PluginTensorDesc],
@@ -147,7 +148,8 @@ def _register(op: str) -> trt.IPluginCreatorV3One:
         def __init__(self) -> None:
             trt.IPluginCreatorV3One.__init__(self)
             self.name, self.plugin_namespace, self.plugin_version = op, NAMESPACE, VERSION
-            self.field_names = _fields("")
+            self.data = _data("")
+            self.field_names = _fields(self.data)
 
         def create_plugin(self, name: str, fields: trt.PluginFieldCollection, phase: trt.TensorRTPhase) -> Any:
             (text,) = (bytes(field.data) for field in fields if field.name == FIELD)
@@ -159,8 +161,12 @@ def _register(op: str) -> trt.IPluginCreatorV3One:
     return creator
 
 
-def _fields(text: str) -> trt.PluginFieldCollection:
-    data = np.frombuffer(text.encode() + b"\0", np.int8)
+def _data(text: str) -> np.ndarray:
+    """A field keeps the address of its data and not the data: whoever hands out a field must hold on to them."""
+    return np.frombuffer(text.encode() + b"\0", np.int8)
+
+
+def _fields(data: np.ndarray) -> trt.PluginFieldCollection:
     return trt.PluginFieldCollection([trt.PluginField(FIELD, data, trt.PluginFieldType.CHAR)])
 
 
