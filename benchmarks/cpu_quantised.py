@@ -109,11 +109,12 @@ def cast(checkpoint_path: str, out: Path, recipe: str) -> int:
     from ingot.builder.checkpoint import Checkpoint
     from ingot.builder.export import export
     from ingot.builder.passes import optimise
-    from ingot.builder.quantise import choose, quantise
+    from ingot.builder.quantise import quantise
     from ingot.builder.record import kv_layers, model_info
     from ingot.builder.targets import target_of
     from ingot.builder.text_files import copy_text_files
     from ingot.calibration.recipe import Recipe
+    from ingot.calibration.scales import Scales
     from ingot.engines.manifest import BuildRecord, Manifest
     from ingot.engines.weights import WEIGHTS_FILE, save_graph
     from ingot.engines.writer import engine_directory
@@ -122,7 +123,7 @@ def cast(checkpoint_path: str, out: Path, recipe: str) -> int:
     with target_of("cpu").begin(BuildConfig(checkpoint_path, str(out))) as compile:
         graph = optimise(export(checkpoint, torch.bfloat16))
         if recipe != "bf16":
-            quantise(graph, choose(graph, Recipe.open(recipe)), {})
+            quantise(graph, Recipe.open(recipe), Scales())
         with engine_directory(out) as folder:
             save_graph(graph, folder)
             copy_text_files(checkpoint.path, folder)

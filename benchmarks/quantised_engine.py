@@ -18,12 +18,12 @@ from ingot import BuildConfig
 from ingot.builder.checkpoint import Checkpoint
 from ingot.builder.export import export
 from ingot.builder.passes import optimise
-from ingot.builder.passes.graph import INGOT, dims, made_by, new, nodes, operand
-from ingot.builder.quantise import choose, quantise
+from ingot.builder.quantise import quantise
 from ingot.builder.record import activation_dtype, kv_layers, model_info, versions
 from ingot.builder.targets import target_of
 from ingot.builder.text_files import copy_text_files
-from ingot.calibration.recipe import Rule, parse
+from ingot.calibration.recipe import parse
+from ingot.calibration.scales import Scales
 from ingot.engines.manifest import BuildRecord, Manifest
 from ingot.engines.weights import GRAPH_FILE, WEIGHTS_FILE
 from ingot.engines.writer import engine_directory
@@ -37,27 +37,6 @@ FORMATS = {
     "w8a16": "format: {dtype: int8}", "w8a16-fp8": "format: {dtype: fp8_e4m3}",
 }  # fmt: skip
 TYPES = {"int8": ir.DataType.INT8, "fp8_e4m3": ir.DataType.FLOAT8E4M3FN}
-
-
-def quantise_activations(graph: ir.Model, rule: Rule) -> None:
-    """QuantiseTokens and DequantizeLinear in front of each Linear of a quantised weight, one for all that read x."""
-    assert rule.activation
-    group, dtype, made = rule.activation.group, TYPES[rule.activation.dtype], {}
-    for node in nodes(graph, "Linear"):
-        x = operand(node)
-        if made_by(node.inputs[1], "DequantizeLinear") is None or made_by(x, "DequantizeLinear") is not None:
-            continue
-        if x not in made:
-            tokens, columns = dims(x)
-            assert isinstance(columns, int)
-            both = ir.node("QuantiseTokens", [x], {"dtype": int(dtype), "group": group}, domain=INGOT, num_outputs=2)
-            shapes = (tokens, columns), (tokens, -(-columns // group) if group else 1)
-            for value, shape, kind in zip(both.outputs, shapes, (dtype, ir.DataType.FLOAT), strict=True):
-                value.shape, value.type = ir.Shape(shape), ir.TensorType(kind)
-            graph.graph.insert_before(node, both)
-            options = {"axis": 1, "block_size": group or columns}
-            made[x] = new(node, "DequantizeLinear", list(both.outputs), dims(x), x.dtype, **options)
-        node.replace_input_with(0, made[x])
 
 
 def point_nowhere(graph: ir.Model, folder: Path) -> None:
@@ -92,9 +71,7 @@ def main() -> None:
         graph = optimise(export(checkpoint, dtype))
         if args.format != "none":
             recipe = parse(KEEP_HEAD % FORMATS[args.format], args.format, "this benchmark")
-            quantise(graph, choose(graph, recipe), {})
-            if recipe.rules[-1].activation:
-                quantise_activations(graph, recipe.rules[-1])
+            quantise(graph, recipe, Scales())
         print(f"{graph.graph.num_nodes()} nodes after {time.perf_counter() - start:.1f} s", flush=True)
         with engine_directory(args.out, force=True) as folder:
             point_nowhere(graph, folder)

@@ -118,7 +118,7 @@ def build_engine(
             with phase("write the weights"):
                 save_graph(graph, folder, on_bytes)
                 copy_text_files(checkpoint.path, folder)
-                if quantised:
+                if quantised and quantisation:
                     draw_accuracy(quantised, folder, on_note)
             model = model_info(config.model, checkpoint, graph, dtype)
             with phase(f"compile for {config.target}"):

@@ -9,9 +9,10 @@ from ingot import BuildConfig
 from ingot.builder.checkpoint import Checkpoint
 from ingot.builder.export import export
 from ingot.builder.passes import optimise
-from ingot.builder.quantise import choose, quantise
+from ingot.builder.quantise import quantise
 from ingot.builder.record import kv_layers, model_info
 from ingot.builder.targets import audience_of, target_of
+from ingot.calibration.scales import Scales
 from ingot.engines.manifest import BuildRecord, Manifest
 from ingot.engines.tensorrt import FOLDER, LAYERS_FILE, Plugins
 from ingot.engines.weights import load_graph, save_graph
@@ -30,7 +31,7 @@ def write_graph(checkpoint, folder, dtype="bfloat16"):
 def quantised(folder, out, recipe):
     """The graph of `folder` with its weights rounded to the nearest as the recipe says, in `out`."""
     graph = load_graph(folder)
-    quantise(graph, choose(graph, recipe), {})
+    quantise(graph, recipe, Scales())
     save_graph(graph, out)
 
 

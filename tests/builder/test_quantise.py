@@ -211,7 +211,7 @@ def test_the_first_rule_that_matches_decides():
 
 @pytest.mark.parametrize("text, words", [
     ("rules: [", "is not YAML"),
-    ("[1]", "expected the keys description, mixed, perplexity, rules"),
+    ("[1]", "expected the keys description, kv_cache, mixed, perplexity, rules"),
     ("{perplexity: 0.1, rules: []}", "expected a list of at least one"),
     ("{perplexity: -1, rules: [{match: '*', method: keep}]}", "perplexity -1"),
     ("{perplexity: yes, rules: [{match: '*', method: keep}]}", "perplexity True"),

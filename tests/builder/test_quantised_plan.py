@@ -13,13 +13,13 @@ from ingot import BuildConfig
 from ingot.builder import gate
 from ingot.builder.export import export
 from ingot.builder.passes import optimise
-from ingot.builder.passes.graph import INGOT, dims, new, nodes, operand
-from ingot.builder.quantise import choose, quantise
+from ingot.builder.quantise import quantise
 from ingot.builder.targets.cuda import begin, make_plan
 from ingot.builder.targets.fusion import fuse
 from ingot.builder.targets.planner import Planner, Sizes
 from ingot.builder.weights import attach
 from ingot.calibration.recipe import parse
+from ingot.calibration.scales import Scales
 from ingot.engines import step
 from ingot.engines.errors import BuildError
 from ingot.engines.plan import Plan
@@ -29,14 +29,13 @@ from ingot.plugins.interpreter import Program
 from ingot.plugins.tactic import Device
 from plan_run import PlanRun, padded, step_inputs
 
-TYPES = {"int8": ir.DataType.INT8, "fp8_e4m3": ir.DataType.FLOAT8E4M3FN}
 PAGE_SIZE, WIDTH = 4, 16
 PROMPTS, LAYERS = (5, 9), 2
 SIZES = [Sizes(32, 4, 4, 0), Sizes(4, 4, 4, 1)]
 ALL = "{perplexity: 1, rules: [{match: '*', method: rtn, format: %s}]}"
 INT4 = "{dtype: int4, group: 16, symmetric: false}"
-FEW_BITS = {"int4": (INT4, None, 0), "fp8": ("{dtype: fp8_e4m3}", "fp8_e4m3", 0), "int8": ("{dtype: int8}", "int8", 0),
-            "fp8-block": ("{dtype: fp8_e4m3, group: 32, rows: 32}", "fp8_e4m3", 32)}  # fmt: skip
+FEW_BITS = {"int4": (INT4, ""), "fp8": ("{dtype: fp8_e4m3}",) * 2, "int8": ("{dtype: int8}",) * 2,
+            "fp8-block": ("{dtype: fp8_e4m3, group: 32, rows: 32}", "{dtype: fp8_e4m3, group: 32}")}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -51,29 +50,11 @@ def model():
 
 def quantised(model, name):
     """A copy of the model in Q/DQ form."""
-    form, activation, group = FEW_BITS[name]
+    form, activation = FEW_BITS[name]
     graph = ir.Model(model.graph.clone(), ir_version=10)
-    quantise(graph, choose(graph, parse(ALL % form, "mine", "mine.yaml")), {})
-    if activation:
-        quantise_activations(graph, TYPES[activation], group)
+    rule = f"{form}, activation: {activation}" if activation else form
+    quantise(graph, parse(ALL % rule, "mine", "mine.yaml"), Scales())
     return graph
-
-
-def quantise_activations(graph, dtype, group):
-    """QuantiseTokens and DequantizeLinear in front of each Linear, shared by those that read the same."""
-    made = {}
-    for node in nodes(graph, "Linear"):
-        x = operand(node)
-        if x not in made:
-            tokens, columns = dims(x)
-            both = ir.node("QuantiseTokens", [x], {"dtype": int(dtype), "group": group}, domain=INGOT, num_outputs=2)
-            shapes = (tokens, columns), (tokens, -(-columns // group) if group else 1)
-            for value, shape, kind in zip(both.outputs, shapes, (dtype, ir.DataType.FLOAT), strict=True):
-                value.shape, value.type = ir.Shape(shape), ir.TensorType(kind)
-            graph.graph.insert_before(node, both)
-            options = {"axis": 1, "block_size": group or columns}
-            made[x] = new(node, "DequantizeLinear", list(both.outputs), dims(x), x.dtype, **options)
-        node.replace_input_with(0, made[x])
 
 
 def quickest(site):

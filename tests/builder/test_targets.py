@@ -10,9 +10,10 @@ from ingot.builder.checkpoint import Checkpoint
 from ingot.builder.export import export
 from ingot.builder.node_major import Windows
 from ingot.builder.passes import optimise
-from ingot.builder.quantise import choose, quantise
+from ingot.builder.quantise import quantise
 from ingot.builder.targets import target_of
 from ingot.calibration.recipe import parse
+from ingot.calibration.scales import Scales
 from ingot.engines.errors import BuildError
 from ingot.engines.step import LOGITS
 from ingot.engines.weights import WEIGHTS_FILE, load_graph, open_weights, save_graph
@@ -69,7 +70,7 @@ def test_a_quantised_graph_is_lowered_beside_its_weights(compiler, tmp_path, mon
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.delenv("CXX", raising=False)
     graph = optimise(export(Checkpoint.open(str(DEMO / "pycoder-draft-2m")), torch.float32))
-    quantise(graph, choose(graph, parse(MIXED, "mixed", "mixed.yaml")), {})
+    quantise(graph, parse(MIXED, "mixed", "mixed.yaml"), Scales())
     save_graph(graph, tmp_path)
     with target_of("cpu").begin(CONFIG) as compile:
         compile(graph, None, tmp_path)
