@@ -13,8 +13,12 @@ from ingot.builder.passes.lowering import lower_quantised
 from ingot.builder.stored_weights import keep_stored
 from ingot.builder.weights import bind_weights
 from ingot.engines.step import LOGITS
+from ingot.plugins.dtypes import TORCH_DTYPES
 from ingot.plugins.interpreter import Program
 from quantised_models import awq, eight_bits, fp8_blocks, gptq, group_config, packed
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 INT8, FP8 = {"num_bits": 8, "type": "int"}, {"num_bits": 8, "type": "float"}
 TOKEN = {"strategy": "token", "dynamic": True}
@@ -87,7 +91,7 @@ def engine_graph(exported, folder):
 
 def logits_of(graph, tokens):
     windows = Windows(tokens)
-    pools = {v.name: torch.zeros(*tokens.shape, *(d for d in v.shape if isinstance(d, int)))
+    pools = {v.name: torch.zeros(*tokens.shape, *(d for d in v.shape if isinstance(d, int))).to(TORCH_DTYPES[v.dtype])
              for v in graph.graph.inputs if "pages." in v.name}  # fmt: skip
     return Program(graph, {})({**windows.inputs(), **pools})[LOGITS].reshape(*tokens.shape, -1)
 
@@ -146,6 +150,34 @@ def test_weights_and_logits(name, exported, tmp_path):
         effect = (plain - expected).abs().mean()
         assert (found - expected).abs().mean() < 0.05 * effect
         assert (lowered - found).abs().mean() < 0.05 * effect
+
+
+@pytest.mark.parametrize("heads", [(), (2, 1, 1)], ids=["tensor", "head"])
+def test_the_kv_cache_is_in_the_checkpoint_s_scales(exported, tmp_path, heads):
+    """Against eager attention over keys, after the rotation, and values that were rounded to the stored FP8 grid."""
+    description = group_config("pack-quantized", INT8 | {"strategy": "channel"})
+    description["kv_cache_scheme"] = FP8 | {"strategy": "attn_head" if heads else "tensor", "dynamic": False}
+    result = written.write(tmp_path, config(), packed(8, -1), description)
+    scales = {f"model.layers.0.self_attn.{kind}_scale": torch.rand(heads) * 0.05 + 0.02 for kind in "kv"}
+    written.change(tmp_path, change_tensors=lambda tensors: tensors.update(scales))
+    graph, told = engine_graph(exported, tmp_path)
+    assert told["kv_cache"] == {"dtype": "fp8_e4m3"}
+    tokens = random_tokens()
+
+    def rounded(x, scale):  # [B, heads, T, D]
+        return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+    def attention(module, query, key, value, *args, **options):
+        key, value = (rounded(x, scale) for x, scale in zip((key, value), scales.values(), strict=True))
+        return eager_attention_forward(module, query, key, value, *args, **options)
+
+    ALL_ATTENTION_FUNCTIONS.register("rounded", attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("rounded", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    with torch.inference_mode():
+        plain = result.model(tokens.long()).logits
+        result.model.set_attn_implementation("rounded")
+        expected = result.model(tokens.long()).logits
+    assert (logits_of(graph, tokens) - expected).abs().mean() < 0.05 * (plain - expected).abs().mean()
 
 
 def test_what_is_packed(exported, tmp_path):
