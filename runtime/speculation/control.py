@@ -24,6 +24,7 @@ MEMORY, MEMORY_OF_ALL = 0.95, 0.998  # what is left of a count after one token m
 PAUSE = 8  # steps without speculation between two looks at whether it would pay
 HORIZON = 32  # steps in which speculation has to earn what a draft engine must catch up with
 TRIAL, LOOKS, WORTH = 4, 32, 0.6  # steps of a trial, after so many looks, where at least that speed is expected
+LASTING, MOST_PATIENCE = 64, 16  # steps with drafts that show that they pay; how much rarer tries get
 OVERHEAD = 1.1  # of steps that are not overlapped, before that is known
 ADVANTAGE = 1.05  # that speculation must have to be turned on; without any it is turned off
 SURE = 0.1  # how much the latest step says about whether a drafter has an idea
@@ -82,7 +83,8 @@ class Speculation:
         self._on = not adapt
         self._outlooks: dict[Request, Outlook] = {}
         self._right = Chance(MEMORY_OF_ALL, WEIGHT_OF_ALL)
-        self._pause = self._settling = self._looks = self._trial = 0
+        self._pause = self._settling = self._looks = self._trial = self._spell = 0
+        self._patience = 1
         self._plain: dict[int, Median] = {}  # logarithm of the number of requests -> measured / computed seconds
         self._drafting: dict[int, Median] = {}
         self._drafted_at, self._accepted_at = [0] * most, [0] * most
@@ -102,9 +104,12 @@ class Speculation:
                 return False
             self._pause, self._looks = PAUSE, self._looks + 1
             self._doubt(some)
-            if self._looks % LOOKS == 0:  # what was measured at first may be wrong
+            if self._looks % (LOOKS * self._patience) == 0:  # what was measured at first may be wrong
                 self._trial = TRIAL
         before, self._on = self._on, self._pays(len(requests) - len(some), some)
+        if before and not self._on:  # where it did not last, the next try is longer in coming
+            self._patience = 1 if self._spell >= LASTING else min(MOST_PATIENCE, 2 * self._patience)
+            self._spell = 0
         if self._on != before:
             self._settling = 2  # steps in flight, which are timed by the other rule
         return self._on
@@ -139,6 +144,7 @@ class Speculation:
                 self._watch(work.request, found[0])
         self._num_all_steps += 1
         self._num_steps += verified
+        self._spell += verified
         self._trial = max(0, self._trial - verified)
         if self._settling:
             self._settling -= 1
@@ -197,10 +203,10 @@ class Speculation:
         """What was learnt while speculating is out of date, the more the longer ago that was."""
         if self._drafter.ahead:
             for request in some:
-                self._outlook(request).right.fade(0.9)
-            self._right.fade(0.99)
+                self._outlook(request).right.fade(1 - 0.1 / self._patience)
+            self._right.fade(1 - 0.01 / self._patience)
         for key, factor in self._drafting.items():
-            factor.value += 0.05 * (OVERHEAD * self._factor(self._plain, key) - factor.value)
+            factor.value += 0.05 / self._patience * (OVERHEAD * self._factor(self._plain, key) - factor.value)
 
     # -- what it costs -------------------------------------------------------------------------------------------------
 
@@ -209,6 +215,8 @@ class Speculation:
         target, draft = self._costs
         num = num_others + len(some)
         key = num.bit_length()
+        if key not in self._plain:  # first what it has to be better than
+            return False
         factors = self._factor(self._plain, key), self._factor(self._drafting, key)
         factor, plain = factors[1], num / (factors[0] * target(num))  # tokens a second
         outlooks = [self._outlook(request) for request in some]

@@ -99,8 +99,8 @@ def test_never_much_worse_and_better_where_it_can_be(ahead, num, right):
 
 def test_it_is_measured_not_believed():
     """Steps with drafts that take three times what was measured when the engine opened end it."""
-    took, plain, share = simulate(2, 0.6, small, wrong_by=3.0)
-    assert share < 0.3 and plain / took > 0.9
+    took, plain, share = simulate(2, 0.6, small, wrong_by=3.0, steps=2000)
+    assert share < 0.1 and plain / took > 0.97
 
 
 def test_on_again_when_there_are_fewer():
@@ -118,19 +118,20 @@ def test_on_again_when_there_are_fewer():
 def test_each_request_gets_what_suits_it():
     speculation = Speculation(Oracle(False), 4, Costs(Curve([1, 64, 512], [1.0, 2.0, 20.0])))
     good, bad = requests = [Request(name, [1] * 8, SamplingParams()) for name in "ab"]
+    simulate(2, 0.8, lambda num: 1.0 + 0.02 * num, steps=20, speculation=speculation)
     for _ in range(60):
-        assert speculation.plan(requests)
+        assert speculation.plan(requests) or speculation._pause > 0
         drafts = [speculation.propose(request, 4) for request in requests]
         works = [work_of(request, some) for request, some in zip(requests, drafts, strict=True)]
         speculation.observe(tuple(works), [[1] * (1 + len(drafts[0])), [1]], 1.0)
     assert len(speculation.propose(good, 4)) == 4 and len(speculation.propose(bad, 4)) < 4
     stats = speculation.stats()
-    assert stats.drafted_at[0] >= stats.drafted_at[3] and stats.accepted == sum(stats.accepted_at)
+    assert stats.drafted_at[0] > stats.drafted_at[3] > 0 and stats.accepted == sum(stats.accepted_at)
     assert stats.mean_length == 1 + stats.accepted / stats.drafts
 
 
 def test_whoever_wants_none_gets_none():
-    speculation = Speculation(Oracle(False), 4, Costs(Curve([1, 512], [1.0, 2.0])))
+    speculation = Speculation(Oracle(False), 4, Costs(Curve([1, 512], [1.0, 2.0])), adapt=False)
     without = Request("a", [1], SamplingParams(speculate=False))
     assert not speculation.plan([without])
     assert speculation.plan([without, Request("b", [1], SamplingParams())])
