@@ -54,11 +54,11 @@ class SuffixDrafter:
     def __init__(self, most_contexts: int = MOST_CONTEXTS):
         self._most = most_contexts
         self._own: dict[Request, Followers] = {}
-        self._known: dict[Request, int] = {}  # tokens that were looked at
+        self._known: dict[Request, tuple[int, int]] = {}  # tokens looked at: for the request, for all
         self._answers: dict[bytes, Followers] = {}
 
     def propose(self, request: Request, most: int) -> Sequence[int]:
-        self._learn(request)
+        self._learn(request, own=True)
         own, answers = self._own[request], self._answers.get(request.salt)
         context, chance = tuple(request.tokens[-DEPTH:]), 1.0
         drafts: list[int] = []
@@ -74,16 +74,17 @@ class SuffixDrafter:
         return drafts
 
     def end(self, request: Request) -> None:
-        self._learn(request)
+        self._learn(request, own=False)
         self._own.pop(request, None)
         del self._known[request]
 
-    def _learn(self, request: Request) -> None:
-        tokens, known = request.tokens, self._known.get(request, 0)
-        if known == len(tokens):
-            return
-        self._own.setdefault(request, Followers(self._most)).learn(tokens, known, len(tokens))
-        if request.params.prefix_cache:
-            answers = self._answers.setdefault(request.salt, Followers(self._most))
-            answers.learn(tokens, max(known, request.num_prompt), len(tokens))
-        self._known[request] = len(tokens)
+    def _learn(self, request: Request, own: bool) -> None:
+        """Up to the newest token; a request's own text only where it is about to be looked up."""
+        tokens, end = request.tokens, len(request.tokens)
+        mine, shared = self._known.get(request, (0, request.num_prompt))
+        if own and mine < end:
+            self._own.setdefault(request, Followers(self._most)).learn(tokens, mine, end)
+            mine = end
+        if request.params.prefix_cache and shared < end:
+            self._answers.setdefault(request.salt, Followers(self._most)).learn(tokens, shared, end)
+        self._known[request] = mine, end
