@@ -125,8 +125,11 @@ def launcher_on_host(monkeypatch, found, saved, kernels, folder):
     return gpu, Launcher(gpu, folder, found.plan, saved)
 
 
-def binders(found, launcher):
-    """The interpreter's nodes of domain ingot by the plugin's `enqueue`, on poisoned outputs and workspace."""
+def binders(found, launcher, run=lambda enqueue: enqueue(1)):
+    """The interpreter's nodes of domain ingot by the plugin's `enqueue`, on poisoned outputs and workspace.
+
+    run: calls its argument with a stream, in whatever way is tested.
+    """
     plugins = {node: plugin_class()(node, 0, launcher) for node in found.nodes.values()}
 
     def bind_op(op):
@@ -144,11 +147,13 @@ def binders(found, launcher):
             if (node.op, node.inputs) == (op, tuple(present)) and key in found.kernels[node.kernels].launches
             and all(attributes[name] == node.attributes[name] for name in attributes if name != "layer")
         )  # fmt: skip
-        workspace = torch.full((found.kernels[node.kernels].workspace + 16,), 0xFF, dtype=torch.uint8)
-        outputs = [torch.full(sizes, torch.nan) for sizes in output_shapes(node, shapes)]
+        device = inputs[0].device
+        size = found.kernels[node.kernels].workspace + 16
+        workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device=device)
+        outputs = [torch.full(sizes, torch.nan, device=device) for sizes in output_shapes(node, shapes)]
         descriptions = [SimpleNamespace(dims=shape) for shape in shapes]
         pointers = [x.data_ptr() for x in present.values()], [y.data_ptr() for y in outputs]
-        plugins[node].enqueue(descriptions, [], *pointers, workspace.data_ptr(), 1)
+        run(lambda stream: plugins[node].enqueue(descriptions, [], *pointers, workspace.data_ptr(), stream))
         return tuple(outputs[: node.num_outputs]) if node.num_outputs > 1 else outputs[0]
 
     return {op: bind_op(op) for op in {node.op for node in plugins}}
@@ -238,6 +243,38 @@ def test_enqueue_computes_what_the_graph_does(graph, planned, plugins, monkeypat
         logits = with_plugins({**padding, **ours})[step.LOGITS][: len(expected)]
         assert gpu.launches - before >= len(found.nodes)
         torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plugins", [("Rope",), tuple(op for op in LOWERINGS if op != "Rope"), tuple(LOWERINGS)])
+def test_enqueue_in_a_cuda_graph(graph, plugins, tmp_path):
+    """The same on a GPU: real cubins, device buffers, each `enqueue` captured in a CUDA graph and replayed twice."""
+    gpu = gpus.Gpu()
+    model = lowered(graph[0], plugins)
+    found = plugin_plan.plan_plugins(model.graph, SIZES, gpu.device, PAGE, LENGTH, tmp_path)
+    saved = Plugins("m", "1", gpu.device.capability, ((0, 1, 2),), found.page_columns, found.kernels)
+    launcher, stream = Launcher(gpu, tmp_path, found.plan, saved), gpu.stream()
+
+    def captured(enqueue):
+        torch.cuda.synchronize()
+        made = gpu.capture(lambda: enqueue(stream), stream)
+        for _ in range(2):  # nothing of the first is left to mislead the second
+            gpu.replay(made, stream)
+        gpu.synchronise(stream)
+        gpu.discard(made)
+
+    whole = Program(graph[0], graph[1])
+    weights = {name: weight.cuda() for name, weight in graph[1].items()}
+    with_plugins = Program(model, weights, binders(found, launcher, captured))
+    theirs = empty_pools(graph[0])
+    ours = {name: pool.cuda() for name, pool in theirs.items()}
+    for bucket, inputs in zip((2, 0, 1), steps(), strict=True):
+        expected = whole({**inputs, **theirs})[step.LOGITS]
+        padding = padded(inputs, found.plan.buckets[bucket], found.page_columns[bucket])
+        padding = {name: tensor.cuda() for name, tensor in padding.items()}
+        logits = with_plugins({**padding, **ours})[step.LOGITS][: len(expected)].cpu()
+        torch.testing.assert_close(logits, expected, rtol=2e-3, atol=2e-3)
+    gpu.release()
 
 
 def test_enqueue_neither_allocates_nor_waits(planned, monkeypatch, tmp_path):
