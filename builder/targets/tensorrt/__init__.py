@@ -61,12 +61,10 @@ def _compile(
     saved = load_graph(folder)  # whose weights are places in the file
     weights = MappedWeights(saved, folder)
     need, capability = expected_bytes(weights.num_bytes), device.capability
-    audience.note(
-        f"TensorRT will take up to {need / GIB:.1f} GiB of memory here, and map {weights.num_bytes / GIB:.1f} GiB of weights."
-    )
-    lowered = ir.Model(
-        fuse(saved.graph, (rotary_attentions,) if "Rope" in plugins else ()), ir_version=saved.ir_version
-    )
+    mapped = f"{weights.num_bytes / GIB:.1f} GiB of weights"
+    audience.note(f"TensorRT will take up to {need / GIB:.1f} GiB of memory, and map {mapped}.")
+    fusions = (rotary_attentions,) if "Rope" in plugins else ()
+    lowered = ir.Model(fuse(saved.graph, fusions), ir_version=saved.ir_version)
     lower(lowered, plugins)
 
     sizes = distinct(bucket_sizes(
