@@ -163,3 +163,21 @@ def test_the_cuda_target_refuses(engine):
     cuda = dataclasses.replace(opened, manifest=dataclasses.replace(opened.manifest, target="cuda"))
     with pytest.raises(EngineError, match="speculate is 'ngram', but .* cuda target, which cannot verify drafts yet"):
         open_executor(cuda, ServeConfig(speculate="ngram"))
+
+
+def test_the_benchmark_compares_and_draws(engine, tmp_path):
+    """`ingot bench --speculate` on prompts that the model writes itself."""
+    from ingot.__main__ import app
+    from typer.testing import CliRunner
+
+    plot = tmp_path / "plot.png"
+    options = "--levels 1,2 --rounds 1 --input-len 8 --output-len 24 --num-draft-tokens 2 --json".split()
+    found = CliRunner().invoke(app, ["bench", str(engine), "--speculate", "ngram", "--plot", str(plot), *options])
+    assert found.exit_code == 0, found.output
+    levels = json.loads(found.output[found.output.index("{") :])["levels"]
+    assert [level["concurrency"] for level in levels] == [1, 2] and plot.stat().st_size > 1000
+    for level in levels:
+        assert level["plain"] > 0 and level["speedup"] == pytest.approx(level["speculating"] / level["plain"])
+        assert 0 <= level["share"] <= 1
+    refused = CliRunner().invoke(app, ["bench", str(engine), "--speculate", "ngram", "--rate", "3"])
+    assert refused.exit_code == 2 and "--levels" in refused.output
