@@ -36,6 +36,8 @@ def first_tactic(site):
 
 def planned(family, pages=""):
     config = FAMILIES[family]()
+    if pages:
+        config.num_hidden_layers = 1
     graph = export(config, torch.float32)
     attach(graph, gate._random_model(config).state_dict())
     optimise(graph)

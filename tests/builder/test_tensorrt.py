@@ -84,8 +84,7 @@ def built(graphs, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("capability", [89, 120])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, capability", [*((name, 89) for name in MODELS), ("pycoder-14m", 120), ("gemma3", 120)])
 def test_every_attention_layer_is_a_plugin(built, name, capability):
     engine = built(name, capability)
     assert (engine.folder / FOLDER / ENGINE_FILE).stat().st_size == engine.info["plan_bytes"] > 100_000

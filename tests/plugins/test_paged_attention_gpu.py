@@ -300,9 +300,9 @@ def test_every_tactic_compiles(capability, pages):
         inputs = (bf16(tokens, 6144), None, None, i32(tokens), i32(sequences + 1), i32(sequences), i32(sequences, 512),
                   pools, pools, None, scale, scale)  # fmt: skip
         site = Site("PagedAttention", attributes, inputs, (bf16(tokens, 4096),), Device(capability), max_query)
-        found = tactics(site) if pages == "bfloat16" else some_of(tactics(site), 3)
+        found = tactics(site) if pages == "bfloat16" else some_of(tactics(site), 1)
         kernels |= {launch.kernel for tactic in found for launch in tactic.launches}
-    assert len(kernels) >= 4, "a choice for decode and one for chunks"
+    assert len(kernels) >= (4 if pages == "bfloat16" else 2), "a choice for decode and one for chunks"
     for kernel, cubin in compile_all(kernels, capability).items():
         assert isinstance(cubin, Cubin) and cubin.data[:4] == b"\x7fELF", (kernel, cubin)
         assert cubin.shared <= shared_memory(capability), (kernel, cubin.shared)
