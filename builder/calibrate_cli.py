@@ -78,7 +78,8 @@ def calibrate(
     from ..calibration.accuracy import Accuracy
 
     print(Accuracy.of(scales.about["accuracy"]).table())
-    print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, for build-engine {model} --quant {quant} --scales {out}")
+    options = " ".join(f"{name} {value}" for name, value in (("--quant", quant), ("--kv-cache", kv_cache)) if value)
+    print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, for build-engine {model} {options} --scales {out}")
 
 
 def _with_progress(config: BuildConfig) -> Scales:
