@@ -115,12 +115,7 @@ def check(accuracy: Accuracy, recipe: Recipe, model: ir.Model, text: Text | None
     """Raises BuildError if the model became worse than the recipe allows, with the figures and a recipe that passes."""
     if accuracy.passes(recipe):
         return
-    kv_only = not recipe.rules
-    others = {f"--kv-cache {name}": other for name, other in kv_recipes().items() if other != recipe} if kv_only else {
-        f"--quant {other.name}": other for other in recipes()
-        if other.mixed is None and other.perplexity < recipe.perplexity
-    }  # fmt: skip
-    for option, other in sorted(others.items(), key=lambda entry: entry[1].perplexity):
+    for option, other in sorted(_alternatives(recipe).items(), key=lambda entry: entry[1].perplexity):
         if text is not None:
             _, found = calibrate(model, other, text)
             if found.passes(recipe):
@@ -132,6 +127,14 @@ def check(accuracy: Accuracy, recipe: Recipe, model: ir.Model, text: Text | None
         f"the recipe {recipe.name} lets perplexity rise by at most {100 * recipe.perplexity:g}%, but "
         f"{accuracy.table()}\n{advice}; --accept-accuracy builds it all the same."
     )
+
+
+def _alternatives(recipe: Recipe) -> dict[str, Recipe]:
+    """What may be less harmful, by the option that asks for it: another KV cache, or recipes of a tighter bound."""
+    if not recipe.rules:
+        return {f"--kv-cache {name}": other for name, other in kv_recipes().items() if other != recipe}
+    tighter = (other for other in recipes() if other.mixed is None and other.perplexity < recipe.perplexity)
+    return {f"--quant {other.name}": other for other in tighter}
 
 
 def _quantised_inputs(each: Chosen, inputs: Sequence[Tensor], num: int, scales: Scales) -> Sequence[Tensor]:
