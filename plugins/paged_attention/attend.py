@@ -11,7 +11,7 @@ as they are stored, to be multiplied in the end.
 import triton
 import triton.language as tl
 
-from .stored import numbers
+from .stored import factors, numbers
 
 LOWEST = tl.constexpr(-1.0e30)  # the maximum of no scores: finite, so that no difference of maxima is NaN
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -34,6 +34,7 @@ def attend(
     dv = tl.arange(0, BDV)
     each = tl.arange(0, BN)
     factor = SOFTCAP * LOG2E if SOFTCAP > 0 else k_unit * (SCALE * LOG2E)
+    q = factors(q, k_pages)
     # page numbers are a tile ahead: a load whose address is another's result would not be pipelined far
     page = tl.load(page_row + (first + each) // PAGE, mask=first + each < last, other=0)
     for start in tl.range(first, last, BN):
