@@ -31,7 +31,7 @@ def attend(
 
     k_unit: what stored keys are multiplied by. position: of each row in its sequence. Without MASKED every row must see
     all keys of all blocks of BN up to `last`; with it keys from `end` on do not exist, and rows see what causality and
-    the window leave.
+    the window leave. PAGE 0: keys lie in order instead, that of position 0 in place page_row.
     """
     PAIRS: tl.constexpr = v_pages.dtype.element_ty.primitive_bitwidth == 8 and q.shape[0] < WARPGROUP_ROWS
     LAST: tl.constexpr = DV // 2 if PAIRS else DV
@@ -44,10 +44,12 @@ def attend(
     factor = SOFTCAP * LOG2E if SOFTCAP > 0 else k_unit * (SCALE * LOG2E)
     q = factors(q, k_pages)
     # page numbers are a tile ahead: a load whose address is another's result would not be pipelined far
-    page = tl.load(page_row + (first + each) // PAGE, mask=first + each < last, other=0)
+    if PAGE > 0:
+        page = tl.load(page_row + (first + each) // PAGE, mask=first + each < last, other=0)
     for start in tl.range(first, last, BN):
         key = start + each
-        row = (page.to(tl.int64) * PAGE + key % PAGE) * NUM_KV_HEADS + kv_head
+        place = page.to(tl.int64) * PAGE + key % PAGE if PAGE > 0 else key + page_row
+        row = place * NUM_KV_HEADS + kv_head
         if MASKED:
             exists = key < end
             k_mask = (d < D)[:, None] & exists[None, :]
@@ -57,7 +59,8 @@ def attend(
             v_mask = (dv < LAST)[None, :]
         k = tl.load(k_pages + row[None, :] * D + d[:, None], mask=k_mask, other=0.0)  # [BD, BN]
         v = tl.load(v_pages + row[:, None] * LAST + dv[None, :], mask=v_mask, other=0.0)  # [BN, BDV], or its pairs
-        page = tl.load(page_row + (key + BN) // PAGE, mask=key + BN < last, other=0)
+        if PAGE > 0:
+            page = tl.load(page_row + (key + BN) // PAGE, mask=key + BN < last, other=0)
         scores = tl.dot(q, numbers(k, q.dtype), input_precision="ieee")
         if SOFTCAP > 0:  # tanh by one exponential; its error is below 1e-7
             scores = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (k_unit * (2.0 * LOG2E * SCALE / SOFTCAP))))

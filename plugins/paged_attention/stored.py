@@ -64,13 +64,13 @@ def numbers(x, T: tl.constexpr):
 
 @triton.jit
 def factors(q, pages):
-    """Queries in the type in which they are multiplied with what `pages` hold: their own, but fp16 with numbers of 8
-    bits where they are bf16.
+    """Queries in the type in which they are multiplied with what `pages` hold: their own, but fp16 where they are bf16
+    and keys are numbers of 8 bits, or were.
 
     From fp8 to fp16 is one instruction for two numbers, to bf16 five. A query has more bits there than in bf16, and
     none is as large as fp16's largest number; one that were would be cut off at it.
     """
-    if pages.dtype.element_ty.primitive_bitwidth == 8 and q.dtype == tl.bfloat16:
+    if pages.dtype.element_ty != tl.bfloat16 and q.dtype == tl.bfloat16:
         return tl.clamp(q.to(tl.float32), -65504.0, 65504.0).to(tl.float16)
     else:
         return q
