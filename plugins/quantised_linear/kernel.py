@@ -1,11 +1,10 @@
-"""QuantisedLinear on the GPU: one row to four (`row.py`), any number on tensor cores (`tile.py`), by cuBLASLt in FP8,
-or dequantised first, as Linear does it.
+"""QuantisedLinear on the GPU: one row to four (`row.py`), some by an int4 weight (`few.py`), any number on tensor cores
+(`tile.py`), by cuBLASLt in FP8, or dequantised first, as Linear does it.
 
 The same kernels end in an activation where the weight holds gates and ups: see `../gated_quantised_linear`.
 """
 
 from dataclasses import replace
-from math import gcd
 from typing import Any
 
 import triton
@@ -13,30 +12,24 @@ import triton
 from ..dequantise.kernel import dequantise, kind_of, pointer_of
 from ..linear.kernel import tactics as products
 from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic, Tensor
+from .halves import BLOCK, COLUMNS
 from .library import fp8_products
-from .row import LOW_HALF, MOST_ROWS
+from .row import LOW_HALF
+from .shapes import (
+    BIAS,
+    SCALE,
+    WEIGHT,
+    WGMMA,
+    X_SCALE,
+    ZERO,
+    Shape,
+    X,
+    in_pairs,
+    row_shapes,
+    slice_shapes,
+    tile_shapes,
+)
 
-Shape = tuple[int, int, int, int, int]  # BM, BN, BK, warps, stages
-X, WEIGHT, SCALE, ZERO, X_SCALE, BIAS = range(6)  # inputs
-
-SHARED = 227 << 10  # bytes that the programs on a multiprocessor of capability 9.0 share
-FLOATS = "float32", "bfloat16", "float16"
-
-# (BN, BK, warps) of the row kernel: a thread takes eight numbers of each row at a time
-ROW = {
-    "int4": ((4, 4096, 4), (8, 2048, 4), (8, 4096, 8), (4, 2048, 4), (2, 4096, 4)),
-    "": ((2, 2048, 8), (4, 2048, 8), (4, 1024, 4), (2, 4096, 8)),
-}
-# (BN, BK, warps, stages) of tiles that hold all rows, up to FEW_ROWS
-FEW_ROWS = 64
-FEW = {
-    "int4": ((64, 128, 4, 5), (128, 128, 4, 4), (32, 128, 4, 6), (128, 128, 8, 4), (64, 64, 4, 6)),
-    "": ((64, 256, 4, 4), (64, 128, 4, 5), (128, 128, 4, 5), (32, 256, 4, 4), (128, 128, 8, 4)),
-}
-SOME_ROWS = 512
-SOME = ((128, 128, 128, 8, 3), (64, 128, 128, 4, 4), (128, 64, 128, 4, 4), (128, 256, 128, 8, 3), (256, 128, 64, 8, 4))
-MANY = ((128, 256, 128, 8, 3), (128, 128, 128, 8, 3), (256, 128, 128, 8, 3), (128, 128, 64, 8, 4), (64, 128, 128, 4, 3))
-SMALL_TILES = ((32, 32, 64, 4, 2),)  # fp32: no tensor cores at full precision
 FEWEST_DEQUANTISED = 256  # rows from which reading and writing the whole weight may be a small part
 ROOM = 512 << 20  # bytes of a dequantised weight where there is another way
 
@@ -54,65 +47,10 @@ def tactics(site: Site) -> list[Tactic]:
 
 def own(site: Site, activation: str = "") -> list[Tactic]:
     """The kernels of this folder. With an activation, rows of the weight are gates, then ups."""
-    x, weight = site.inputs[X], site.inputs[WEIGHT]
-    assert x is not None and weight is not None
-    found, even_bytes = [], weight.dtype != "int4" or weight.shape[1] % 8 == 0
-    if x.shape[0] <= MOST_ROWS and weight.shape[1] % 8 == 0 and not _groups(site) % 8:
-        found += [_row(site, activation, *shape) for shape in ROW.get(weight.dtype, ROW[""])]
-    if even_bytes and _multiplies(site):
-        found += [_tiles(site, activation, shape, parts) for shape, parts in _shapes(site)]
+    found = [_row(site, activation, *shape) for shape in row_shapes(site)]
+    found += [_few(site, activation, shape) for shape in slice_shapes(site)]
+    found += [_tiles(site, activation, *how) for how in tile_shapes(site)]
     return list({tactic.name: tactic for tactic in found}.values())
-
-
-def _groups(site: Site) -> int:
-    """The number of columns that all groups of a site are multiples of; 0: no groups."""
-    return gcd(site.attributes["group"], site.attributes["x_group"])
-
-
-def _multiplies(site: Site) -> bool:
-    """Whether tiles of these types can be multiplied as they are."""
-    x, weight = site.inputs[X], site.inputs[WEIGHT]
-    assert x is not None and weight is not None
-    if x.dtype in FLOATS:
-        return True
-    if x.dtype == "float8_e4m3fn":
-        return weight.dtype == x.dtype and site.device.capability >= 89
-    return weight.dtype == "int4" or (weight.dtype == "int8" and site.inputs[ZERO] is None)
-
-
-def _shapes(site: Site) -> list[tuple[Shape, int]]:
-    """Tiles for the rows of a site, and into how many parts the depth is split."""
-    x, weight = site.inputs[X], site.inputs[WEIGHT]
-    assert x is not None and weight is not None
-    rows, power = x.shape[0], triton.next_power_of_2(x.shape[0])
-    if x.dtype == "float32":
-        fitting: list[Shape] = list(SMALL_TILES)
-    elif rows <= FEW_ROWS:
-        fitting = [(max(16, power), *shape) for shape in FEW.get(weight.dtype, FEW[""])]
-    else:
-        fitting = [s for s in SOME if s[0] <= max(64, power)] if rows <= SOME_ROWS else list(MANY)
-    if x.dtype in FLOATS and weight.dtype != "int4":  # x fills the memory
-        fitting = [(bm, bn, bk if bm < 128 else min(bk, 64), w, s) for bm, bn, bk, w, s in fitting]
-    least = 64 if weight.dtype == "int4" and x.dtype not in FLOATS else 32  # of an instruction, in halves for int4
-    groups = _groups(site)
-    if groups:  # two accumulators: of the slice, and of all
-        fitting = [shape for shape in fitting if shape[0] * shape[1] <= 2048 * shape[3]] or fitting[-1:]
-    cut = [(bm, bn, gcd(bk, groups) if groups else bk, warps, stages) for bm, bn, bk, warps, stages in fitting]
-    return [(shape, parts) for shape in cut if shape[2] >= least
-            for parts in (_parts(site, shape) if rows <= SOME_ROWS and x.dtype != "float32" else [1])]  # fmt: skip
-
-
-def _parts(site: Site, shape: Shape) -> list[int]:
-    """Shares of the depth to try: one, and as many as fill the GPU with one or with all programs that fit."""
-    x, weight = site.inputs[X], site.inputs[WEIGHT]
-    assert x is not None and weight is not None
-    bm, bn, bk, warps, stages = shape
-    blocks = triton.cdiv(x.shape[0], bm) * triton.cdiv(weight.shape[0], bn)
-    stage = Tensor((bm, bk), x.dtype).num_bytes + Tensor((bn, bk), weight.dtype).num_bytes
-    fit = max(1, min(SHARED // (stage * stages), 32 // warps))
-    most = min(8, weight.shape[1] // (4 * bk))
-    wanted = {1, site.device.num_sms // blocks, min(fit, 3) * site.device.num_sms // blocks}
-    return sorted({max(1, min(most, parts)) for parts in wanted}, reverse=True)
 
 
 def _constants(site: Site, activation: str) -> dict[str, Any]:
@@ -150,6 +88,10 @@ def _tiles(site: Site, activation: str, shape: Shape, parts: int) -> Tactic:
     x, weight = site.inputs[X], site.inputs[WEIGHT]
     assert x is not None and weight is not None
     (bm, bn, bk, warps, stages), rows, (width, depth) = shape, x.shape[0], weight.shape
+    # tensor cores that take the second side from shared memory
+    halves = (
+        site.device.capability == WGMMA and not warps % 4 and not bn % 64 and in_pairs(site) and not depth % COLUMNS
+    )
     share = triton.cdiv(triton.cdiv(depth, parts), bk) * bk
     parts = triton.cdiv(depth, share)
     columns, block = (width // 2, bn // 2) if activation else (width, bn)
@@ -158,16 +100,46 @@ def _tiles(site: Site, activation: str, shape: Shape, parts: int) -> Tactic:
     constants = _constants(site, activation) | {
         "N": width, "K": depth, "BM": bm, "BN": bn, "BK": bk, "DEPTH": share, "PARTS": parts,
         "EVEN": columns % block == 0 and depth % bk == 0, "AHEAD": 1 << lines.bit_length() >> 1,
+        "HALVES": halves,
     }  # fmt: skip
     signature = (*_signature(site), ("parts", "*fp32"), ("arrived", "*i32"), ("M", "i32"))
     kernel = Kernel("quantised_linear.tile:quantised_kernel", signature, tuple(constants.items()), warps, stages,
                     divisible=_aligned(site))  # fmt: skip
+    launches, (x_at, *others), used = [], _operands(site), 0
+    if halves:
+        used, x_halves = _aligned_bytes(x), Operand("workspace", 0)
+        pointer = POINTERS[x.dtype]
+        split = Kernel("quantised_linear.halves:halves_kernel", (("x", pointer), ("y", pointer), ("M", "i32")),
+                       (("K", depth), ("BLOCK", BLOCK)), divisible=("x", "y"))  # fmt: skip
+        launches.append(Launch(split, (rows, triton.cdiv(depth, 2 * BLOCK), 1), (x_at, x_halves, rows)))
+        x_at = x_halves
     # a single part needs neither room nor counters: any pointer will do
-    room = (Operand("workspace", 0), Operand("zeros", 0)) if parts > 1 else (Operand("output", 0),) * 2
-    launch = Launch(kernel, (tiles, parts, 1), (*_operands(site), Operand("output", 0), *room, rows))
+    room = (Operand("workspace", used), Operand("zeros", 0)) if parts > 1 else (Operand("output", 0),) * 2
+    launches.append(Launch(kernel, (tiles, parts, 1), (x_at, *others, Operand("output", 0), *room, rows)))
     name = f"{bm}x{bn}x{bk} warps{warps} stages{stages} parts{parts}"
-    split = {"workspace": 4 * parts * rows * width, "zeros": 4 * tiles} if parts > 1 else {}
-    return Tactic(name, (launch,), **split)
+    return Tactic(name, tuple(launches), used + 4 * parts * rows * width if parts > 1 else used,
+                  4 * tiles if parts > 1 else 0)  # fmt: skip
+
+
+def _few(site: Site, activation: str, shape: Shape) -> Tactic:
+    x, weight = site.inputs[X], site.inputs[WEIGHT]
+    assert x is not None and weight is not None
+    (bm, bn, slice, warps, stages), rows, (width, depth) = shape, x.shape[0], weight.shape
+    columns, block = (width // 2, bn // 2) if activation else (width, bn)
+    constants = {
+        "N": width, "K": depth, "BM": bm, "BN": bn, "SLICE": slice, "SLICES": warps,
+        "ZERO": site.inputs[ZERO] is not None, "GROUP": site.attributes["group"],
+        "BIAS": site.inputs[BIAS] is not None, "EVEN": columns % block == 0 and depth % (slice * warps) == 0,
+        "ACTIVATION": activation, "AHEAD": 1 << (stages * slice * warps // 256).bit_length() >> 1,
+    }  # fmt: skip
+    names = "x", "weight", "scale", "zero", "bias", "y"
+    signature = tuple(each for each in _signature(site) if each[0] in names)
+    kernel = Kernel("quantised_linear.few:quantised_few_kernel", (*signature, ("M", "i32")),
+                    tuple(constants.items()), warps, stages, divisible=_aligned(site))  # fmt: skip
+    operands = _operands(site)
+    launch = Launch(kernel, (triton.cdiv(columns, block), triton.cdiv(rows, bm), 1),
+                    (*operands[:X_SCALE], operands[BIAS], Operand("output", 0), rows))  # fmt: skip
+    return Tactic(f"few {bm}x{bn}x{slice} warps{warps} stages{stages}", (launch,))
 
 
 def _operands(site: Site) -> tuple[Operand, ...]:

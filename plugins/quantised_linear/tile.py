@@ -3,7 +3,8 @@
 What tensor cores multiply are the stored numbers: 8-bit by 8-bit ones where x is quantised, else the weight's as exact
 16-bit floats. Scales are applied to sums in fp32: once at the end, or after each slice of depth where groups have
 scales of their own (a slice lies in one group). Of an int4 byte the lower half belongs to an even column and the upper
-to an odd one: the tile is multiplied by the even and by the odd columns of x, one after the other.
+to an odd one: the tile is multiplied by the even and by the odd columns of x, one after the other. Where the tensor
+cores read those from shared memory `halves.py` has taken them apart (HALVES).
 """
 
 import triton
@@ -11,7 +12,7 @@ import triton.language as tl
 
 from ..linear.tile import arrived_last, block_of, finish, prefetch, rows_of
 from ..pdl import launch_next, wait
-from .numbers import byte, half_byte, zero_points
+from .numbers import both, byte, half_bytes, zero_points
 
 
 @triton.jit
@@ -20,7 +21,7 @@ def quantised_kernel(
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     DEPTH: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr,
     X_SCALE: tl.constexpr, X_GROUP: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, ACTIVATION: tl.constexpr,
-    AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr, HALVES: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
     """y [M, N] = (x * x_scale) ((weight - zero) * scale)^T + bias; as `linear_kernel` with `quantised_row_kernel`'s
@@ -41,6 +42,7 @@ def quantised_kernel(
     GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP > 0 else 1
     STORED: tl.constexpr = BK // 2 if INT4 else BK  # elements of the weight's array in a slice of a row
     LINE: tl.constexpr = K // 2 if INT4 else K
+    PAIRS: tl.constexpr = INT4 and not HALVES and DTYPE.primitive_bitwidth == 16
     program = tl.program_id(0)
     block_n, block_m = block_of(program, tl.cdiv(M, BM), (WIDTH + BW - 1) // BW, 8)
     left = block_n * BW
@@ -54,11 +56,21 @@ def quantised_kernel(
         prefetch(weight + n64[:, None] * LINE + tl.minimum(first + tl.arange(0, AHEAD) * 128, LINE - 1)[None, :])
     if ZERO and GROUP == 0:
         z = zero_points(zero, n64, inside, KIND)
+    if GROUP > 0:
+        s = tl.load(scale + n64 * GROUPS + part * DEPTH // GROUP)
+        if ZERO:
+            z = zero_points(zero, n64 * GROUPS + part * DEPTH // GROUP, inside, KIND)
     wait(PDL)
     stored = tl.arange(0, STORED)
     w_at = weight + n64[:, None] * LINE + first + stored[None, :]
     m64 = m.to(tl.int64)
-    if INT4:
+    if HALVES:
+        x_at = x + m64[None, :] * (K // 2) + first + stored[:, None]  # [BK // 2, BM] of even columns
+        to_odd = tl.cast(M, tl.int64) * (K // 2)
+    elif PAIRS:
+        words = x.to(tl.pointer_type(tl.int32), bitcast=True)
+        x_at = words + m64[None, :] * (K // 2) + first + stored[:, None]  # [BK // 2, BM]
+    elif INT4:
         columns = tl.arange(0, BK)
         x_at = x + m64[:, None] * K + part * DEPTH + columns[None, :]  # [BM, BK]
     else:
@@ -70,20 +82,33 @@ def quantised_kernel(
         deep = stored < (K - k) // 2 if INT4 else stored < K - k
         at = start // 2 if INT4 else start
         w = tl.load(w_at + at, mask=None if EVEN else deep[None, :], other=None if EVEN else 0.0)
-        if ZERO and GROUP > 0:
-            z = zero_points(zero, n64 * GROUPS + k // GROUP, inside, KIND)
+        if GROUP > 0:  # of the slice after this one: nothing waits for them
+            ahead = n64 * GROUPS + tl.minimum((k + BK) // GROUP, GROUPS - 1)
+            s_ahead = tl.load(scale + ahead)
+            if ZERO:
+                z_ahead = zero_points(zero, ahead, inside, KIND)
         if INT4:
-            there = (m < M)[:, None] if EVEN else (m < M)[:, None] & (columns < K - k)[None, :]
-            even, odd = tl.split(tl.reshape(tl.load(x_at + start, mask=there, other=0.0), [BM, BK // 2, 2]))
-            low, high = half_byte(w & 15, DTYPE), half_byte(w >> 4, DTYPE)
+            if PAIRS:
+                there = (m < M)[None, :] if EVEN else (m < M)[None, :] & deep[:, None]
+                even, odd = both(tl.load(x_at + at, mask=there, other=0), DTYPE)
+            elif HALVES:
+                there = (m < M)[None, :] if EVEN else (m < M)[None, :] & deep[:, None]
+                even = tl.load(x_at + at, mask=there, other=0.0)
+                odd = tl.load(x_at + (to_odd + at), mask=there, other=0.0)
+                w = tl.reshape(tl.permute(tl.reshape(w, [BN, BK // 32, 4, 2, 2]), [0, 1, 3, 2, 4]), [BN, BK // 2])
+            else:
+                there = (m < M)[:, None] if EVEN else (m < M)[:, None] & (columns < K - k)[None, :]
+                even, odd = tl.split(tl.reshape(tl.load(x_at + start, mask=there, other=0.0), [BM, BK // 2, 2]))
+                even, odd = tl.trans(even), tl.trans(odd)
+            low, high = half_bytes(w, False, DTYPE), half_bytes(w, True, DTYPE)
             if ZERO:
                 low, high = low - z[:, None].to(DTYPE), high - z[:, None].to(DTYPE)
             if SLICED:
-                total = tl.dot(low, tl.trans(even), input_precision="ieee", out_dtype=SUM)
-                total = tl.dot(high, tl.trans(odd), total, input_precision="ieee", out_dtype=SUM)
+                total = tl.dot(low, even, input_precision="ieee", out_dtype=SUM)
+                total = tl.dot(high, odd, total, input_precision="ieee", out_dtype=SUM)
             else:
-                acc = tl.dot(low, tl.trans(even), acc, input_precision="ieee", out_dtype=SUM)
-                acc = tl.dot(high, tl.trans(odd), acc, input_precision="ieee", out_dtype=SUM)
+                acc = tl.dot(low, even, acc, input_precision="ieee", out_dtype=SUM)
+                acc = tl.dot(high, odd, acc, input_precision="ieee", out_dtype=SUM)
         else:
             there = (m < M)[None, :] if EVEN else (m < M)[None, :] & deep[:, None]
             t = tl.load(x_at + start, mask=there, other=0.0)
@@ -98,11 +123,15 @@ def quantised_kernel(
         if SLICED:
             scaled = total.to(tl.float32)
             if GROUP > 0:
-                scaled *= tl.load(scale + n64 * GROUPS + k // GROUP)[:, None]
+                scaled *= s[:, None]
             if GROUPED:
                 x_groups = m64 * ((K + X_GROUP - 1) // X_GROUP) + k // X_GROUP
                 scaled *= tl.load(x_scale + x_groups, mask=m < M, other=0.0)[None, :]
             acc += scaled
+        if GROUP > 0:
+            s = s_ahead
+            if ZERO:
+                z = z_ahead
     acc = acc.to(tl.float32)
     if PARTS > 1:
         size = tl.cast(M, tl.int64) * N  # one row is a constant

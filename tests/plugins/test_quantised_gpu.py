@@ -159,6 +159,23 @@ def test_the_depth_is_split_where_the_weight_has_few_rows():
         assert names
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("form,depth", [
+    (WEIGHTS["int4"], 1152), (WEIGHTS["int4 zero"], 1056), (Format("int4", 128, symmetric=False), 1152),
+    (WEIGHTS["int4 rows"], 1048),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 2, 5, 8, 16, 33, 64, 100])
+def test_half_bytes_are_read_four_bytes_at_once(form, depth, dtype, rows):
+    """What PTX computes, the interpreter does not show: blocks that fit, and those that reach beyond both ends."""
+    for width in (200, 256):
+        inputs, how = linear(rows, width, depth, form, dtype, bias=rows == 8)
+        inputs[1][:16, :128] = torch.arange(-8, 8)[:, None].roll(1, 0)
+        compare("QuantisedLinear", inputs, **how)
+    options = dict(activation="silu", y_dtype=0, y_group=0)
+    compare("GatedQuantisedLinear", inputs, **how, **options)
+
+
 def test_fp8_weights_where_the_hardware_does_not_know_them():
     inputs, how = linear(2, 40, 256, WEIGHTS["fp8"])
     every = torch.arange(256, dtype=torch.uint8)
