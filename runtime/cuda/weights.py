@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -63,11 +63,13 @@ class Weights:
             self.addresses[name] = at
             at += _aligned(size)
         if dummy:
-            _randomise(gpu, base, self.num_bytes)
+            _randomise(gpu, [(base, self.num_bytes)])
+            for special in {dtype for dtype, _ in declared.values() if dtype.name.startswith("float8")}:
+                # bytes of other types may be NaN
+                places = [(self.addresses[n], sizes[n]) for n, (dtype, _) in declared.items() if dtype is special]
+                _randomise(gpu, places, special.numpy)
             for name, (dtype, _) in declared.items():
-                if dtype.name.startswith("float8"):  # bytes of other types may be NaN
-                    _randomise(gpu, self.addresses[name], sizes[name], dtype.numpy)
-                elif not dtype.floating and dtype.itemsize > 1:  # single bytes are quantised weights
+                if not dtype.floating and dtype.itemsize > 1:  # single bytes are quantised weights
                     _zero(gpu, self.addresses[name], sizes[name])
             self._readers = []
             return
@@ -172,18 +174,21 @@ def _fill(buffer: np.ndarray, file: int, offset: int) -> None:
         done += count
 
 
-def _randomise(gpu: Gpu, base: int, total: int, dtype: np.dtype | None = None) -> None:
-    """Small random bf16 numbers everywhere (as float32 they are small, too), or numbers about 1 of a dtype."""
+def _randomise(gpu: Gpu, spans: Sequence[tuple[int, int]], dtype: np.dtype | None = None) -> None:
+    """Small random bf16 numbers everywhere (as float32 they are small, too), or numbers about 1 of a dtype.
+
+    spans: (address, bytes) each.
+    """
     buffer, stream = gpu.pinned(PIECE), gpu.stream()
+    count = PIECE // (dtype.itemsize if dtype else 2)
+    numbers = np.random.default_rng(0).standard_normal(count, np.float32)
     if dtype is not None:
-        buffer[:] = (
-            np.random.default_rng(0).standard_normal(PIECE // dtype.itemsize, np.float32).astype(dtype).view("u1")
-        )
+        buffer[:] = numbers.astype(dtype).view(np.uint8)
     else:
-        numbers = np.random.default_rng(0).standard_normal(PIECE // 2, np.float32) * 0.02
-        buffer[:] = (numbers.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
-    for offset in range(0, total, PIECE):
-        gpu.upload(base + offset, buffer[: min(PIECE, total - offset)], stream)
+        buffer[:] = ((numbers * 0.02).view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    for base, total in spans:
+        for offset in range(0, total, PIECE):
+            gpu.upload(base + offset, buffer[: min(PIECE, total - offset)], stream)
     gpu.synchronise(stream)
     gpu.unpin(buffer)
 
