@@ -8,14 +8,15 @@ What has no form here, or is asked to stay (`--tensorrt-plugins`), is left for t
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from functools import partial
 
 import onnx_ir as ir
 import torch
 
 from ...passes import drop_dead
-from ...passes.graph import attribute, constant, dims, integers, new, nodes, operand, replace, reshape, size
+from ...passes.graph import attribute, constant, dims, new, nodes, operand, replace, reshape, size
 from ...passes.verify import verify
+from .quantised import quantise_tokens, round_int4_scales, tables, token_products, token_scales, zero_points
+from .spelling import cast, columns, like
 
 FLOAT = ir.DataType.FLOAT
 Lowering = Callable[[ir.Node], bool]  # False: this node has no standard form
@@ -32,20 +33,20 @@ def gated_activation(node: ir.Node) -> bool:
     """GatedActivation -> act(first half) * second half."""
     x, y = operand(node), node.outputs[0]
     width = size(x, 1) // 2
-    gate, up = (_columns(node, x, at, at + width) for at in (0, width))
+    gate, up = (columns(node, x, at, at + width) for at in (0, width))
     match attribute(node, "activation"):
         case "silu":
-            wide = _cast(node, gate, FLOAT)  # rounded once
-            act = _cast(node, _like(node, "Mul", wide, _like(node, "Sigmoid", wide)), x.dtype)
+            wide = cast(node, gate, FLOAT)  # rounded once
+            act = cast(node, like(node, "Mul", wide, like(node, "Sigmoid", wide)), x.dtype)
         case "relu":
-            act = _like(node, "Relu", gate)
+            act = like(node, "Relu", gate)
         case "gelu":
-            act = _like(node, "Gelu", gate)
+            act = like(node, "Gelu", gate)
         case "gelu_tanh":
             act = new(node, "Gelu", [gate], dims(gate), gate.dtype, approximate="tanh")
         case _:
             return False
-    replace(y, _like(node, "Mul", act, up))
+    replace(y, like(node, "Mul", act, up))
     return True
 
 
@@ -55,21 +56,21 @@ def rms_norm(node: ir.Node) -> bool:
     x, weight = operand(node), operand(node, 1)
     y = node.outputs[0]
     if len(node.inputs) > 2 and node.inputs[2] is not None:
-        x = _like(node, "Add", x, operand(node, 2))
+        x = like(node, "Add", x, operand(node, 2))
         if len(node.outputs) > 1:
             replace(node.outputs[1], x)
     offset = attribute(node, "weight_offset", 0.0)
     dtype, in_fp32 = x.dtype, bool(offset or attribute(node, "fp32_multiply", 0)) and x.dtype != FLOAT
     if in_fp32:
-        x, weight = _cast(node, x, FLOAT), _cast(node, weight, FLOAT)
+        x, weight = cast(node, x, FLOAT), cast(node, weight, FLOAT)
     if offset:
-        weight = _like(node, "Add", weight, constant(node, torch.tensor(offset, dtype=torch.float32)))
+        weight = like(node, "Add", weight, constant(node, torch.tensor(offset, dtype=torch.float32)))
     chunk, shape = size(weight, 0), dims(x)
     rows = x if shape[-1] == chunk else reshape(node, x, (*shape[:-1], size(x, 1) // chunk, chunk))
     norm = new(node, "RMSNormalization", [rows, weight], dims(rows), rows.dtype, axis=-1, stash_type=int(FLOAT),
                epsilon=attribute(node, "epsilon"))  # fmt: skip
     norm = norm if rows is x else reshape(node, norm, shape)
-    replace(y, _cast(node, norm, dtype) if in_fp32 else norm)
+    replace(y, cast(node, norm, dtype) if in_fp32 else norm)
     return True
 
 
@@ -82,16 +83,16 @@ def rope(node: ir.Node) -> bool:
     heads, rotary = attribute(node, "num_heads"), size(table, 1)
     turned = heads * attribute(node, "head_dim")
     tokens = dims(x)[0]
-    part = x if turned == size(x, 1) else _columns(node, x, 0, turned)
-    part = _cast(node, part, table.dtype)
-    halves = [reshape(node, _columns(node, table, at, at + rotary // 2), (1, tokens, rotary // 2))
+    part = x if turned == size(x, 1) else columns(node, x, 0, turned)
+    part = cast(node, part, table.dtype)
+    halves = [reshape(node, columns(node, table, at, at + rotary // 2), (1, tokens, rotary // 2))
               for at in (0, rotary // 2)]  # fmt: skip
     part = reshape(node, part, (1, tokens, turned))
     part = new(node, "RotaryEmbedding", [part, *halves], dims(part), part.dtype, num_heads=heads,
                rotary_embedding_dim=rotary, interleaved=attribute(node, "interleaved", 0))  # fmt: skip
-    part = _cast(node, reshape(node, part, (tokens, turned)), x.dtype)
+    part = cast(node, reshape(node, part, (tokens, turned)), x.dtype)
     if turned != size(x, 1):
-        rest = _columns(node, x, turned, size(x, 1))
+        rest = columns(node, x, turned, size(x, 1))
         part = new(node, "Concat", [part, rest], dims(x), x.dtype, axis=1)
     replace(y, part)
     return True
@@ -104,31 +105,17 @@ LOWERINGS: dict[str, Lowering] = {
     "GatedActivation": gated_activation,
     "RMSNorm": rms_norm,
     "Rope": rope,
+    "QuantiseTokens": quantise_tokens,
 }
-
-
-def round_int4_scales(model: ir.Model) -> None:
-    """Scales of INT4 weights in the type of what is dequantised: TensorRT has no INT4 with another one. Rounding a
-    scale to bf16 changes a weight by 0.2% at most, which is little beside a step of INT4. Other formats stay."""
-    for node in nodes(model, "DequantizeLinear"):
-        y, scale = node.outputs[0], operand(node, 1)
-        tensor = scale.const_value
-        if operand(node).dtype != ir.DataType.INT4 or tensor is None or y.dtype is None or tensor.dtype == y.dtype:
-            continue
-        rounded = ir.LazyTensor(
-            partial(_converted, tensor, y.dtype), y.dtype, ir.Shape(dims(scale)), name=f"{scale.name}.rounded"
-        )
-        value = ir.Value(name=rounded.name, type=ir.TensorType(y.dtype), shape=scale.shape, const_value=rounded)
-        model.graph.register_initializer(value)
-        node.replace_input_with(1, value)
-
-
-def _converted(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.Tensor:
-    return ir.Tensor(tensor.numpy().astype(dtype.numpy()), dtype=dtype)
 
 
 def lower(model: ir.Model, plugins: Collection[str]) -> None:
     """Lowers every op of `LOWERINGS` that is not among `plugins`. BuildError: it spoiled the graph."""
+    if "Linear" not in plugins:
+        token_products(model)
+        zero_points(model)
+    tables(model)
+    token_scales(model)
     for op, lowering in LOWERINGS.items():
         if op in plugins:
             continue
@@ -137,17 +124,3 @@ def lower(model: ir.Model, plugins: Collection[str]) -> None:
         drop_dead(model)
     round_int4_scales(model)
     verify(model, "lowering to TensorRT's own ops")
-
-
-def _like(before: ir.Node, op: str, *inputs: ir.Value) -> ir.Value:
-    return new(before, op, inputs, dims(inputs[0]), inputs[0].dtype)
-
-
-def _cast(before: ir.Node, x: ir.Value, dtype: ir.DataType | None) -> ir.Value:
-    return x if dtype is None or x.dtype == dtype else new(before, "Cast", [x], dims(x), dtype, to=int(dtype))
-
-
-def _columns(before: ir.Node, x: ir.Value, begin: int, end: int) -> ir.Value:
-    """x[:, begin:end]"""
-    inputs = [x, *(integers(before, [number]) for number in (begin, end, 1))]
-    return new(before, "Slice", inputs, (dims(x)[0], end - begin), x.dtype)

@@ -6,7 +6,7 @@ pools back as outputs, which the caller binds to the memory of the inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +57,9 @@ class MappedWeights:
             assert tensor.offset is not None and tensor.length is not None
             self._places[name] = (self._files[location].ctypes.data + tensor.offset, tensor.length)
 
-    def __iter__(self) -> Iterator[tuple[str, int, int]]:
-        return ((name, address, size) for name, (address, size) in self._places.items())
+    def of(self, names: Container[str]) -> Iterator[tuple[str, int, int]]:
+        """Those with one of the names."""
+        return ((name, *place) for name, place in self._places.items() if name in names)
 
     @property
     def num_bytes(self) -> int:

@@ -81,7 +81,7 @@ def build(
 def _parse(parser: trt.OnnxParser, model: ir.Model, proto: onnx.ModelProto, weights: MappedWeights, log: Log) -> None:
     if not parser.load_model_proto(proto.SerializeToString()):
         raise _refused(parser, model, log)
-    for name, address, size in weights:
+    for name, address, size in weights.of(model.graph.initializers):
         if not parser.load_initializer(name, address, size):
             raise BuildError(f"TensorRT does not take the weight '{name}' of {size} bytes; build the engine again.")
     if not parser.parse_model_proto():

@@ -21,12 +21,12 @@ from ....engines.plan import Bucket, Cubin, Launch, Plan
 from ....engines.tensorrt import PluginKernels, PluginNode, shape_key
 from ....plugins import OPS
 from ....plugins.opschema import complete_attributes
-from ....plugins.tactic import Device, Operand, Tensor
+from ....plugins.tactic import Device, Gemm, Operand, Tensor
 from ...passes.graph import INGOT, attributes
 from ..cubin import Cubin as Compiled
 from ..planner import SAMPLING, STAGING, Planner, Sizes, Work, key_of
 from ..table import default_table
-from ..tactics import Choice, candidates, likeliest
+from ..tactics import Candidates, Choice, candidates, likeliest
 
 STEP = 16  # tokens
 ALIGNMENT = 256  # bytes
@@ -72,7 +72,7 @@ def plan_plugins(
         graph, device, page_size, -(-max_model_len // page_size), max(each.sequences for each in sizes),
         lambda site: choices[key_of(site)].tactic, runs=lambda node: node.domain == INGOT,
     )  # fmt: skip
-    choices |= likeliest(candidates(planner, sizes), device, default_table(device.capability))
+    choices |= likeliest(_own(candidates(planner, sizes)), device, default_table(device.capability))
 
     nodes = list(graph)
     sites: dict[ir.Node, list[tuple[str, Work]]] = {}  # (key of the shapes, site) of each node in every bucket
@@ -99,6 +99,16 @@ def plan_plugins(
         tuple(choices[key].describe() for key in planner.planned), planner.zeros,
     )  # fmt: skip
     return PluginPlan(plan, kernels, plugin_nodes, tuple(planner.page_columns(each) for each in sizes))
+
+
+def _own(found: Mapping[Hashable, Candidates]) -> dict[Hashable, Candidates]:
+    """Without products of cuBLASLt, which a plugin cannot launch."""
+    return {
+        key: replace(each, tactics=[
+            tactic for tactic in each.tactics if not any(isinstance(x.kernel, Gemm) for x in tactic.launches)
+        ])
+        for key, each in found.items()
+    }  # fmt: skip
 
 
 def _kernels(
@@ -170,7 +180,7 @@ def _logits_bytes(logits: Tensor | None) -> int:
 
 
 def _write(binary: Any, folder: Path) -> Cubin:
-    """The cubin in a file of its own; without a GPU no product of cuBLASLt is ever chosen."""
+    """The cubin in a file of its own."""
     assert isinstance(binary, Compiled)
     file = f"cubins/{hashlib.sha256(binary.data).hexdigest()[:24]}.cubin"
     (folder / "cubins").mkdir(parents=True, exist_ok=True)
