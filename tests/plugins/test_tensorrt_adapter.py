@@ -100,8 +100,9 @@ def test_the_lowered_graph_means_the_same(graph, plugins, recipe):
     ours, theirs = empty_pools(model), empty_pools(model)
     for inputs in steps(4096):
         expected, found = whole({**inputs, **theirs})[step.LOGITS], again({**inputs, **ours})[step.LOGITS]
-        bound = 1e-2 if "tokens" in (recipe or "") else 1e-4  # numbers that are rounded to a neighbour now and then
-        torch.testing.assert_close(found, expected, rtol=bound, atol=bound * float(expected.abs().max()))
+        off = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+        # of what is read, a number may be rounded to its neighbour, and those that follow from it differ
+        assert off < (2e-2 if "tokens" in (recipe or "") else 1e-5)
 
 
 def test_outputs_are_those_of_the_schema():
