@@ -12,16 +12,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from ingot.builder.kv_cache import quantise_pools
-from ingot.builder.quantise import quantise
 from ingot.builder.targets import tactics
 from ingot.builder.targets.cubin import Cubin
 from ingot.builder.targets.fusion import fuse, rotary_attentions
 from ingot.builder.targets.planner import Sizes
 from ingot.builder.targets.tensorrt import plugin_plan
 from ingot.builder.targets.tensorrt.lowering import lower
-from ingot.calibration.recipe import parse
-from ingot.calibration.scales import Scales
 from ingot.engines import step
 from ingot.engines.tensorrt import Plugins, shape_key
 from ingot.plugins import OPS, jit
@@ -32,6 +28,7 @@ from ingot.plugins.tensorrt import adapter, api
 from ingot.plugins.tensorrt.launcher import Launcher
 from ingot.plugins.tensorrt.schema_shapes import output_shapes, output_types
 from plan_run import padded
+from tensorrt_build import in_fewer_bits
 
 PAGE, NUM_PAGES, LENGTH = 16, 9, 64
 SIZES = [Sizes(2, 2, 2, 1, 32), Sizes(2, 2, 2, 1), Sizes(24, 2, 2, 0)]
@@ -49,22 +46,10 @@ def without_tensorrt(monkeypatch):
         monkeypatch.setattr(api, "module", lambda: stand_in)
 
 
-def recipe_of(weight, activation="", symmetric=True, match="*"):
-    """A recipe that rounds weights so; `activation`: what products read, too."""
-    rule = f"{{match: '{match}', method: rtn, format: {{{weight}, symmetric: {str(symmetric).lower()}}}"
-    rule += f", activation: {{{activation}}}}}" if activation else "}"
-    return parse(f"{{perplexity: 1, rules: [{rule}]}}", "test", "test")
-
-
 def quantised(model, weights, recipe=None, pages="", per_head=False):
-    """A copy of a graph, its weights by `recipe` and its pages in so many bits, with round scales; and its weights."""
+    """A copy of a graph in fewer bits (`tensorrt_build.in_fewer_bits`), and its weights."""
     copy = model.clone()
-    names = set(copy.graph.initializers)
-    if recipe:
-        quantise(copy, recipe, Scales(activations={name: torch.tensor(0.05) for name in names}))
-    if pages:
-        pools = {v.name: int(v.shape[2]) if per_head else 1 for v in copy.graph.inputs if "pages." in v.name}
-        quantise_pools(copy, pages, {name: 0.02 + 0.01 * torch.rand(size) for name, size in pools.items()})
+    in_fewer_bits(copy, recipe, pages, per_head)
     return copy, weights_of(copy, weights)
 
 

@@ -8,40 +8,31 @@ import sys
 import onnx_ir as ir
 import pytest
 import torch
-from families import FAMILIES
-from hand_made import DEMO
 from ingot import BuildConfig
-from ingot.builder.targets import tactics, target_of, tensorrt
+from ingot.builder.targets import target_of, tensorrt
 from ingot.builder.targets.tensorrt import plan_file
-from ingot.calibration.recipe import recipes
 from ingot.engines.cli import show
 from ingot.engines.errors import BuildError
 from ingot.engines.inspect import describe
 from ingot.engines.plan import Plan
 from ingot.engines.tensorrt import ENGINE_FILE, FOLDER
 from ingot.plugins.tensorrt.log import Log
-from tensorrt_build import SIZES, compile_for, quantised, write_graph
-from transformers import AutoModelForCausalLM
+from tensorrt_build import (
+    CAPABILITIES,
+    MODELS,
+    PRECISIONS,
+    SIZES,
+    checkpoint_of,
+    compile_for,
+    in_precision,
+    write_graph,
+)
+from tensorrt_run import without_cubins
 
 pytest.importorskip("tensorrt_rtx_bindings")
 pytest.importorskip("triton")
 
-MODELS = ("pycoder-14m", "qwen3", "gemma3", "mistral")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def each_kernel_once():
-    """Models share kernels, and a process that compiles them takes a second to start: real cubins, compiled once."""
-    compile_all, known = tactics.compile_all, {}
-
-    def compiled(sources, capability):
-        missing = [source for source in sources if (source, capability) not in known]
-        known.update({(source, capability): found for source, found in compile_all(missing, capability).items()})
-        return {source: known[source, capability] for source in sources}
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tactics, "compile_all", compiled)
-        yield
+REAL = ("mistral", "fp8", 89)  # the build whose kernels are compiled, as all are (`tests/plugins`)
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +42,9 @@ def graphs(tmp_path_factory):
 
     def get(name):
         if name not in known:
-            folder = tmp_path_factory.mktemp(name)
-            source = DEMO / name
-            if name in FAMILIES:
-                torch.manual_seed(0)
-                source = folder / "checkpoint"
-                AutoModelForCausalLM.from_config(FAMILIES[name](), dtype=torch.bfloat16).save_pretrained(source)
-            (folder / "graph").mkdir()
-            known[name] = folder / "graph", write_graph(source, folder / "graph")
+            folder = tmp_path_factory.mktemp(name) / "graph"
+            folder.mkdir()
+            known[name] = folder, write_graph(checkpoint_of(name, folder.parent / "checkpoint"), folder)
         return known[name]
 
     return get
@@ -66,54 +52,51 @@ def graphs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(graphs, tmp_path_factory):
-    """The engine of a model for an architecture, and the graph's folder beside it."""
+    """(model, precision, architecture) -> its engine."""
     known = {}
 
-    def get(name, capability, recipe=None):
-        if (name, capability, recipe) not in known:
+    def get(*key):
+        if key not in known:
+            name, precision, capability = key
             source, model = graphs(name)
-            folder = tmp_path_factory.mktemp(f"{name}-{capability}") / "engine"
-            if recipe:
-                folder.mkdir()
-                quantised(source, folder, next(each for each in recipes() if each.name == recipe))
-            else:
-                shutil.copytree(source, folder)
-            known[name, capability, recipe] = compile_for(folder, model, capability)
-        return known[name, capability, recipe]
+            folder = tmp_path_factory.mktemp("-".join(map(str, key))) / "engine"
+            in_precision(name, precision, source, folder)
+            with pytest.MonkeyPatch.context() as patch:
+                if key != REAL:
+                    without_cubins(patch)  # TensorRT never sees them
+                known[key] = compile_for(folder, model, capability)
+        return known[key]
 
     return get
 
 
-@pytest.mark.parametrize("name, capability", [*((name, 89) for name in MODELS), ("pycoder-14m", 120), ("gemma3", 120)])
-def test_every_attention_layer_is_a_plugin(built, name, capability):
-    engine = built(name, capability)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_attention_layer_is_a_plugin_and_products_are_of_what_is_stored(built, name, precision, capability):
+    engine = built(name, precision, capability)
     assert (engine.folder / FOLDER / ENGINE_FILE).stat().st_size == engine.info["plan_bytes"] > 100_000
     assert engine.info["capability"] == capability
-    attentions = [node for node in engine.graph.graph if node.op_type == "PagedAttention"]
-    num_profiles = len(engine.plugins.profiles)
+    num_layers, num_profiles = engine.manifest.model.num_layers, len(engine.plugins.profiles)
     for profile in range(num_profiles):
-        found = [layer for layer in engine.layers if layer in engine.attention and layer["profile"] == profile]
-        assert len(found) == len(attentions) == engine.manifest.model.num_layers
-        assert len({layer["nodes"][0] for layer in found}) == len(attentions), "each is a node of its own"
-    fused = [layer for layer in engine.layers if len(layer["nodes"]) > 1]
-    assert len(fused) > len(attentions), "TensorRT fused around the plugins"
+        found = [layer for layer in engine.attention if layer["profile"] == profile]
+        assert len(found) == num_layers and len({layer["nodes"][0] for layer in found}) == num_layers
+    assert all(("FP8" in layer["reads"]) == (precision == "fp8") for layer in engine.attention), "its pages"
+    assert len(engine.fused) > len(engine.attention), "TensorRT fused around the plugins"
     assert not any("Reformat" in layer["type"] for layer in engine.layers), "no pool is copied"
+    products = {kind: len(layers) for kind, layers in engine.products.items()}
+    wanted = {"fp8": "FP8", "int4": "Int4"}.get(precision)
+    assert all((count >= 4 * num_layers * num_profiles) == (kind == wanted) for kind, count in products.items())
 
 
-@pytest.mark.parametrize("recipe", ["int4-rtn", "w8a16-fp8"])
-def test_quantised_weights_stay_small(built, recipe):
+def test_quantised_weights_stay_small(built):
     """TensorRT keeps the numbers as they are stored; only the embedding (which is the head) is as large as before."""
-    engine, whole = built("pycoder-14m", 89, recipe), built("pycoder-14m", 89)
-    dequantised = [layer for layer in engine.layers if any("dequantise" in node for node in layer["nodes"])]
-    assert len(dequantised) >= 4 * engine.manifest.model.num_layers
-    assert engine.info["plan_bytes"] < 0.75 * whole.info["plan_bytes"]
-    assert len(engine.attention) == len(whole.attention)
-    if recipe == "int4-rtn":
-        assert all(any("Gemm" in node for node in layer["nodes"]) for layer in dequantised), "within its product"
+    whole, *others = (built("pycoder-14m", precision, 89).info["plan_bytes"] for precision in PRECISIONS)
+    assert all(plan_bytes < 0.75 * whole for plan_bytes in others)
 
 
 def test_the_plan_beside_it_and_what_inspect_says(built, capsys):
-    engine = built("pycoder-14m", 89)
+    engine = built(*REAL)
     plan = Plan.open(engine.folder / FOLDER)
     assert all(set(bucket.parts) >= {"stage", "sample.greedy"} for bucket in plan.buckets)
     assert all((engine.folder / FOLDER / cubin.file).read_bytes()[:4] == b"\x7fELF" for cubin in plan.cubins)
@@ -127,7 +110,7 @@ def test_the_plan_beside_it_and_what_inspect_says(built, capsys):
 
 
 def test_memory_is_announced_and_progress_counted(built):
-    engine = built("pycoder-14m", 89)
+    engine = built(*REAL)
     (note,) = engine.notes
     assert note.startswith("TensorRT will take up to") and "GiB" in note
     assert engine.progress and all(0 <= done <= total for done, total in engine.progress)
@@ -167,6 +150,20 @@ def test_no_tensorrt():
     assert "none of the modules tensorrt_of_nobody is installed" in last and "pip install" in last
 
 
+@pytest.mark.parametrize("options", [dict(quant="fp8"), dict(quant="fp8-static"), dict(kv_cache="fp8-head")])
+def test_fp8_where_there_is_none(options):
+    with pytest.raises(BuildError, match="FP8 from compute capability 89 on, .* is for 86; .*int8-sq.*--kv-cache int8"):
+        begin(gpu_arch=86, **options)
+
+
+def test_a_graph_in_fp8_where_there_is_none(graphs, tmp_path):
+    """As a checkpoint may be."""
+    source, model = graphs("mistral")
+    in_precision("mistral", "fp8", source, tmp_path / "engine")
+    with pytest.raises(BuildError, match="FP8 from compute capability 89 on, .* is for 80"):
+        compile_for(tmp_path / "engine", model, 80)
+
+
 def test_a_layer_that_tensorrt_does_not_have(graphs, tmp_path):
     source, model = graphs("mistral")
     shutil.copytree(source, tmp_path / "engine")
@@ -188,6 +185,7 @@ def compile_with_xor(folder, model):
         reader.replace_input_with(0, made.outputs[0])
 
     with pytest.MonkeyPatch.context() as patch:
+        without_cubins(patch)
         patch.setattr(tensorrt, "lower", lower)
         compile_for(folder, model, 89)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fake_driver import FakeDriver
 from hand_made import DEMO
-from tensorrt_build import write_graph
+from tensorrt_build import recipe_of, write_graph
 from tensorrt_run import (
     NUM_PAGES,
     PAGE,
@@ -18,7 +18,6 @@ from tensorrt_run import (
     lowered,
     plan_of,
     quantised,
-    recipe_of,
     steps,
     weights_of,
     without_cubins,

@@ -8,14 +8,13 @@ calls none of it here, and need not be installed.
 import pytest
 import torch
 from families import FAMILIES
-from tensorrt_build import write_graph
+from tensorrt_build import recipe_of, write_graph
 from tensorrt_run import (
     Enqueued,
     HostGpu,
     lowered,
     plan_of,
     quantised,
-    recipe_of,
     run_steps,
     without_cubins,
     without_tensorrt,  # noqa: F401

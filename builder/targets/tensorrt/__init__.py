@@ -29,6 +29,7 @@ from .. import NOBODY, Audience, Compile, cubin
 from ..cuda import SMS
 from ..fusion import fuse, rotary_attentions
 from ..planner import bucket_sizes
+from .fp8 import asks_for_fp8, check_fp8, has_fp8
 from .layers import layers_of
 from .lowering import LOWERINGS, lower
 from .onnx_graph import MappedWeights, plugin_proto
@@ -45,6 +46,8 @@ def begin(config: BuildConfig, audience: Audience = NOBODY) -> Iterator[Compile]
     """Looks for TensorRT first, so that a build that cannot be made ends before the export."""
     device = _device(config)
     plugins = _plugins(config.tensorrt_plugins)
+    if asks_for_fp8(config):
+        check_fp8(device.capability)  # before an hour of calibration
 
     def compile(graph: ir.Model, model: ModelInfo, folder: Path) -> dict[str, Any]:
         """Write plan, plugins and cubins into `folder/tensorrt`; returns what the manifest says about them."""
@@ -66,6 +69,8 @@ def _compile(
     fusions = (rotary_attentions,) if "Rope" in plugins else ()
     lowered = ir.Model(fuse(saved.graph, fusions), ir_version=saved.ir_version)
     lower(lowered, plugins)
+    if has_fp8(lowered):
+        check_fp8(device.capability)
 
     sizes = distinct(bucket_sizes(
         config.max_num_seqs, min(config.max_num_batched_tokens, model.max_model_len * config.max_num_seqs),
