@@ -25,11 +25,32 @@ settings.load_profile("ingot")
 
 
 def pytest_collection_modifyitems(items):
-    marked = [item for item in items if item.get_closest_marker("gpu") or item.get_closest_marker("tensorrt")]
-    if marked:
-        if not torch.cuda.is_available():
+    for mark, lacking in (("gpu", no_gpu), ("tensorrt", no_tensorrt)):
+        marked = [item for item in items if item.get_closest_marker(mark)]
+        if marked and (reason := lacking()):
             for item in marked:
-                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def no_gpu() -> str:
+    """Why tests marked `gpu` cannot run here; nothing: they can."""
+    return "" if torch.cuda.is_available() else "needs an NVIDIA GPU"
+
+
+def no_tensorrt() -> str:
+    """The same of those marked `tensorrt`, which run engines."""
+    if reason := no_gpu():
+        return reason
+    from ingot.engines.errors import EngineError
+    from ingot.plugins.tensorrt import api, flavour
+
+    try:
+        api.module()
+    except EngineError as error:
+        return str(error)
+    major, minor = torch.cuda.get_device_capability()
+    known = flavour.capabilities()
+    return f"{flavour.about()[0]} does not run on {major}.{minor}" if known and 10 * major + minor not in known else ""
 
 
 def _build(name: str, dtype: str, folder: Path) -> Path:

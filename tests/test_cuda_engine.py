@@ -31,6 +31,15 @@ def engine(tmp_path_factory):
     return build(tmp_path_factory.mktemp("cuda") / "engine", dtype="float32", tune=False, **SIZES)[1]
 
 
+@pytest.fixture(scope="module", params=[
+    pytest.param("cuda", marks=pytest.mark.gpu), pytest.param("tensorrt", marks=pytest.mark.tensorrt),
+])  # fmt: skip
+def engine_on_gpu(request, tmp_path_factory):
+    if request.param == "cuda":
+        return request.getfixturevalue("engine")
+    return build(tmp_path_factory.mktemp("tensorrt") / "engine", dtype="float32", **SIZES | dict(target="tensorrt"))[1]
+
+
 @pytest.fixture(scope="module")
 def cpu_engine(tmp_path_factory):
     return build(tmp_path_factory.mktemp("cpu") / "engine", dtype="float32")[1]
@@ -69,11 +78,10 @@ def test_without_a_gpu_it_is_one_sentence(engine):
         LLM(engine)
 
 
-@pytest.mark.gpu
-def test_greedy_tokens_are_the_cpu_engines(engine, cpu_engine):
+def test_greedy_tokens_are_the_cpu_engines(engine_on_gpu, cpu_engine):
     with LLM(cpu_engine) as llm:
         wanted = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY, progress=False)]
-    with LLM(engine) as llm:
+    with LLM(engine_on_gpu) as llm:
         for _ in range(2):  # cold, and with every prefix cached
             found = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY, progress=False)]
             assert found == wanted
@@ -93,8 +101,7 @@ def test_bf16_with_timed_tactics(tmp_path, cpu_engine):
     assert same > 0.5 * sum(map(len, wanted)), "rounding changes a token here and there, and what follows it"
 
 
-@pytest.mark.gpu
-def test_every_way_to_sample(engine, cpu_engine):
+def test_every_way_to_sample(engine_on_gpu, cpu_engine):
     params = [
         GREEDY,
         SamplingParams(max_tokens=12, temperature=0.8, seed=1),
@@ -102,7 +109,7 @@ def test_every_way_to_sample(engine, cpu_engine):
         SamplingParams(max_tokens=12, temperature=0.0, repetition_penalty=1.3, logit_bias={40: -100.0}, logprobs=3),
         SamplingParams(max_tokens=12, temperature=0.0, logprobs=5, prompt_logprobs=2),
     ]
-    with LLM(engine) as llm:
+    with LLM(engine_on_gpu) as llm:
         first = llm.generate(PROMPTS[:5], params, progress=False)
         again = [llm.generate(*one, progress=False)[0] for one in zip(PROMPTS[:5], params, strict=True)]
     with LLM(cpu_engine) as llm:

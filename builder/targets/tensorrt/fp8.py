@@ -19,10 +19,10 @@ FP8 = "fp8_e4m3"
 def asks_for_fp8(config: BuildConfig) -> bool:
     """Whether the recipe or the KV cache that is asked for is in FP8; a checkpoint may be, too (`has_fp8`)."""
     recipe = Recipe.open(config.quant) if config.quant else None
-    pages = KV_CACHES.get(config.kv_cache) or (recipe and recipe.kv_cache)
+    pages = KV_CACHES.get(config.kv_cache) or (recipe.kv_cache if recipe else None)
     rules = recipe.rules if recipe else ()
     formats = [form for rule in rules for form in (rule.format, rule.activation) if form]
-    return any(each.dtype == FP8 for each in (*formats, *([pages] if pages else [])))
+    return any(form.dtype == FP8 for form in formats) or bool(pages and pages.dtype == FP8)
 
 
 def has_fp8(model: ir.Model) -> bool:

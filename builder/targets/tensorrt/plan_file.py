@@ -58,6 +58,7 @@ def build(
         flavour.set_capability(config, capability)
         flavour.allow_in_place(config)
         flavour.allow_capture(config)
+        config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32, as on the other targets
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         watcher = monitor(on_progress)
         config.progress_monitor = watcher
