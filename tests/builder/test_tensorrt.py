@@ -4,18 +4,25 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import onnx_ir as ir
 import pytest
 import torch
+from fake_driver import FakeDriver
 from ingot import BuildConfig
 from ingot.builder.targets import target_of, tensorrt
 from ingot.builder.targets.tensorrt import plan_file
+from ingot.builder.targets.tensorrt.lowering import LOWERINGS
+from ingot.builder.targets.tensorrt.timing_cache import KeptCache
+from ingot.calibration.recipe import Recipe, parse
 from ingot.engines.cli import show
 from ingot.engines.errors import BuildError
 from ingot.engines.inspect import describe
 from ingot.engines.plan import Plan
 from ingot.engines.tensorrt import ENGINE_FILE, FOLDER
+from ingot.plugins import gpu as gpus
+from ingot.plugins.tensorrt import flavour
 from ingot.plugins.tensorrt.log import Log
 from tensorrt_build import (
     CAPABILITIES,
@@ -25,6 +32,7 @@ from tensorrt_build import (
     checkpoint_of,
     compile_for,
     in_precision,
+    quantised,
     write_graph,
 )
 from tensorrt_run import without_cubins
@@ -95,6 +103,34 @@ def test_quantised_weights_stay_small(built):
     assert all(plan_bytes < 0.75 * whole for plan_bytes in others)
 
 
+EVERY_FORM = """
+perplexity: 1
+rules:
+  - {match: "*embed*", method: rtn, format: {dtype: int8}}
+  - {match: "*o_proj*", method: rtn, format: {dtype: int4, group: 32, symmetric: false}}
+  - {match: "*down_proj*", method: rtn, format: {dtype: fp8_e4m3, group: 32}, activation: {dtype: fp8_e4m3, group: 32}}
+  - {match: "*gate*", method: rtn, format: {dtype: int8}, activation: {dtype: int8}}
+  - {match: "*", method: rtn, format: {dtype: fp8_e4m3}}
+"""
+
+
+@pytest.mark.parametrize("recipe, plugins, products", [
+    (parse(EVERY_FORM, "every form", ""), "Rope", {"Int8": 4, "Int4": 4}),
+    (Recipe.open("fp8"), "QuantiseTokens", {"Int8": 0, "Int4": 0, "FP8": 16}),
+    (Recipe.open("fp8"), ",".join(LOWERINGS), {"Int8": 0, "Int4": 0, "FP8": 0}),
+])  # fmt: skip
+def test_other_forms_and_ops_that_stay_plugins(graphs, monkeypatch, tmp_path, recipe, plugins, products):
+    """Which TensorRT takes, with pages of INT8; what each means is in `tests/plugins/test_tensorrt_adapter.py`."""
+    without_cubins(monkeypatch)
+    source, model = graphs("mistral")
+    quantised(source, tmp_path, recipe, "int8")
+    engine = compile_for(tmp_path, model, 89, tensorrt_plugins=plugins)
+    assert products.items() <= {kind: len(layers) for kind, layers in engine.products.items()}.items()
+    assert len(engine.attention) == 4 and all("Int8" in layer["reads"] for layer in engine.attention)
+    asked = set(plugins.split(",")) - {"Rope"}
+    assert engine.info["plugins"].keys() >= asked and "Rope" not in engine.info["plugins"]
+
+
 def test_the_plan_beside_it_and_what_inspect_says(built, capsys):
     engine = built(*REAL)
     plan = Plan.open(engine.folder / FOLDER)
@@ -162,6 +198,37 @@ def test_a_graph_in_fp8_where_there_is_none(graphs, tmp_path):
     in_precision("mistral", "fp8", source, tmp_path / "engine")
     with pytest.raises(BuildError, match="FP8 from compute capability 89 on, .* is for 80"):
         compile_for(tmp_path / "engine", model, 80)
+
+
+def test_full_tensorrt_builds_for_the_gpu_at_hand(monkeypatch):
+    """As it is told from TensorRT for RTX: by what the module has."""
+    monkeypatch.setattr(flavour, "chooses_capability", lambda: False)
+    if not torch.cuda.is_available():
+        with pytest.raises(BuildError, match="for the GPU at hand alone, and .*; build where the engine is to run"):
+            begin()
+    monkeypatch.setattr(gpus, "_driver", FakeDriver)  # an H100
+    with pytest.raises(BuildError, match="the GPU at hand, .* of 90, and not for 89; leave --gpu-arch out"):
+        begin(gpu_arch=89)
+    begin(gpu_arch=90)
+
+
+def test_timings_are_kept_for_the_next_build(monkeypatch, tmp_path):
+    monkeypatch.setenv("INGOT_CACHE", str(tmp_path))
+    given = []
+    config = SimpleNamespace(
+        create_timing_cache=lambda known: known, set_timing_cache=lambda cache, ignore: given.append((cache, ignore)),
+        get_timing_cache=lambda: SimpleNamespace(serialize=lambda: b"timed"),
+    )  # fmt: skip
+    for _ in range(2):
+        cache = KeptCache.of(90)
+        cache.give_to(config)
+        cache.take_from(config)
+    assert given == [(b"", False), (b"timed", False)] and "-sm90" in cache.path.name
+    assert [path.name for path in cache.path.parent.iterdir()] == [cache.path.name], "nothing half written is left"
+    cache.path.unlink()
+    cache.path.mkdir()
+    with pytest.warns(UserWarning, match="timings are not kept"):
+        cache.take_from(config)
 
 
 def test_a_layer_that_tensorrt_does_not_have(graphs, tmp_path):
