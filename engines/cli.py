@@ -87,11 +87,13 @@ def _tensorrt(facts: dict[str, Any]) -> Any:
         for name, words in (("plan", "plan"), ("cubin", "ingot's kernels"), ("workspace", "workspace for plugins"))
     )
     table = Table(box=box.SIMPLE, title=f"TensorRT: {sizes}", title_justify="left")
-    for column in ("profile", "steps", "layers", "plugins"):
+    for column in ("profile", "steps", "layers", "plugins", "reading"):
         table.add_column(column)
     for i, profile in enumerate(facts["profiles"]):
         kind = "decoding" if profile["decoding"] else "any"
-        counts = (", ".join(f"{n} {name}" for name, n in profile[key].items()) for key in ("layers", "plugins"))
+        counts = (
+            ", ".join(f"{n} {name}" for name, n in profile[key].items()) for key in ("layers", "plugins", "stored")
+        )
         table.add_row(str(i), f"{kind}, up to {profile['tokens']} tokens", *counts)
     return table
 

@@ -66,9 +66,13 @@ def operations(op_types: Sequence[str], boundary: str = "PagedAttention") -> dic
     }
 
 
+STORED = "FP8", "Int8", "Int4"  # as TensorRT calls them
+
+
 def tensorrt_layers(folder: Path) -> dict[str, Any]:
     """What TensorRT made of the graph: bytes of its plan, of ingot's cubins and of the plugins' workspace, and for each
-    optimisation profile the most tokens of a step, its layers by type, and its plugins by op."""
+    optimisation profile the most tokens of a step, its layers by type, its plugins by op, and how many of the others
+    read numbers in fewer bits, by type (of an older engine: none are known)."""
     home = folder / tensorrt.FOLDER
     plan, plugins = Plan.open(home), tensorrt.Plugins.open(home)
     layers = json.loads((home / tensorrt.LAYERS_FILE).read_text(encoding="utf-8"))
@@ -80,6 +84,9 @@ def tensorrt_layers(folder: Path) -> dict[str, Any]:
             "tokens": max(plan.buckets[bucket].tokens for bucket in buckets),
             "layers": dict(Counter(layer["type"] for layer in own).most_common()),
             "plugins": dict(Counter(layer["plugin"] for layer in own if "plugin" in layer)),
+            "stored": dict(Counter(
+                kind for layer in own if "plugin" not in layer for kind in layer.get("reads", ()) if kind in STORED
+            )),
         })  # fmt: skip
     return {
         "plan_bytes": (home / tensorrt.ENGINE_FILE).stat().st_size,

@@ -142,6 +142,7 @@ def test_the_plan_beside_it_and_what_inspect_says(built, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "RotaryPagedAttention" in text and "1.7" in text and "of plan" in text
     assert facts["tensorrt"]["plan_bytes"] == engine.info["plan_bytes"]
+    assert all(profile["stored"]["FP8"] >= 8 for profile in facts["tensorrt"]["profiles"])
     assert len(facts["tensorrt"]["profiles"]) == len(engine.plugins.profiles)
 
 
