@@ -148,8 +148,10 @@ def test_the_plan_beside_it_and_what_inspect_says(built, capsys):
 
 def test_memory_is_announced_and_progress_counted(built):
     engine = built(*REAL)
-    (note,) = engine.notes
-    assert note.startswith("TensorRT will take up to") and "GiB" in note
+    (note,) = engine.notes  # before it starts
+    (weights,) = (path.stat().st_size for path in engine.folder.glob("weights.safetensors"))
+    assert note.startswith(f"TensorRT will take up to {plan_file.expected_bytes(weights) / 2**30:.1f} GiB of memory")
+    assert plan_file.expected_bytes(2 * 8_030_261_248) < 24 * 2**30, "Llama 3 8B in bf16"
     assert engine.progress and all(0 <= done <= total for done, total in engine.progress)
     assert any(done == total > 0 for done, total in engine.progress)
 

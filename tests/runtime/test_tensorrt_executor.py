@@ -13,22 +13,23 @@ pytest.importorskip("tensorrt_rtx_bindings")
 
 from ingot.builder.targets import tactics
 from ingot.builder.targets.cubin import Cubin
+from ingot.calibration.recipe import Recipe
 from ingot.engines.errors import EngineError
 from ingot.engines.plan import Plan
 from ingot.engines.step import LOGITS, STEP_INPUTS
 from ingot.plugins import gpu as gpus
 from ingot.plugins.tensorrt import api, flavour
-from tensorrt_build import compile_for, write_graph
+from tensorrt_build import compile_for, quantised, write_graph
 
 FOUR = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)  # the driver's zeros are end tokens
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    """A real engine of pycoder-draft-2m for 8.9, but for ingot's cubins, which hold nothing."""
-    folder = tmp_path_factory.mktemp("engine") / "engine"
-    folder.mkdir()
-    model = write_graph(DEMO / "pycoder-draft-2m", folder)
+    """A real engine of pycoder-draft-2m in FP8 for 8.9, but for ingot's cubins, which hold nothing."""
+    source, folder = tmp_path_factory.mktemp("graph"), tmp_path_factory.mktemp("engine")
+    model = write_graph(DEMO / "pycoder-draft-2m", source)
+    quantised(source, folder, Recipe.open("fp8"), "fp8_e4m3")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tactics, "compile_all", lambda sources, capability: {
             source: Cubin(b"\x7fELF%d" % i, f"k{i}", 0, source.num_warps, False) for i, source in enumerate(sources)
