@@ -12,9 +12,23 @@ from functools import partial
 import onnx_ir as ir
 import torch
 
+from ....engines.errors import BuildError
 from ....plugins.dtypes import TORCH_DTYPES, to_torch
 from ....plugins.quantise_tokens.reference import REACH, SMALLEST_SCALE
-from ...passes.graph import INGOT, attribute, constant, dims, made_by, new, nodes, operand, replace, reshape, size
+from ...passes.graph import (
+    INGOT,
+    attribute,
+    attributes,
+    constant,
+    dims,
+    made_by,
+    new,
+    nodes,
+    operand,
+    replace,
+    reshape,
+    size,
+)
 from .spelling import cast, like
 
 FLOAT, INT4 = ir.DataType.FLOAT, ir.DataType.INT4
@@ -71,18 +85,26 @@ def tables(model: ir.Model) -> None:
 
 
 def token_scales(model: ir.Model) -> None:
-    """DequantizeLinear of QuantiseTokens that no product takes -> numbers times scales."""
+    """DequantizeLinear of QuantiseTokens that no product takes -> numbers times scales.
+
+    Raises BuildError: groups of columns of which the last is smaller.
+    """
     for node in nodes(model, "DequantizeLinear"):
         values, scale, y = operand(node), operand(node, 1), node.outputs[0]
-        if made_by(values, "QuantiseTokens", domain=INGOT) is None or not dims(scale):
+        maker = made_by(values, "QuantiseTokens", domain=INGOT)
+        if maker is None or not dims(scale):
             continue
         numbers = new(node, "DequantizeLinear", [values, _number(node, 1.0)], dims(values), FLOAT)
         tokens, width = dims(values)[0], size(values, 1)
-        groups = size(scale, 1)
-        if width % groups == 0:
-            factors = reshape(node, scale, (tokens, groups, 1))
-            numbers = reshape(node, numbers, (tokens, groups, width // groups))
-            replace(y, cast(node, reshape(node, like(node, "Mul", numbers, factors), dims(y)), y.dtype))
+        group = attribute(maker, "group", 0) or width
+        if width % group:
+            raise BuildError(
+                f"the tensorrt target has no scales for groups of {group} in the {width} columns of '{y.name}'; "
+                "use the recipe `fp8` or `fp8-static`, or build for `--target cuda`."
+            )
+        factors = reshape(node, scale, (tokens, width // group, 1))
+        numbers = reshape(node, numbers, (tokens, width // group, group))
+        replace(y, cast(node, reshape(node, like(node, "Mul", numbers, factors), dims(y)), y.dtype))
 
 
 def zero_points(model: ir.Model) -> None:
@@ -92,13 +114,24 @@ def zero_points(model: ir.Model) -> None:
         if weight is None or len(weight.inputs) < 3 or operand(weight).dtype != INT4:
             continue
         x, y, scale, zero = operand(node), node.outputs[0], operand(weight, 1), operand(weight, 2)
-        tokens, groups = dims(x)[0], size(scale, 1) if len(dims(scale)) == 2 else 1
-        parts = reshape(node, cast(node, x, FLOAT), (tokens, groups, size(x, 1) // groups))
+        tokens, width = dims(x)[0], size(x, 1)
+        group = attribute(weight, "block_size", 0) or width
+        if width % group:
+            continue  # which TensorRT refuses
+        groups = width // group
+        parts = reshape(node, cast(node, x, FLOAT), (tokens, groups, group))
         sums = new(node, "ReduceSum", [parts, constant(node, torch.tensor([2]))], (tokens, groups), FLOAT, keepdims=0)
         shift = new(node, "Gemm", [sums, _shift(model, scale, zero, groups)], dims(y), FLOAT, transB=1)
-        whole = cast(node, new(node, "Linear", list(node.inputs), dims(y), y.dtype, INGOT), FLOAT)
-        replace(y, cast(node, like(node, "Sub", whole, shift), y.dtype))
-        weight.resize_inputs(2)
+        bare = new(
+            node,
+            "DequantizeLinear",
+            [operand(weight), scale],
+            dims(operand(weight)),
+            weight.outputs[0].dtype,
+            **attributes(weight),
+        )
+        whole = new(node, "Linear", [x, bare, *node.inputs[2:]], dims(y), y.dtype, INGOT)
+        replace(y, cast(node, like(node, "Sub", cast(node, whole, FLOAT), shift), y.dtype))
 
 
 def _shift(model: ir.Model, scale: ir.Value, zero: ir.Value, groups: int) -> ir.Value:
