@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from cached_compiler import install  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +52,13 @@ def no_tensorrt() -> str:
     major, minor = torch.cuda.get_device_capability()
     known = flavour.capabilities()
     return f"{flavour.about()[0]} does not run on {major}.{minor}" if known and 10 * major + minor not in known else ""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_compilation_of_the_kernels(tmp_path_factory):
+    """For all workers: their temporary folders have one parent."""
+    base = tmp_path_factory.getbasetemp()
+    install((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled")
 
 
 def _build(name: str, dtype: str, folder: Path) -> Path:
