@@ -61,6 +61,24 @@ def one_compilation_of_the_kernels(tmp_path_factory):
     install((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_export_of_a_config():
+    """What an export gives depends on class, config and dtype alone: each is traced, for seconds, once a worker."""
+    from ingot.builder import export as module
+
+    trace, kept = module._trace, {}
+
+    def once(model):
+        key = type(model), model.config.to_json_string(use_diff=False), model.dtype
+        if key not in kept:
+            kept[key] = trace(model)
+        return kept[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_trace", once)
+        yield
+
+
 def _build(name: str, dtype: str, folder: Path) -> Path:
     from ingot import BuildConfig, build_engine
 

@@ -2,7 +2,8 @@
 
 Each keeps what is peculiar to its family (window, softcap, sinks, partial or interleaved RoPE, q/k norm, tied head,
 experts); sizes are small enough for a few milliseconds per forward pass. Windows are shorter than the prompts the
-tests use, and `num_experts_per_tok` is smaller than the number of experts, so that both are exercised.
+tests use, softcaps bend the logits of random weights, and `num_experts_per_tok` is smaller than the number of experts,
+so that all are exercised. `shrink` leaves them as they are: the self-check and the build then export the same config.
 """
 
 from collections.abc import Callable
@@ -41,7 +42,7 @@ def _llama3_rope() -> PretrainedConfig:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,
     }
-    return _small("LlamaConfig", num_hidden_layers=4, rope_parameters=rope)
+    return _small("LlamaConfig", rope_parameters=rope)
 
 
 # gpt-oss' own YaRN settings, scaled down: 8 x 32 = the 256 positions of the small config
@@ -56,16 +57,21 @@ _YARN = {
 }
 
 FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
-    "llama": lambda: _small("LlamaConfig", num_hidden_layers=4),
+    "llama": lambda: _small("LlamaConfig"),
     "llama3_rope": _llama3_rope,
-    "mistral": lambda: _small("MistralConfig", sliding_window=9, head_dim=16),
+    "mistral": lambda: _small("MistralConfig", sliding_window=8, head_dim=16),
     "qwen2": lambda: _small("Qwen2Config", tie_word_embeddings=True),
     "qwen3": lambda: _small("Qwen3Config", head_dim=32),
     "gemma2": lambda: _small(
-        "Gemma2Config", head_dim=32, sliding_window=9, query_pre_attn_scalar=24, num_hidden_layers=4
+        "Gemma2Config",
+        head_dim=32,
+        sliding_window=8,
+        query_pre_attn_scalar=24,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=2.0,
     ),
     "gemma3": lambda: _small(
-        "Gemma3TextConfig", head_dim=32, sliding_window=9, query_pre_attn_scalar=24, num_hidden_layers=6
+        "Gemma3TextConfig", head_dim=32, sliding_window=8, query_pre_attn_scalar=24, num_hidden_layers=6
     ),
     "phi3": lambda: _small("Phi3Config", sliding_window=None),
     "olmo2": lambda: _small("Olmo2Config"),
@@ -76,9 +82,9 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
         attention_multiplier=0.2,
         logits_scaling=2.0,
     ),
-    "cohere2": lambda: _small("Cohere2Config", sliding_window=9, num_hidden_layers=4, logit_scale=0.25),
+    "cohere2": lambda: _small("Cohere2Config", sliding_window=8, num_hidden_layers=4, logit_scale=0.25),
     "glm4": lambda: _small("Glm4Config", head_dim=16),
-    "starcoder2": lambda: _small("Starcoder2Config", sliding_window=9),
+    "starcoder2": lambda: _small("Starcoder2Config", sliding_window=8),
     "smollm3": lambda: _small("SmolLM3Config", num_hidden_layers=4),
     "gpt_neox": lambda: _small("GPTNeoXConfig"),
     "gpt2": lambda: _small("GPT2Config", n_positions=256),
@@ -95,7 +101,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "gpt_oss": lambda: _small(
         "GptOssConfig",
         head_dim=16,
-        sliding_window=9,
+        sliding_window=8,
         num_local_experts=4,
         num_experts_per_tok=2,
         rope_parameters=_YARN,

@@ -130,6 +130,12 @@ def test_shrink_keeps_every_kind_of_layer(model_type, layers):
         assert small.sliding_window < 16
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_are_small_already(family):
+    """So that tests, which remember exports, export each family once."""
+    assert shrink(FAMILIES[family]()).to_dict() == FAMILIES[family]().to_dict()
+
+
 def test_a_real_size_is_checked_quickly():
     """The check does not depend on the size of the model: 8B parameters would take minutes and 32 GB."""
     assert self_check(LlamaConfig(**LLAMA_8B)) < 1e-5
