@@ -4,8 +4,9 @@
 
 For each case a library quantises a model on the CPU and saves it; ingot opens what was saved. Compared are the weights,
 bit for bit, with what the library itself makes of its numbers, and the logits of the graph that ingot writes (in
-float32) with the library's model, its activation quantisation included. `effect` is how far quantised activations move
-the logits, so that an error of a few percent of it means that only ties are rounded otherwise.
+float32) with the library's model, its activation quantisation included; where a library runs no such model on a CPU
+(AWQ, GPTQ, the kernels of FineGrained FP8), its dequantised weights are in transformers' model. `effect` is how far
+quantised activations and keys move the logits, so that an error of a part of it means that ties are rounded otherwise.
 Needs llmcompressor, compressed-tensors, autoawq, auto-gptq and nvidia-modelopt; a case says if its library is missing.
 """
 
@@ -28,6 +29,7 @@ from ingot.builder.node_major import Windows
 from ingot.builder.passes import optimise
 from ingot.builder.stored_weights import keep_stored
 from ingot.engines.step import LOGITS
+from ingot.plugins.dtypes import TORCH_DTYPES
 from ingot.plugins.interpreter import Program
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config
@@ -201,7 +203,8 @@ def finegrained_fp8(scale_fmt: str) -> Case:
             packed[name] = {key.rpartition(".")[2]: tensor for key, tensor in made.items()}
         description = {**Quantiser.quantization_config.to_dict(), "quant_method": "fp8"}
         _save(model, folder, packed, {}, description)
-        back = AutoModelForCausalLM.from_pretrained(folder).float().eval()  # its Linears come as float32 anyway
+        back = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # of bfloat16 it makes the scales too
+        back = back.float().eval()
         weights = {name: module.weight.data for name, module in linears(back).items()}
         for module in linears(back).values():  # its kernels for a GPU do this to what they read
             module.register_forward_pre_hook(lambda module, inputs: (_by_token(inputs[0], GROUP),))
@@ -230,9 +233,26 @@ def modelopt(kind: str) -> Case:
             scale = stored[f"{name}.weight_scale"].reshape(-1, 1)
             module.weight.data = weights[name] = stored[f"{name}.weight"].float() * scale
             module.weight_quantizer.disable()
+            module.register_forward_pre_hook(_same_numbers(stored.get(f"{name}.input_scale")))
         return Saved(weights, back)
 
     return case
+
+
+def _same_numbers(scale: Tensor | None) -> Callable:
+    """Lets a Linear read x / scale in FP8, as the format is defined, having seen that its quantiser makes the same of x
+    but for the last bit of float32. That bit decides ties, and one tie decided otherwise many more in later layers."""
+
+    def hook(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        (x,) = inputs
+        own = module.input_quantizer(x)
+        defined = _by_token(x, x.shape[-1]) if scale is None else _rounded(x, scale)
+        ties = (own - defined).abs() > 1e-5 * x.abs()
+        assert ties.sum() <= 1e-4 * ties.numel(), f"{int(ties.sum())} of {ties.numel()} numbers are others"
+        module.input_quantizer.disable()
+        return (defined,)
+
+    return hook
 
 
 def _save(model: PreTrainedModel, folder: Path, packed: dict, weights: dict, description: dict) -> Saved:
@@ -255,8 +275,11 @@ def _save(model: PreTrainedModel, folder: Path, packed: dict, weights: dict, des
 
 def _by_token(x: Tensor, group: int) -> Tensor:
     blocks = x.unflatten(-1, (-1, group))
-    scale = blocks.abs().amax(-1, keepdim=True) / 448
-    return ((blocks / scale).to(torch.float8_e4m3fn).float() * scale).flatten(-2)
+    return _rounded(blocks, blocks.abs().amax(-1, keepdim=True) / 448).flatten(-2)
+
+
+def _rounded(x: Tensor, scale: Tensor) -> Tensor:
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
 CASES: dict[str, tuple[str, Case]] = {
@@ -290,8 +313,13 @@ def logits_of(folder: Path, ids: Tensor) -> tuple[Tensor, str]:
     graph = optimise(export(checkpoint, torch.float32))
     assert checkpoint.quantised
     told = keep_stored(graph, checkpoint.quantised)
-    pools = {value.name: torch.zeros(*ids.shape, *(dim for dim in value.shape if isinstance(dim, int)))
-             for value in graph.graph.inputs if "pages." in value.name}  # fmt: skip
+    pools = {
+        value.name: torch.zeros(
+            *ids.shape, *(dim for dim in value.shape if isinstance(dim, int)), dtype=TORCH_DTYPES[value.dtype]
+        )
+        for value in graph.graph.inputs
+        if "pages." in value.name
+    }
     program = Program(graph, {})
     with torch.inference_mode():
         logits = program({**Windows(ids.to(torch.int32)).inputs(), **pools})[LOGITS]
