@@ -1,5 +1,6 @@
-"""Shared fixtures: engines of the embedded demo checkpoints, built once a session; tests marked `gpu` need one."""
+"""Shared fixtures: engines of the embedded demo checkpoints, built once a run; tests marked `gpu` need one."""
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -54,11 +55,18 @@ def no_tensorrt() -> str:
     return f"{flavour.about()[0]} does not run on {major}.{minor}" if known and 10 * major + minor not in known else ""
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_compilation_of_the_kernels(tmp_path_factory):
-    """For all workers: their temporary folders have one parent."""
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Path:
+    """A folder of this run that all workers have: their temporary folders have one parent."""
     base = tmp_path_factory.getbasetemp()
-    install((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled")
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_compilation_of_the_kernels(shared):
+    install(shared / "compiled")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -79,20 +87,25 @@ def one_export_of_a_config():
         yield
 
 
-def _build(name: str, dtype: str, folder: Path) -> Path:
+def _build(name: str, dtype: str, shared: Path) -> Path:
+    """By the worker that asks first; the other waits for it."""
     from ingot import BuildConfig, build_engine
 
-    build_engine(BuildConfig(model=str(DEMO / name), out=str(folder), dtype=dtype))
+    folder = shared / f"{name}-{dtype}"
+    with open(shared / f"{folder.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            build_engine(BuildConfig(model=str(DEMO / name), out=str(folder), dtype=dtype))
     return folder
 
 
 @pytest.fixture(scope="session")
-def demo_engine_fp32(tmp_path_factory) -> Path:
-    """pycoder-14m in float32."""
-    return _build("pycoder-14m", "float32", tmp_path_factory.mktemp("engines") / "pycoder-fp32")
+def demo_engine_fp32(shared) -> Path:
+    """pycoder-14m in float32. Read only, as all engines of the session are."""
+    return _build("pycoder-14m", "float32", shared)
 
 
 @pytest.fixture(scope="session")
-def demo_engine(tmp_path_factory) -> Path:
+def demo_engine(shared) -> Path:
     """pycoder-14m in bfloat16, as the checkpoint is stored."""
-    return _build("pycoder-14m", "bfloat16", tmp_path_factory.mktemp("engines") / "pycoder")
+    return _build("pycoder-14m", "bfloat16", shared)
