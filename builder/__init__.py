@@ -111,7 +111,7 @@ def build_engine(
             with phase(f"calibrate and check {quantisation.recipe.name}"):
                 report = on_bytes or (lambda done, total: None)
                 recipe, scales = quantisation.find(graph, kept, lambda done, total, name: report(done, total))
-                quantised = quantisation.apply(graph, recipe, scales)
+                quantised = quantisation.apply(graph, recipe, scales, kept, lambda i, num, name: report(i, num))
         if checkpoint.quantised:
             quantised = keep_stored(graph, checkpoint.quantised)
         with engine_directory(config.out, config.force) as folder:

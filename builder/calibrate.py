@@ -21,7 +21,7 @@ from ..calibration.awq import search_clip, search_scales
 from ..calibration.formats import check_finite, round_to_nearest
 from ..calibration.gptq import Hessian, gptq
 from ..calibration.observers import OBSERVERS, AbsMax
-from ..calibration.recipe import Recipe, kv_recipes, recipes
+from ..calibration.recipe import Recipe
 from ..calibration.scales import Scales
 from ..calibration.smoothquant import search_smoothing
 from ..engines.errors import BuildError
@@ -109,32 +109,6 @@ def calibrate(
     )
     journal.finish(accuracy)
     return scales, accuracy
-
-
-def check(accuracy: Accuracy, recipe: Recipe, model: ir.Model, text: Text | None) -> None:
-    """Raises BuildError if the model became worse than the recipe allows, with the figures and a recipe that passes."""
-    if accuracy.passes(recipe):
-        return
-    for option, other in sorted(_alternatives(recipe).items(), key=lambda entry: entry[1].perplexity):
-        if text is not None:
-            _, found = calibrate(model, other, text)
-            if found.passes(recipe):
-                advice = f"{option} stays within it ({100 * found.rise:+.2f}%)"
-                break
-    else:
-        advice = "no recipe of ingot's stays within it" if text else "pass --calibration-data to find one that does"
-    raise BuildError(
-        f"the recipe {recipe.name} lets perplexity rise by at most {100 * recipe.perplexity:g}%, but "
-        f"{accuracy.table()}\n{advice}; --accept-accuracy builds it all the same."
-    )
-
-
-def _alternatives(recipe: Recipe) -> dict[str, Recipe]:
-    """What may be less harmful, by the option that asks for it: another KV cache, or recipes of a tighter bound."""
-    if not recipe.rules:
-        return {f"--kv-cache {name}": other for name, other in kv_recipes().items() if other != recipe}
-    tighter = (other for other in recipes() if other.mixed is None and other.perplexity < recipe.perplexity)
-    return {f"--quant {other.name}": other for other in tighter}
 
 
 def _quantised_inputs(each: Chosen, inputs: Sequence[Tensor], num: int, scales: Scales) -> Sequence[Tensor]:

@@ -47,6 +47,7 @@ class Journal:
         self.scales, self.layers = Scales(StoredWeights()), dict[str, Layer]()
         self.accuracy: Accuracy | None = None
         self._saved, self._num, self._lock = set[tuple[str, str]](), 0, -1
+        self._walks = dict[str, Kept]()
         self._made = [path for path in folder.parents if not path.exists()] if folder else []  # the innermost first
         if folder:
             with disk(folder):
@@ -86,16 +87,21 @@ class Journal:
 
     def walk(self, name: str) -> Kept:
         """What is kept of one walk over the graph."""
-        return Kept(self.folder, name)
+        return self._walks.setdefault(name, Kept(self.folder, name))
+
+    def trial(self) -> Journal:
+        """For another recipe on the same held-out text: it has the logits of the model as it is, and keeps nothing."""
+        other = Journal.none()
+        other._walks["before"] = self.walk("before")
+        return other
 
     def finish(self, accuracy: Accuracy) -> None:
-        """All is found."""
+        """All is found. The logits of the model as it is stay until the end: others may be compared with them."""
         self.accuracy = accuracy
         if self.folder:
             with disk(self.folder):
                 _write(self.folder / FINISHED, json.dumps(accuracy.describe()))
-                for path in self.folder.glob("walk-*"):
-                    path.unlink()
+                self._remove("walk-after-*")
 
     def __enter__(self) -> Journal:
         return self
@@ -104,12 +110,18 @@ class Journal:
         if not self.folder:
             return
         refused = isinstance(error, BuildError) and self.accuracy is None
+        if isinstance(error, BuildError):
+            self._remove("walk-*")
         os.close(self._lock)
         if error is None or refused or {path.name for path in self.folder.iterdir()} <= {ABOUT}:
             shutil.rmtree(self.folder, ignore_errors=True)
             for path in self._made:
                 with suppress(OSError):  # the output is in it
                     path.rmdir()
+
+    def _remove(self, pattern: str) -> None:
+        for path in self.folder.glob(pattern) if self.folder else ():
+            path.unlink()
 
     def _open(self, folder: Path, about: Any, on_note: Callable[[str], None]) -> int:
         """Reads what is there, if it is of the same calibration; returns the lock."""
@@ -171,6 +183,7 @@ class Kept:
         self._folder, self._name = folder, name
         self._last, self._cost = time.monotonic(), 0.0
         self._logits: list[Tensor] = []
+        self._all = False
 
     def due(self) -> bool:
         """Whether it is time for a snapshot."""
@@ -200,7 +213,7 @@ class Kept:
     @property
     def complete(self) -> bool:
         """Whether all logits are there."""
-        return self._folder is not None and self._path("complete").is_file()
+        return self._path("complete").is_file() if self._folder else self._all
 
     def keep(self, logits: Iterable[Tensor]) -> None:
         """Keeps the logits of each batch, one in memory at a time."""
@@ -210,6 +223,7 @@ class Kept:
                 self._write(str(num - 1), {"logits": each}, {})
             else:
                 self._logits.append(each)
+        self._all = True
         if self._folder:
             self._write("complete", {}, {"num": str(num)})
             self._path("alive").unlink(missing_ok=True)

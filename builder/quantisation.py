@@ -12,7 +12,9 @@ from ..calibration.accuracy import Accuracy
 from ..calibration.recipe import KV_CACHES, Recipe, kv_recipes
 from ..calibration.scales import Scales
 from ..engines.errors import BuildError
-from .calibrate import Text, calibrate, check
+from .advice import check
+from .calibrate import calibrate
+from .calibration_text import Text
 from .fingerprint import fingerprint
 from .journal import Journal
 from .kv_cache import quantise_pools
@@ -96,14 +98,21 @@ class Quantisation:
             scales.about["mixed"] = mixed
         return recipe, scales
 
-    def apply(self, graph: ir.Model, recipe: Recipe, scales: Scales) -> dict[str, Any]:
-        """Quantises the graph in place; returns what the manifest keeps.
+    def apply(
+        self,
+        graph: ir.Model,
+        recipe: Recipe,
+        scales: Scales,
+        journal: Journal,
+        on_node: OnNode = lambda done, total, name: None,
+    ) -> dict[str, Any]:
+        """Quantises the graph in place; returns what the manifest keeps. `on_node` counts while others are tried.
 
         Raises BuildError: the model became worse than the recipe's bound.
         """
         accuracy = Accuracy.of(scales.about["accuracy"])
         if not self.accept:
-            check(accuracy, recipe, graph, self.text)
+            check(accuracy, recipe, graph, self.text, scales, journal, self.device, on_node)
         quantise(graph, recipe, scales)
         kv = recipe.kv_cache
         if kv:
