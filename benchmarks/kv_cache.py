@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from ingot import LLM, BuildConfig, SamplingParams, build_engine
+from ingot.calibration.recipe import KV_CACHES
 from ingot.engines.manifest import Manifest
 from ingot.runtime.capacity import ServeConfig, num_kv_pages
 from tokenizers import Tokenizer
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--model", default=str(ROOT / "engines/demo/pycoder-14m"))
     parser.add_argument("--windows", type=int, default=64)
-    parser.add_argument("--kinds", nargs="+", default=["fp8", "fp8-head", "int8", "int8-head"])
+    parser.add_argument("--kinds", nargs="+", default=[*KV_CACHES])
     args = parser.parse_args()
     tokens = Tokenizer.from_file(f"{args.model}/tokenizer.json").encode(args.text.read_text()).ids
     every = [tokens[at : at + WINDOW] for at in range(0, len(tokens) - WINDOW, WINDOW)]

@@ -35,7 +35,7 @@ class BuildConfig:
     dtype: str = "auto"
     force: bool = False  # replace an engine that is already at `out`
     quant: str = ""  # a recipe, by name or path; none: weights as they are
-    kv_cache: str = ""  # fp8, int8, fp8-head or int8-head: keys and values in 8 bits; else as the recipe says
+    kv_cache: str = ""  # a name of calibration.recipe.KV_CACHES: keys and values in 8 bits; else as the recipe says
     calibration_data: str = ""  # text to calibrate with and, held out, to check with: a file, or a dataset of the hub
     calibration_tokens: int = 1 << 15  # to calibrate with at most; a quarter as many again to check with
     calibration_width: int | None = None  # tokens of a window; None: 512, or less where there is little text

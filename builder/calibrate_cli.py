@@ -19,9 +19,7 @@ Data = Annotated[
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens to calibrate with at most; 8192 or more for GPTQ.")]
 Width = Annotated[int | None, typer.Option(min=2, help="Tokens of a window; 512, or less if there is little text.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU if there is one.")]
-KV = Annotated[
-    str, typer.Option(help="Keys and values in 8 bits: fp8 or int8, fp8-head or int8-head with a scale a head.")
-]
+KV = Annotated[str, typer.Option(help="Keys and values in 8 bits: fp8 or int8, fp8-head, int8-head, fp8-centred.")]
 
 
 def calibrate(

@@ -25,8 +25,8 @@ from .passes.graph import nodes
 # name of a Linear's weight, what the node reads from each batch [T, K] -> the weight [N, K] and the inputs that it is
 # run with instead, or None: its own
 Replace = Callable[[str, Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]] | None]
-# what a node is, what each batch is about to hand it -> what all of them read instead, by slot
-Give = Callable[[Bound, Sequence[Values]], Mapping[int, Tensor]]
+# what a node is, what each batch is about to hand it -> what each of them reads instead, by slot; nothing: as it is
+Give = Callable[[Bound, Sequence[Values]], Sequence[Mapping[int, Tensor]]]
 OnNode = Callable[[int, int, str], None]  # nodes done, of all, the weight of the one that begins ("": it has none)
 Pools = dict[tuple[str, tuple[int, ...]], Tensor]
 LARGE = 1 << 16  # numbers of a weight that is loaded when its node's turn comes
@@ -76,7 +76,7 @@ def run(
     """The logits [B * W, vocabulary] of each batch but the first `unread`, one after the other.
 
     replace: what Linear nodes are run with, asked once for each weight, in the order of the graph; inputs are on the
-    device. give: asked at every node for what it reads instead of an initialiser.
+    device. give: asked at every node for what it reads instead of what is in its slots.
     `on_node(done, total, name)` as each node begins, and at the end.
     """
     walk = Walk(model, device)
@@ -87,11 +87,12 @@ def run(
     def begin(i: int) -> list[Mapping[int, Tensor]]:
         """What each batch reads at a node instead of what is in its slots."""
         on_node(i, len(walk.nodes), walk.nodes[i].name)
-        given = give(walk.bound(i), alive) if give else {}
+        given = (give(walk.bound(i), alive) if give else ()) or [{}] * len(batches)
         slot, source = walk.nodes[i].weight, walk.nodes[i].source
         found = replace(walk.nodes[i].name, walk.reads(source, alive)) if slot else None
         if found is None:
-            return [{**walk.weights(i), **given}] * len(batches)
+            own = walk.weights(i)
+            return [{**own, **each} for each in given]
         theirs = walk.weights(i, but=slot) | {slot: found[0].to(device)}
         return [theirs | {source: x} for x in found[1]]
 

@@ -43,7 +43,8 @@ def planned(family, pages=""):
     optimise(graph)
     if pages:
         names = [value.name for value in graph.graph.inputs if "pages." in (value.name or "")]
-        quantise_pools(graph, pages, {name: torch.rand(1) * 0.01 + 0.01 for name in names})
+        scales = {name: torch.rand(1) * 0.01 + 0.01 for name in names}
+        quantise_pools(graph, pages, scales | {"k_offset.0": torch.randn(32)})
     planner = Planner(graph.graph, Device(90, 8), PAGE_SIZE, WIDTH, 6, first_tactic)
     buckets = tuple(planner.plan(sizes) for sizes in SIZES)
     plan = Plan(
