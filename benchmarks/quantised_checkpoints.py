@@ -233,24 +233,26 @@ def modelopt(kind: str) -> Case:
             scale = stored[f"{name}.weight_scale"].reshape(-1, 1)
             module.weight.data = weights[name] = stored[f"{name}.weight"].float() * scale
             module.weight_quantizer.disable()
-            module.register_forward_pre_hook(_same_numbers(stored.get(f"{name}.input_scale")))
+            module.input_quantizer.register_forward_hook(_as_defined(stored.get(f"{name}.input_scale")))
+        for name, scale in stored.items():
+            if name.endswith(("k_scale", "v_scale")):
+                attention, what = back.get_submodule(name.rsplit(".", 2)[0]), name[-len("k_scale")]
+                getattr(attention, f"{what}_bmm_quantizer").register_forward_hook(_as_defined(scale))
         return Saved(weights, back)
 
     return case
 
 
-def _same_numbers(scale: Tensor | None) -> Callable:
-    """Lets a Linear read x / scale in FP8, as the format is defined, having seen that its quantiser makes the same of x
-    but for the last bit of float32. That bit decides ties, and one tie decided otherwise many more in later layers."""
+def _as_defined(scale: Tensor | None) -> Callable:
+    """Lets a quantiser give x / scale in FP8, as the format is defined, having seen that it makes the same of x but for
+    the last bit of float32. That bit decides ties, and one tie decided otherwise many more in later layers."""
 
-    def hook(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        (x,) = inputs
-        own = module.input_quantizer(x)
+    def hook(quantiser: nn.Module, inputs: tuple[Tensor, ...], own: Tensor) -> Tensor:
+        x = inputs[0]
         defined = _by_token(x, x.shape[-1]) if scale is None else _rounded(x, scale)
         ties = (own - defined).abs() > 1e-5 * x.abs()
         assert ties.sum() <= 1e-4 * ties.numel(), f"{int(ties.sum())} of {ties.numel()} numbers are others"
-        module.input_quantizer.disable()
-        return (defined,)
+        return defined
 
     return hook
 
