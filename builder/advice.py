@@ -56,14 +56,14 @@ def _advice(
     recipe: Recipe, model: ir.Model, text: Text, scales: Scales, journal: Journal, device: str, on_node: OnNode
 ) -> str:
     for option, other in _alternatives(recipe):
-        without_kv = other.rules == recipe.rules and other.kv_cache is None
-        seen = text if other.kv_cache else replace(text, calibration=())
         try:
             choose(model, other)
-            found = scales if without_kv else Scales()  # of the same weights: nothing is searched anew
-            _, accuracy = calibrate(model, other, seen, on_node, found, device=device, journal=journal.trial())
         except BuildError:
             continue  # a format that does not fit the model
+        without_kv = other.rules == recipe.rules and other.kv_cache is None
+        found = scales if without_kv else Scales()  # of the same weights: nothing is searched anew
+        seen = text if other.kv_cache else replace(text, calibration=())
+        _, accuracy = calibrate(model, other, seen, on_node, found, device=device, journal=journal.trial())
         if accuracy.passes(recipe):
             return f"{option} stays within it ({100 * accuracy.rise:+.2f}%)"
     searched = ", ".join(other.name for other in recipes() if other.needs_text and other.name != recipe.name)
