@@ -1,4 +1,5 @@
-"""The command line: `ingot build | calibrate | recipes | generate | bench | serve | route | inspect`, `build-engine`.
+"""The command line: `ingot build | calibrate | train-head | recipes | generate | bench | serve | route | inspect`, and
+`build-engine`.
 
 It stands at the root because builder and runtime never import each other. Heavy imports wait inside the commands.
 A user's mistake ends in one sentence on stderr and an exit code: 2 bad input, build or request, 3 engine, 130 Ctrl-C,
@@ -17,6 +18,7 @@ import typer
 from . import __version__
 from .builder.calibrate_cli import calibrate
 from .builder.cli import build, recipes
+from .builder.heads.cli import train_head
 from .engines.cli import inspect
 from .engines.errors import EngineError, IngotError
 from .runtime.cli import bench, generate
@@ -87,7 +89,7 @@ def root(
         raise typer.Exit(2)
 
 
-for each in (build, calibrate, recipes, generate, bench, serve, route, inspect):
+for each in (build, calibrate, train_head, recipes, generate, bench, serve, route, inspect):
     app.command()(reported(each))
 build_app.command()(reported(build))
 

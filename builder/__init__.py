@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +39,8 @@ class BuildConfig:
     calibration_tokens: int = 1 << 15  # to calibrate with at most; a quarter as many again to check with
     calibration_width: int | None = None  # tokens of a window; None: 512, or less where there is little text
     calibration_device: str = "auto"  # cpu, cuda, or auto: the GPU if there is one
+    hidden_states: str = ""  # that the engine gives to heads: eagle, eagle3, or numbers with commas
+    draft_for: str = ""  # `model` is a head; the checkpoint or engine that it drafts for
     scales: str = ""  # file of what `ingot calibrate` found; nothing is searched for then
     accept_accuracy: bool = False  # build what the recipe's bound refuses
     # of the cuda and tensorrt targets, whose plans have fixed sizes
@@ -59,6 +60,7 @@ class Phases:
 
     listener: Callable[[str], None] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    begun: float = field(default_factory=time.perf_counter)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -83,29 +85,35 @@ def build_engine(
     A quantised build that is stopped leaves `OUT.calibration`, with which the same build goes on where it was.
     Raises BuildError: no such checkpoint, a damaged one, a refused architecture, `out` that may not be written.
     """
-    from ..engines.manifest import BuildRecord, Manifest
+    from ..engines.manifest import Manifest
     from ..engines.weights import save_graph
     from ..engines.writer import check_destination, engine_directory
     from .checkpoint import Checkpoint
+    from .hidden_states import states_of
     from .picture import draw_accuracy
     from .quantisation import Quantisation
-    from .record import activation_dtype, kv_layers, model_info, versions
+    from .record import activation_dtype, build_record, kv_layers, model_info
     from .stored_weights import check_options, keep_stored
     from .targets import audience_of, target_of
     from .text_files import copy_text_files
 
-    start, phase = time.perf_counter(), Phases(on_phase)
+    phase = Phases(on_phase)
     target = target_of(config.target)
     check_destination(Path(config.out), config.force)
+    if config.draft_for:
+        from .heads.build import build_head
+
+        return build_head(config, phase, target, audience_of(on_bytes, on_note), on_pass)
     with phase("read the checkpoint"):
         checkpoint = Checkpoint.open(config.model)
+        states = states_of(config, checkpoint)
         if checkpoint.quantised:
             check_options(config, checkpoint.quantised)
         quantisation = Quantisation.of(config, checkpoint)
         dtype = activation_dtype(config.dtype, checkpoint.config)
     journal = quantisation.journal(Path(config.out), dtype, on_note) if quantisation else nullcontext()
     with journal as kept, target.begin(config, audience_of(on_bytes, on_note)) as compile:
-        graph, error, num_exported = _graph(checkpoint, dtype, phase, on_pass)
+        graph, error, num_exported = _graph(checkpoint, dtype, phase, on_pass, states)
         quantised = None
         if quantisation and kept is not None:
             with phase(f"calibrate and check {quantisation.recipe.name}"):
@@ -123,15 +131,9 @@ def build_engine(
             model = model_info(config.model, checkpoint, graph, dtype)
             with phase(f"compile for {config.target}"):
                 target_info = compile(graph, model, folder)
-            record = BuildRecord(
-                time=datetime.now(UTC).isoformat(timespec="seconds"),
-                seconds=round(time.perf_counter() - start, 3),
-                phases=phase.seconds,
-                num_nodes={"exported": num_exported, "optimised": graph.graph.num_nodes()},
-                self_check_error=error,
-                versions=versions(),
-            )
-            return Manifest(model, kv_layers(graph), config.target, target_info, record, quantised).save(folder)
+            record = build_record(phase, error, num_exported, graph)
+            manifest = Manifest(model, kv_layers(graph), config.target, target_info, record, quantised, states)
+            return manifest.save(folder)
 
 
 def find_scales(
@@ -169,7 +171,11 @@ def find_scales(
 
 
 def _graph(
-    checkpoint: Checkpoint, dtype: str, phase: Phases, on_pass: Callable[[str, int], None] | None = None
+    checkpoint: Checkpoint,
+    dtype: str,
+    phase: Phases,
+    on_pass: Callable[[str, int], None] | None = None,
+    hidden_states: tuple[int, ...] = (),
 ) -> tuple[ir.Model, float, int]:
     """The optimised graph, the error of the self-check, the number of nodes before it was optimised."""
     from . import gate
@@ -177,9 +183,9 @@ def _graph(
     from .passes import optimise
 
     with phase("check the architecture"):
-        error = gate.self_check(checkpoint.config, optimise)
+        error = gate.self_check(checkpoint.config, optimise, hidden_states)
     with phase("export"):
-        graph = export(checkpoint, dtype)
+        graph = export(checkpoint, dtype, hidden_states)
         gate.check_structure(graph, checkpoint.config)
         num_exported = graph.graph.num_nodes()
     with phase("optimise"):

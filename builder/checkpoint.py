@@ -68,9 +68,9 @@ class Checkpoint:
             )
         if not (path / "config.json").is_file():
             raise BuildError(f"{model} is not a checkpoint: it has no config.json; give a Hugging Face model directory")
-        config = _config(path)
+        config = config_of(path)
         description = quantised_checkpoints.describe(path, config)
-        stored = {tensor.name: tensor for file in _shards(path) for tensor in read_header(file)}
+        stored = {tensor.name: tensor for file in shards(path) for tensor in read_header(file)}
         checkpoint = cls(path, config, stored)
         checkpoint._check_index()
         if description is None:
@@ -156,7 +156,8 @@ def _damaged(file: Path, reason: str) -> BuildError:
     return BuildError(f"{file} is not a whole safetensors file{detail}; download it again")
 
 
-def _shards(path: Path) -> list[Path]:
+def shards(path: Path) -> list[Path]:
+    """The safetensors files of a model directory. Raises BuildError if one is missing, or there are none."""
     if (path / SINGLE).is_file():
         return [path / SINGLE]
     if (path / INDEX).is_file():
@@ -194,7 +195,8 @@ def _json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _config(path: Path) -> PretrainedConfig:
+def config_of(path: Path) -> PretrainedConfig:
+    """What `config.json` of the directory says. Raises BuildError if it cannot be used."""
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:  # transformers raises many kinds: unknown type, bad json, validation of fields

@@ -36,6 +36,12 @@ def build(
     calibration_tokens: Tokens = 1 << 15,
     calibration_width: Width = None,
     calibration_device: Device = "auto",
+    hidden_states: Annotated[
+        str, typer.Option(metavar="STATES", help="What heads are to read: eagle, eagle3, or numbers of layers.")
+    ] = "",
+    draft_for: Annotated[
+        str, typer.Option(metavar="TARGET", help="MODEL is a head that drafts for this checkpoint or engine.")
+    ] = "",
     scales: Annotated[
         str, typer.Option(metavar="FILE", help="Of `ingot calibrate`, for --quant: nothing is searched for.")
     ] = "",
@@ -70,8 +76,9 @@ def build(
     assert out is not None
     config = BuildConfig(
         model or "", str(out), target, dtype, force, quant, kv_cache, calibration_data, calibration_tokens,
-        calibration_width, calibration_device, scales, accept_accuracy, max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens, tune=tune, gpu_arch=gpu_arch, tensorrt_plugins=tensorrt_plugins,
+        calibration_width, calibration_device, hidden_states, draft_for, scales, accept_accuracy,
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, tune=tune, gpu_arch=gpu_arch,
+        tensorrt_plugins=tensorrt_plugins,
     )  # fmt: skip
     manifest = _build_with_progress(config, verbose)
     if as_json:

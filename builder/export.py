@@ -27,45 +27,68 @@ OPSET = 23
 _WRAPPER = "model."  # what `_Step` puts before each parameter's name
 
 
-def export(source: Checkpoint | PretrainedConfig, dtype: str | torch.dtype) -> ir.Model:
+def export(
+    source: Checkpoint | PretrainedConfig, dtype: str | torch.dtype, hidden_states: Sequence[int] = ()
+) -> ir.Model:
     """The graph of docs/contracts.md, before any pass. T and R are dynamic; activations are of `dtype`.
+
+    hidden_states: those of transformers' that the graph gives as well.
 
     From a `Checkpoint` the initialisers are lazy tensors over its files; from a config they have no data.
     Raises BuildError if the model is not a decoder that can be exported, or the checkpoint lacks a weight.
     """
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     config = source.config if isinstance(source, Checkpoint) else source
-    graph = _trace(empty_model(config, dtype))
+    model = empty_model(config, dtype)
+    outputs = (step.LOGITS, *map(step.hidden_states, hidden_states))
+    graph = trace(_Step(model, hidden_states), config.model_type, outputs, tied=model.all_tied_weights_keys)
     if isinstance(source, Checkpoint):
         bind_weights(graph, source)
     return graph
 
 
 class _Step(nn.Module):
-    """The traced function: (tokens [T], positions [T], logit_rows [R]) -> logits [R, vocab]."""
+    """The traced function: (tokens [T], positions [T], logit_rows [R]) -> logits [R, vocab], states [T, width]."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, hidden_states: Sequence[int]):
         super().__init__()
         self.model = model
+        self.hidden_states = tuple(hidden_states)
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, logit_rows: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, logit_rows: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         output = self.model(
-            input_ids=tokens[None], position_ids=positions[None], use_cache=False, logits_to_keep=logit_rows
-        )
-        return output.logits[0]
+            input_ids=tokens[None], position_ids=positions[None], use_cache=False, logits_to_keep=logit_rows,
+            output_hidden_states=bool(self.hidden_states),
+        )  # fmt: skip
+        return output.logits[0], *(output.hidden_states[i][0] for i in self.hidden_states)
 
 
-def _trace(model: PreTrainedModel) -> ir.Model:
-    kind = model.config.model_type
-    _fake_parameters(model)
-    example = tuple(torch.zeros(n, dtype=torch.int32) for n in (8, 8, 3))
+def trace(
+    module: nn.Module,
+    kind: str,
+    outputs: Sequence[str],
+    widths: Sequence[int] = (),
+    dtype: torch.dtype = torch.float32,
+    tied: Mapping[str, str] | None = None,
+) -> ir.Model:
+    """The graph of a function of tokens [T], positions [T], logit_rows [R] and values [T, width] of `dtype`.
+
+    outputs: their names, in order. tied: shared parameters that are to have the name of another. Its parameters lose
+    their storage. Raises BuildError, which names the `kind` of model, if it cannot be exported.
+    """
+    _fake_parameters(module)
+    example = (
+        *(torch.zeros(n, dtype=torch.int32) for n in (8, 8, 3)),
+        *(torch.zeros(8, width, dtype=dtype) for width in widths),
+    )
     # named dimensions: with Dim.DYNAMIC torch would accept a model that mixes up T and R
     tokens, rows = torch.export.Dim("T"), torch.export.Dim("R")
+    shapes = ({0: tokens}, {0: tokens}, {0: rows}, *({0: tokens} for _ in widths))
     try:
         with _quiet(), torch.no_grad():
-            program = torch.export.export(
-                _Step(model), example, dynamic_shapes=({0: tokens}, {0: tokens}, {0: rows}), strict=False
-            )
+            program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
             onnx = torch.onnx.export(program, (), opset_version=OPSET, optimize=False, verbose=False)
     except BuildError as error:
         raise BuildError(f"{kind} cannot be exported: {error}") from error
@@ -77,7 +100,9 @@ def _trace(model: PreTrainedModel) -> ir.Model:
     if onnx is None:
         raise BuildError(f"{kind} cannot be exported: torch gave no graph")
     graph = onnx.model
-    _clean(graph, model.all_tied_weights_keys)
+    _clean(graph, tied or {})
+    for value, name in zip(graph.graph.outputs, outputs, strict=True):
+        value.name = name
     _connect(graph)
     return graph
 
@@ -128,7 +153,6 @@ def _clean(model: ir.Model, tied: Mapping[str, str]) -> None:
         node.doc_string = None
     for value in graph.initializers.values():
         value.metadata_props.clear()
-    graph.outputs[0].name = step.LOGITS
 
 
 def _connect(model: ir.Model) -> None:
@@ -138,7 +162,7 @@ def _connect(model: ir.Model) -> None:
     shapes = {step.SLOTS: ["T"], step.QUERY_START: ["S+1"], step.KV_LEN: ["S"], step.PAGES: ["S", "P"]}
     for name, shape in shapes.items():
         given[name] = _input(name, ir.DataType.INT32, shape)
-    inputs = [given[name] for name in step.STEP_INPUTS if name in given]
+    inputs = [given[name] for name in (*step.STEP_INPUTS, step.FEATURES, step.DRAFTED) if name in given]
     attention = [node for node in graph if node.op_type == "PagedAttention"]
     for layer, node in enumerate(attention):
         query, key, value, *sinks = node.inputs

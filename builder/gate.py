@@ -6,7 +6,7 @@ graph over packed sequences, in two steps through the paged cache, with transfor
 one. Invariant: a model that was not compared is refused, too.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 
 import onnx_ir as ir
@@ -49,30 +49,34 @@ def check_structure(model: ir.Model, config: PretrainedConfig) -> None:
             raise BuildError(f"{kind} exports with a {node.op_type} over tokens, attention that ingot did not replace")
 
 
-def self_check(config: PretrainedConfig, optimise: Callable[[ir.Model], ir.Model] | None = None) -> float:
+def self_check(
+    config: PretrainedConfig, optimise: Callable[[ir.Model], ir.Model] | None = None, hidden_states: Sequence[int] = ()
+) -> float:
     """Largest difference of the logits, relative to the largest one, on a small random model of the config's class.
 
-    With `optimise` the rewritten graph is checked. Raises BuildError above `TOLERANCE`, or if the model cannot be
-    exported or run.
+    With `optimise` the rewritten graph is checked. hidden_states: the engine gives some, so the small model's are
+    compared as well. Raises BuildError above `TOLERANCE`, or if the model cannot be exported or run.
     """
     small = shrink(config)
     model = _random_model(small)
-    graph = export(small, torch.float32)
+    states = tuple(range(small.num_hidden_layers + 1)) if hidden_states else ()  # the small model has fewer layers
+    graph = export(small, torch.float32, states)
     check_structure(graph, small)
     attach(graph, model.state_dict())
     if optimise is not None:
         graph = optimise(graph)
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, small.vocab_size, (n,), generator=generator) for n in _LENGTHS]
-    expected = [_eager(model, prompt) for prompt in prompts]
+    expected = [_eager(model, prompt, states) for prompt in prompts]
     try:
-        found = _packed(graph, prompts)
+        found = packed(graph, prompts)
     except EngineError as error:
         raise BuildError(f"{config.model_type} cannot be run: {error}") from error
-    return _compare(config.model_type, found, expected)
+    return max(compare(config.model_type, found[name], [each[name] for each in expected]) for name in expected[0])
 
 
-def _compare(kind: str, found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+def compare(kind: str, found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """The largest difference [n, width] by sequence, relative to the largest number. BuildError above `TOLERANCE`."""
     largest = max(float(logits.abs().max()) for logits in expected)
     if not largest > 0:
         raise BuildError(f"{kind} gives no logits on random weights, so that it could not be checked")
@@ -115,12 +119,19 @@ def _random_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 @torch.inference_mode()
-def _eager(model: PreTrainedModel, prompt: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=prompt[None], use_cache=False).logits[0]  # [n, vocab]
+def _eager(model: PreTrainedModel, prompt: torch.Tensor, states: Sequence[int]) -> dict[str, torch.Tensor]:
+    output = model(input_ids=prompt[None], use_cache=False, output_hidden_states=bool(states))
+    hidden = {step.hidden_states(i): output.hidden_states[i][0] for i in states}
+    return {step.LOGITS: output.logits[0], **hidden}  # [n, vocab], [n, hidden_size]
 
 
-def _packed(graph: ir.Model, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Logits of every token of every prompt, from two packed steps over one paged cache, the pages far apart."""
+def packed(
+    graph: ir.Model, prompts: Sequence[torch.Tensor], values: Mapping[str, Sequence[torch.Tensor]] | None = None
+) -> dict[str, list[torch.Tensor]]:
+    """Each output for every token of every prompt, from two packed steps over one paged cache, the pages far apart.
+
+    values: further inputs [n, width] by prompt.
+    """
     program = Program(graph, {})
     widths = [-(-len(prompt) // _PAGE_SIZE) for prompt in prompts]
     num_pages = sum(widths) + 1
@@ -133,17 +144,19 @@ def _packed(graph: ir.Model, prompts: Sequence[torch.Tensor]) -> list[torch.Tens
         # what is not written is poison
         value.name: torch.full((num_pages, _PAGE_SIZE, *_numbers(value)), torch.nan).to(TORCH_DTYPES[int(value.dtype)])
         for value in graph.graph.inputs
-        if value.name and value.dtype and value.name not in step.STEP_INPUTS
+        if value.name and value.dtype and value.name not in (*step.STEP_INPUTS, *(values or ()))
     }
-    logits: list[list[torch.Tensor]] = [[] for _ in prompts]
+    found: dict[str, list[list[torch.Tensor]]] = {}
     starts = [0] * len(prompts)
     for ends in (_FIRST, _LENGTHS):
         spans = [(s, starts[s], ends[s]) for s in range(len(prompts)) if ends[s] > starts[s]]
-        outputs = program({**_step_inputs(spans, prompts, pages), **pools})[step.LOGITS]
-        for (s, _, _), rows in zip(spans, outputs.split([b - a for _, a, b in spans]), strict=True):
-            logits[s].append(rows)
+        given = {name: torch.cat([x[s][a:b] for s, a, b in spans]) for name, x in (values or {}).items()}
+        for name, output in program({**_step_inputs(spans, prompts, pages), **given, **pools}).items():
+            by_prompt = found.setdefault(name, [[] for _ in prompts])
+            for (s, _, _), rows in zip(spans, output.split([b - a for _, a, b in spans]), strict=True):
+                by_prompt[s].append(rows)
         starts = list(ends)
-    return [torch.cat(rows) for rows in logits]
+    return {name: [torch.cat(rows) for rows in by_prompt] for name, by_prompt in found.items()}
 
 
 def _step_inputs(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from ..engines.dtypes import ACTIVATION_DTYPES, DTYPES
 from ..engines.errors import BuildError
-from ..engines.manifest import KVLayer, ModelInfo
+from ..engines.manifest import BuildRecord, KVLayer, ModelInfo
 from ..engines.step import LOGITS, k_pages
 from .text_files import generation_config
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from transformers import PretrainedConfig
 
+    from . import Phases
     from .checkpoint import Checkpoint
 
 VERSIONED = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
@@ -68,6 +71,18 @@ def model_info(source: str, checkpoint: Checkpoint, model: ir.Model, dtype: str)
         max_model_len=config.max_position_embeddings,
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         bos_token_id=config.bos_token_id,
+    )
+
+
+def build_record(phase: Phases, error: float, num_exported: int, graph: ir.Model) -> BuildRecord:
+    """Of a build that ends now."""
+    return BuildRecord(
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=round(time.perf_counter() - phase.begun, 3),
+        phases=phase.seconds,
+        num_nodes={"exported": num_exported, "optimised": graph.graph.num_nodes()},
+        self_check_error=error,
+        versions=versions(),
     )
 
 

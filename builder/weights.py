@@ -81,7 +81,7 @@ def load_plan(checkpoint: Checkpoint, model: PreTrainedModel, dtype: torch.dtype
         for target, shape in _outputs(checkpoint, model, first, fusion).items():
             if target in wanted:
                 _check_shape(checkpoint, target, shape, wanted[target].shape)
-                plan[target] = _lazy(target, shape, dtype, partial(_fused, checkpoint, model, first, fusion, target))
+                plan[target] = lazy(target, shape, dtype, partial(_fused, checkpoint, model, first, fusion, target))
     _share_tied(plan, model)
     missing = sorted(wanted.keys() - plan.keys())
     if missing:
@@ -128,7 +128,7 @@ def _stored(checkpoint: Checkpoint, name: str, target: str, like: torch.Tensor, 
             "quantization_config explains; use config and weights of the same checkpoint"
         )
     wanted = dtype if stored.dtype.torch.is_floating_point else stored.dtype.torch
-    tensor = _lazy(target, stored.shape, wanted, partial(checkpoint.tensor, name))
+    tensor = lazy(target, stored.shape, wanted, partial(checkpoint.tensor, name))
     if (module := checkpoint.stored_module(name)) is not None:
         tensor.meta.update({STORED: module, KIND: module.kind})
     return tensor
@@ -162,7 +162,7 @@ def _fused(checkpoint: Checkpoint, model: PreTrainedModel, first: str, fusion: _
     return fusion.convert(first, model, checkpoint.tensor)[target]
 
 
-def _lazy(name: str, shape: tuple[int, ...], dtype: torch.dtype, load: Callable[[], torch.Tensor]) -> ir.LazyTensor:
+def lazy(name: str, shape: tuple[int, ...], dtype: torch.dtype, load: Callable[[], torch.Tensor]) -> ir.LazyTensor:
     """A tensor that is loaded, and cast to `dtype` if it is of another, each time it is read; nothing is kept."""
 
     def evaluate() -> ir.TensorProtocol:

@@ -53,6 +53,16 @@ class KVLayer:
 
 
 @dataclass(frozen=True)
+class HeadInfo:
+    """Of an engine that drafts from a target's hidden states. `reads`: which (`step.hidden_states`), in this order."""
+
+    kind: str  # eagle, eagle3
+    reads: tuple[int, ...]
+    target_hidden_size: int
+    target_vocab_size: int
+
+
+@dataclass(frozen=True)
 class BuildRecord:
     """How the engine came to be."""
 
@@ -80,6 +90,8 @@ class Manifest:
     target_info: dict[str, Any]  # cpu: compiler, flags, or why there are no native kernels
     build: BuildRecord
     quantisation: dict[str, Any] | None = None  # recipe and accuracy, or the checkpoint's scheme
+    hidden_states: tuple[int, ...] = ()  # those that the graph gives (`step.hidden_states`)
+    head: HeadInfo | None = None
     files: dict[str, FileRecord] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     ingot_version: str = field(default_factory=lambda: version("ingot"))
@@ -238,6 +250,7 @@ def _own_hash(fields: dict[str, Any]) -> str:
 
 def _parse(fields: dict[str, Any]) -> Manifest:
     """The manifest of verified JSON fields (their hash matched, so their shape is what `save` wrote)."""
+    head = fields.get("head")
     model = fields["model"] | {"eos_token_ids": tuple(fields["model"]["eos_token_ids"])}
     return Manifest(
         model=ModelInfo(**model),
@@ -246,6 +259,8 @@ def _parse(fields: dict[str, Any]) -> Manifest:
         target_info=fields["target_info"],
         build=BuildRecord(**fields["build"]),
         quantisation=fields.get("quantisation"),
+        hidden_states=tuple(fields.get("hidden_states", ())),
+        head=None if head is None else HeadInfo(**head | {"reads": tuple(head["reads"])}),
         files={name: FileRecord(**record) for name, record in fields["files"].items()},
         format_version=fields["format_version"],
         ingot_version=fields["ingot_version"],

@@ -13,7 +13,18 @@ PAGES = "pages"  # [S, P] page table
 LOGIT_ROWS = "logit_rows"  # [R] indices into T
 LOGITS = "logits"  # [R, vocab], the output
 
+# of a head that drafts (`Manifest.head`), besides; activation dtype. Its token t is the one at position t + 1
+FEATURES = "features"  # [T, width] hidden states of the target, side by side, or zeros
+DRAFTED = "drafted"  # [T, hidden_size] what the head itself gave as HIDDEN for the token before, or zeros
+HIDDEN = "hidden"  # [R, hidden_size], an output
+TOKEN_IDS = "token_ids"  # [vocab] of its weights: the target's token that each of the logits is of
+
 STEP_INPUTS = (TOKENS, POSITIONS, SLOTS, QUERY_START, KV_LEN, PAGES, LOGIT_ROWS)
+
+
+def hidden_states(layer: int) -> str:
+    """Name of an output [T, hidden_size]: what enters layer `layer`, or after the last one, what the norm gives."""
+    return f"hidden_states.{layer}"
 
 
 def k_pages(layer: int) -> str:

@@ -16,20 +16,22 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..engines.dtypes import DTYPES
 from ..engines.errors import EngineError
 from ..engines.manifest import Manifest
-from ..engines.step import LOGITS, TOKENS, k_pages, v_pages
+from ..engines.step import LOGITS, TOKEN_IDS, TOKENS, hidden_states, k_pages, v_pages
 from ..engines.weights import GRAPH_FILE, load_graph, open_weights, random_weights
 from ..plugins import native
 from ..plugins.interpreter import Program
 from .batch import Batch
-from .capacity import ServeConfig, available_memory, model_len, num_kv_pages
+from .capacity import ServeConfig, available_memory, num_kv_pages
 from .engine import Engine
 from .executor import Logprobs, Result, Sampled, by_work
 from .request import SamplingParams
 from .sampler import Sampler, top_logprobs
 from .speculation.costs import Costs, Curve, scratch_step
-from .speculation.draft_engine import DraftEngine, check_pair
+from .speculation.draft_engine import DraftEngine
+from .speculation.head import HeadEngine, check_drafter
 
 Graph = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, PAGE_SIZE = 64, 512, 16  # what is served if nothing else is asked for
@@ -83,7 +85,7 @@ class CpuExecutor:
         assert config.max_num_seqs is not None and config.page_size is not None
         program, num_pages = open_program(engine, config), num_kv_pages(engine.manifest, config)
         sampler = Sampler(config.max_num_seqs, engine.manifest.model.vocab_size)
-        drafter = _open_drafter(engine, config, num_pages) if config.speculate == "draft" else None
+        drafter = _open_drafter(engine, config, num_pages) if config.draft_engine else None
         found = cls(program, pools(engine.manifest, num_pages, config.page_size), sampler, config, drafter)
         if config.speculate:
             found.measure()
@@ -95,11 +97,11 @@ class CpuExecutor:
         assert config.max_num_seqs and config.max_num_batched_tokens and config.page_size
         widest = min(config.max_num_batched_tokens, config.max_num_seqs * (1 + config.num_draft_tokens))
 
-        def curve(graph: Graph, pools: Mapping[str, torch.Tensor]) -> Curve:
-            return Curve.measure(lambda size: graph(scratch_step(size, 4) | dict(pools)), widest)
+        def step(size: int) -> None:
+            self.graph(scratch_step(size, 4) | self._pools)
 
         call = _Pending(
-            lambda: Costs(curve(self.graph, self._pools), curve(draft.graph, draft.pools) if draft else None)
+            lambda: Costs(Curve.measure(step, widest), Curve.measure(draft.time, widest) if draft else None)
         )
         self._queue.put(call)
         self.costs = call.wait()
@@ -139,7 +141,10 @@ class CpuExecutor:
         if self.drafter:
             self.drafter.follow(batch)
         inputs = {name: torch.from_numpy(array) for name, array in batch.inputs.items()}
-        logits = self.graph(inputs | self._pools)[LOGITS]  # [R, vocab]
+        outputs = self.graph(inputs | self._pools)
+        if self.drafter:
+            self.drafter.keep(batch, outputs)
+        logits = outputs[LOGITS]  # [R, vocab]
 
         prompt_logprobs: list[list[Logprobs] | None] | None = [None] * batch.num_works if batch.scored else None
         for work, begin, token_ids, num in batch.scored:
@@ -173,31 +178,48 @@ def _open_drafter(target: Engine, config: ServeConfig, num_pages: int) -> DraftE
     assert config.draft_engine is not None and config.max_num_seqs and config.max_num_batched_tokens
     assert config.page_size is not None
     engine = Engine.open(config.draft_engine, dummy=config.load_format == "dummy")
-    check_pair(target, engine, model_len(target.manifest, config))
-    needed, available = engine.manifest.kv_bytes_per_token * config.page_size * num_pages, available_memory()
+    check_drafter(target, engine, config)
+    manifest, head, num_slots = engine.manifest, engine.manifest.head, config.page_size * num_pages
+    width = len(head.reads) * head.target_hidden_size if head else 0
+    dtype = DTYPES[manifest.model.dtype].torch
+    needed, available = (manifest.kv_bytes_per_token + width * dtype.itemsize) * num_slots, available_memory()
     if available is not None and needed > available:
         raise EngineError(
             f"The KV pages of the draft engine need {needed / 2**20:.0f} MiB beside the target's {num_pages} pages, but"
             f" {available / 2**20:.0f} MiB of memory are available; give a smaller num_kv_pages."
         )
-    return DraftEngine(
-        open_program(engine, config), pools(engine.manifest, num_pages, config.page_size), config.max_num_seqs,
-        num_pages, config.page_size, target.manifest.model.vocab_size, config.max_num_batched_tokens,
+    options = (
+        open_program(engine, config), pools(manifest, num_pages, config.page_size), config.max_num_seqs, num_pages,
+        config.page_size, target.manifest.model.vocab_size, config.max_num_batched_tokens,
+    )  # fmt: skip
+    if head is None:
+        return DraftEngine(*options)
+    return HeadEngine(
+        *options, states=_zeros((num_slots, width), dtype), reads=list(map(hidden_states, head.reads)),
+        token_ids=_token_ids(engine, config), hidden_size=manifest.model.hidden_size,
     )  # fmt: skip
 
 
-def pools(manifest: Manifest, num_pages: int, page_size: int) -> dict[str, torch.Tensor]:
-    """Fresh KV pools by their input names, zeros: [num_pages, page_size, kv_heads, head_dim] for each layer.
+def _token_ids(head: Engine, config: ServeConfig) -> np.ndarray:
+    if config.load_format == "dummy":
+        return np.arange(head.manifest.model.vocab_size, dtype=np.int32)
+    return open_weights(head.folder)[TOKEN_IDS].numpy()
 
-    The memory is the system's zero pages, taken when first written. torch.zeros would write it now, and in this
-    thread: an OpenMP pool more than there are CPUs makes libgomp put its threads to sleep between kernels instead
-    of letting them spin, which costs a third of the speed.
-    """
+
+def pools(manifest: Manifest, num_pages: int, page_size: int) -> dict[str, torch.Tensor]:
+    """Fresh KV pools by their input names, zeros: [num_pages, page_size, kv_heads, head_dim] for each layer."""
     pools = {}
     for i, layer in enumerate(manifest.kv_layers):
         dtype = manifest.kv_dtype(layer).torch
         for name, dim in ((k_pages(i), layer.head_dim), (v_pages(i), layer.v_head_dim)):
-            shape = (num_pages, page_size, layer.kv_heads, dim)
-            memory = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
-            pools[name] = torch.from_numpy(memory).view(dtype).view(shape)
+            pools[name] = _zeros((num_pages, page_size, layer.kv_heads, dim), dtype)
     return pools
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The memory is the system's zero pages, taken when first written. torch.zeros would write it now, and in this
+    thread: an OpenMP pool more than there are CPUs makes libgomp put its threads to sleep between kernels instead
+    of letting them spin, which costs a third of the speed.
+    """
+    memory = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(shape)

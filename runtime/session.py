@@ -40,6 +40,11 @@ class Session:
 
     def __init__(self, folder: Any, config: ServeConfig):
         self.engine = Engine.open(folder, dummy=config.load_format == "dummy")
+        if self.engine.manifest.head is not None:
+            raise EngineError(
+                f"{folder} is the engine of a head, which says nothing by itself; open the one that it drafts for, with"
+                " speculate=eagle and this one as draft_engine."
+            )
         max_len = model_len(self.engine.manifest, config)
         self.executor = executor = open_executor(self.engine, config)
         try:

@@ -17,12 +17,12 @@ DEMO = Path(__file__).parents[1] / "engines/demo"
 TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def cast_llama(checkpoint: Path, out: Path, dtype: str = "float32") -> Path:
-    """The engine of a Llama checkpoint (tied head, no RoPE scaling) in `out`."""
+def cast_llama(checkpoint: Path, out: Path, dtype: str = "float32", hidden_states: tuple[int, ...] = ()) -> Path:
+    """The engine of a Llama checkpoint (tied head, no RoPE scaling) in `out`; `hidden_states`: those that it gives."""
     config = json.loads((checkpoint / "config.json").read_text())
     weights = {name: w.to(getattr(torch, dtype)) for name, w in load_file(checkpoint / "model.safetensors").items()}
     with engine_directory(out) as folder:
-        save_graph(llama_graph(config, weights, dtype), folder)
+        save_graph(llama_graph(config, weights, dtype, hidden_states), folder)
         for name in TEXT_FILES:
             shutil.copy(checkpoint / name, folder)
         heads, dim = config["num_key_value_heads"], config["head_dim"]
@@ -34,12 +34,14 @@ def cast_llama(checkpoint: Path, out: Path, dtype: str = "float32") -> Path:
         )  # fmt: skip
         Manifest(
             model=model, kv_layers=(KVLayer(heads, dim, dim),) * model.num_layers, target="cpu", target_info={},
-            build=BuildRecord("2026-01-01T00:00:00Z", 0.0), ingot_version="test",
+            build=BuildRecord("2026-01-01T00:00:00Z", 0.0), ingot_version="test", hidden_states=hidden_states,
         ).save(folder)  # fmt: skip
     return out
 
 
-def llama_graph(config: dict, weights: dict[str, torch.Tensor], dtype: str) -> ir.Model:
+def llama_graph(
+    config: dict, weights: dict[str, torch.Tensor], dtype: str, hidden_states: tuple[int, ...] = ()
+) -> ir.Model:
     """Of a checkpoint's config and tensors."""
     onnx_type, numpy_type = DTYPES[dtype].onnx, DTYPES[dtype].numpy
     heads, kv_heads, dim = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
@@ -77,7 +79,7 @@ def llama_graph(config: dict, weights: dict[str, torch.Tensor], dtype: str) -> i
         "RotaryCosSin", steps["positions"], weight("inv_freq", inv_freq, ir.DataType.FLOAT), dtype=int(onnx_type)
     )
     x, epsilon = op("Gather", embedding, steps["tokens"], domain="", axis=0), config["rms_norm_eps"]
-    update = None
+    update, states = None, []
     for i in range(config["num_hidden_layers"]):
         w = {k.split(f"layers.{i}.")[1]: v for k, v in weights.items() if f".layers.{i}." in k}
         norm = weight(f"{i}.norm1", w["input_layernorm.weight"])
@@ -85,6 +87,7 @@ def llama_graph(config: dict, weights: dict[str, torch.Tensor], dtype: str) -> i
             y = op("RMSNorm", x, norm, epsilon=epsilon)
         else:
             y, x = op("RMSNorm", update, norm, x, outputs=2, epsilon=epsilon)
+        states.append(x)
         packed = torch.cat([w[f"self_attn.{p}_proj.weight"] for p in "qkv"])
         qkv = op("Linear", y, weight(f"{i}.qkv", packed))
         qkv = op("Rope", qkv, table, num_heads=heads + kv_heads, head_dim=dim)
@@ -100,13 +103,16 @@ def llama_graph(config: dict, weights: dict[str, torch.Tensor], dtype: str) -> i
         both = weight(f"{i}.gate_up", torch.cat([w["mlp.gate_proj.weight"], w["mlp.up_proj.weight"]]))
         y = op("GatedActivation", op("Linear", y, both), activation="silu")
         update = op("Linear", y, weight(f"{i}.down", w["mlp.down_proj.weight"]))
-    _, x = op("RMSNorm", update, weight("norm", weights["model.norm.weight"]), x, outputs=2, epsilon=epsilon)
+    y, x = op("RMSNorm", update, weight("norm", weights["model.norm.weight"]), x, outputs=2, epsilon=epsilon)
+    states.append(y)
     x = op("Gather", x, steps["logit_rows"], domain="", axis=0)
     logits = op("Linear", op("RMSNorm", x, initializers["norm"], epsilon=epsilon), embedding)
     logits.name = "logits"
+    for i in hidden_states:
+        states[i].name = f"hidden_states.{i}"
     graph = ir.Graph(
-        [*steps.values(), *pools], [logits], nodes=nodes, initializers=list(initializers.values()), name="llama",
-        opset_imports={"": 23, "ingot": 1},
+        [*steps.values(), *pools], [logits, *(states[i] for i in hidden_states)], nodes=nodes,
+        initializers=list(initializers.values()), name="llama", opset_imports={"": 23, "ingot": 1},
     )  # fmt: skip
     return ir.Model(graph, ir_version=10)
 

@@ -28,7 +28,9 @@ ELEMENTWISE = frozenset(
     "Abs Add Cast Clip Div Erf Exp Gelu Max Min Mul Neg Pow Reciprocal Relu Sigmoid Softplus Sqrt Sub Swish Tanh "
     "Where".split()
 )
-LAST_AXIS = frozenset("LayerNormalization Linear LogSoftmax RMSNorm Softmax".split())  # with axis -1 where it is given
+LAST_AXIS = frozenset(
+    "Concat LayerNormalization Linear LogSoftmax RMSNorm Softmax".split()
+)  # with axis -1 where it is given
 
 
 def drop_batch_axis(model: ir.Model) -> None:

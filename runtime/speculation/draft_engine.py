@@ -8,6 +8,7 @@ computed first. Nothing here bears on what is sampled: a wrong guess costs time,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from ...engines import step as names
 from ...engines.errors import EngineError
 from ..batch import Batch
 from ..engine import Engine
+from .costs import scratch_step
 from .verify import holding
 
 Graph = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
@@ -27,6 +29,8 @@ class DraftEngine:
     graph, pools: of the draft engine, the pools with as many pages as the target's. vocab_size: the target's.
     max_tokens: of a step, where a row has much to catch up with.
     """
+
+    lag = 0  # positions at a row's end whose KV is not made before the tokens behind them are known
 
     def __init__(
         self, graph: Graph, pools: Mapping[str, torch.Tensor], num_rows: int, num_pages: int, page_size: int,
@@ -48,7 +52,14 @@ class DraftEngine:
             work = int(np.flatnonzero(batch.rows == placement.row)[0])
             found = self._whole[inputs[names.PAGES][work, : positions[starts[work]] // self._page_size]]
             num = len(found) if found.all() else int(found.argmin())
-            self._seen[placement.row] = num * self._page_size
+            self._seen[placement.row] = max(0, num * self._page_size - self.lag)
+
+    def keep(self, batch: Batch, outputs: Mapping[str, torch.Tensor]) -> None:
+        """The target ran the step and its graph gave this. A draft engine reads nothing but tokens."""
+
+    def time(self, size: int) -> None:
+        """Runs a step of `size` sequences for its time."""
+        self.graph(scratch_step(size, 4) | self.pools)
 
     def draft(self, batch: Batch, tokens: np.ndarray) -> list[list[int]] | None:
         """Guesses after the step's tokens [N], `num_ahead` for each work; None where none are wanted."""
@@ -74,10 +85,10 @@ class DraftEngine:
         self, pages: np.ndarray, rows: np.ndarray, ends: np.ndarray, tokens: np.ndarray, nums: np.ndarray
     ) -> list[list[int]]:
         """pages [S, P], rows [S], lengths with the newest token [S], that token [S], guesses wanted [S]."""
-        begins = self._seen[rows]
+        begins, stops = self._seen[rows], ends - self.lag
         self._put(pages, ends - 1, tokens)
-        while int((ends - 1 - begins).sum()) > self._max_tokens:
-            left = np.cumsum(ends - 1 - begins)
+        while int((stops - 1 - begins).sum()) > self._max_tokens:
+            left = np.cumsum(stops - 1 - begins)
             counts = np.diff(np.minimum(left, self._max_tokens), prepend=0)
             some = counts > 0
             self._run(pages[some], begins[some], counts[some])
@@ -85,33 +96,50 @@ class DraftEngine:
         full = (ends - 1) // self._page_size  # pages of tokens that stay
         self._whole[pages[np.arange(pages.shape[1]) < full[:, None]]] = True
         guesses: list[list[int]] = [[] for _ in rows]
-        counts, alive = ends - begins, np.arange(len(rows))
+        counts, alive, state = stops - begins, np.arange(len(rows)), None
         for i in range(int(nums.max())):
-            found = self._run(pages[alive], begins[alive], counts[alive])
+            found, state = self._run(pages[alive], begins[alive], counts[alive], state)
             for row, token in zip(alive.tolist(), found.tolist(), strict=True):
                 guesses[row].append(token)
             goes_on = nums[alive] > i + 1
-            alive, found = alive[goes_on], found[goes_on]
-            begins, counts = ends + i, np.ones_like(ends)
-            self._put(pages[alive], begins[alive], found)
-        self._seen[rows] = ends - 1 + nums
+            alive, found, state = alive[goes_on], found[goes_on], None if state is None else state[goes_on]
+            begins, counts = stops + i, np.ones_like(ends)
+            self._put(pages[alive], ends[alive] + i, found)
+        self._seen[rows] = self._seen_after(ends, nums)
         return guesses
 
-    def _run(self, pages: np.ndarray, begins: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """A step over tokens `begin .. begin + count` of each sequence -> the likeliest token after each [S]."""
+    def _seen_after(self, ends: np.ndarray, nums: np.ndarray) -> np.ndarray:
+        """Leading positions whose KV is right if all guesses are."""
+        return ends - 1 + nums
+
+    def _run(
+        self, pages: np.ndarray, begins: np.ndarray, counts: np.ndarray, state: torch.Tensor | None = None
+    ) -> tuple[np.ndarray, torch.Tensor | None]:
+        """A step over positions `begin .. begin + count` of each sequence -> the likeliest token after each [S], and
+        what the next step is to have as `state` [S, width], which a head goes on from."""
         query_start = np.zeros(len(counts) + 1, np.int32)
         np.cumsum(counts, out=query_start[1:])
         sequences = np.repeat(np.arange(len(counts)), counts)
         positions = np.arange(query_start[-1]) + np.repeat(begins - query_start[:-1], counts)
         slots = self._slots(pages[sequences, positions // self._page_size], positions)
+        read = slots
+        if self.lag:
+            read = self._slots(pages[sequences, (positions + self.lag) // self._page_size], positions + self.lag)
         kv_len = begins + counts
         arrays = {
-            names.TOKENS: self._token[slots], names.POSITIONS: positions, names.SLOTS: slots,
+            names.TOKENS: self._token[read], names.POSITIONS: positions, names.SLOTS: slots,
             names.QUERY_START: query_start, names.KV_LEN: kv_len,
             names.PAGES: pages[:, : -(-int(kv_len.max()) // self._page_size)], names.LOGIT_ROWS: query_start[1:] - 1,
         }  # fmt: skip
         inputs = {name: torch.from_numpy(np.ascontiguousarray(array, np.int32)) for name, array in arrays.items()}
-        logits = self.graph(inputs | self.pools)[names.LOGITS]
+        outputs = self.graph({**inputs, **self._beside(slots, state), **self.pools})
+        return self._likeliest(outputs[names.LOGITS]), outputs.get(names.HIDDEN)
+
+    def _beside(self, slots: np.ndarray, state: torch.Tensor | None) -> Mapping[str, torch.Tensor]:
+        """What the graph reads besides."""
+        return {}
+
+    def _likeliest(self, logits: torch.Tensor) -> np.ndarray:
         return logits[:, : self._vocab_size].argmax(-1).numpy().astype(np.int32)
 
     def _put(self, pages: np.ndarray, positions: np.ndarray, tokens: np.ndarray) -> None:
@@ -130,6 +158,8 @@ def check_pair(target: Engine, draft: Engine, max_len: int) -> None:
             f"The draft engine {name} is for the {draft.manifest.target} target, {target.folder} for"
             f" {target.manifest.target}; build both for the same."
         )
+    if (head := draft.manifest.head) is not None:
+        model = replace(model, vocab_size=head.target_vocab_size)
     texts = [text.tokenizer.get_vocab() if (text := engine.text) else None for engine in (target, draft)]
     if model.vocab_size != wanted.vocab_size and (None in texts or texts[0] != texts[1]):
         raise EngineError(

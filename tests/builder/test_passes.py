@@ -77,13 +77,13 @@ def test_nodes_left_and_what_they_compute(family):
     graph, heard = small(family, torch.float32), []
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, 300, (n,), generator=generator) for n in (19, 34, 1, 27)]
-    before = gate._packed(graph, prompts)
+    before = gate.packed(graph, prompts)["logits"]
     optimise(graph, lambda name, num_nodes: heard.append((name, num_nodes)))
     num_nodes, layers = EXPECTED[family]
     assert kinds(layer_ops(graph)) == kinds(layers)
     assert graph.graph.num_nodes() == num_nodes
     assert [name for name, _ in heard] == [step.__name__ for step in PASSES] and heard[-1][1] == num_nodes
-    for ours, exported in zip(gate._packed(graph, prompts), before, strict=True):
+    for ours, exported in zip(gate.packed(graph, prompts)["logits"], before, strict=True):
         torch.testing.assert_close(ours, exported, rtol=1e-4, atol=1e-4 * float(exported.abs().max()))
 
 

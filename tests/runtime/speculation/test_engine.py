@@ -5,7 +5,8 @@ import json
 import shutil
 
 import pytest
-from hand_made import DEMO, cast_llama, prompts_of
+from answers import PROMPTS, ROOMY, TIGHT, answers
+from hand_made import DEMO, cast_llama
 from ingot import LLM, SamplingParams
 from ingot.engines.errors import EngineError
 from ingot.engines.manifest import Manifest
@@ -30,33 +31,6 @@ def draft(engine, tmp_path_factory):
     weights["model.layers.1.mlp.down_proj.weight"] = torch.zeros_like(weights["model.layers.1.mlp.down_proj.weight"])
     save_file(weights, checkpoint / "model.safetensors")
     return cast_llama(checkpoint, tmp_path_factory.mktemp("engines") / "draft")
-
-
-PROMPTS = [*prompts_of(5, 60, 5), *([prompts_of(6, 45, 1)[0]] * 2)]
-KINDS = [
-    {"temperature": 0, "max_tokens": 24},
-    {"temperature": 0.9, "top_p": 0.8, "max_tokens": 30, "logprobs": 2, "stop": ["self", "\n\n"]},
-    {"temperature": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.2, "min_tokens": 9, "max_tokens": 22},
-    {"temperature": 0.8, "top_k": 20, "n": 2, "max_tokens": 17, "logit_bias": {13: 2.0}, "prompt_logprobs": 1},
-    {"temperature": 0.6, "structured_outputs": {"regex": "[a-z]{4,30}( = [0-9]{2,9})?"}, "max_tokens": 20},
-    {"temperature": 0, "max_tokens": 25, "speculate": False},
-    {"temperature": 0, "max_tokens": 21, "ignore_eos": True, "stop_token_ids": [199, 12]},
-]
-PARAMS = [SamplingParams(seed=11 + i, **kind) for i, kind in enumerate(KINDS)]
-ROOMY = {"max_num_seqs": 9}
-TIGHT = {"max_num_seqs": 5, "page_size": 4, "num_kv_pages": 32, "max_num_batched_tokens": 24}  # thrown out and chunked
-
-
-def answers(llm):
-    """Everything that a user sees but times, of a batch of all kinds; twice, so that prefixes are found."""
-    found = []
-    for _ in range(2):
-        for output in llm.generate(PROMPTS, PARAMS, progress=False):
-            for answer in output.outputs:
-                logprobs = [{t: round(p.logprob, 3) for t, p in e.items()} for e in answer.logprobs or ()]
-                found.append((answer.token_ids, answer.text, answer.finish_reason, answer.stop_reason, logprobs))
-            found.append([e and {t: round(p.logprob, 3) for t, p in e.items()} for e in output.prompt_logprobs or ()])
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +94,11 @@ def other_tokenizer(engine, out):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"speculate": "magic"}, "speculate is 'magic'; it must be one of ngram, suffix, draft"),
+        ({"speculate": "magic"}, "speculate is 'magic'; it must be one of ngram, suffix, draft, eagle"),
         ({"speculate": "draft"}, "needs a draft engine"),
-        ({"draft_engine": "x"}, "draft_engine is for speculate=draft, which is None"),
-        ({"speculate": "ngram", "draft_engine": "x"}, "draft_engine is for speculate=draft, which is 'ngram'"),
+        ({"speculate": "eagle"}, "needs a head's engine"),
+        ({"draft_engine": "x"}, "draft_engine is for speculate=draft or eagle, which is None"),
+        ({"speculate": "ngram", "draft_engine": "x"}, "draft_engine is for speculate=draft or eagle, which is 'ngram'"),
         ({"speculate": "draft", "draft_engine": "/nowhere"}, "/nowhere"),
         ({"speculate": "ngram", "num_draft_tokens": 0}, "num_draft_tokens is 0; it must be an integer from 1 to 16"),
         ({"speculate": "ngram", "num_draft_tokens": 17}, "num_draft_tokens is 17"),

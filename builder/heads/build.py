@@ -1,0 +1,204 @@
+"""A head's checkpoint -> an engine of its own, with the same passes and targets as any model.
+
+What makes it a head is in the manifest (`HeadInfo`) and in two more inputs, `features` and `drafted`, of which one is
+zero in each row. Its text side is the target's, so that an engine of another tokenizer is told from the right one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from ...engines import step
+from ...engines.errors import BuildError, EngineError
+from ...engines.manifest import HeadInfo, Manifest, ModelInfo
+from ...engines.weights import save_graph
+from ...engines.writer import engine_directory
+from .. import gate, hooks
+from ..checkpoint import Checkpoint
+from ..empty_model import pin_rope
+from ..export import trace
+from ..passes import optimise
+from ..record import activation_dtype, build_record, kv_layers
+from ..shrink import shrink
+from ..targets import Audience, Target
+from ..text_files import copy_text_files
+from ..weights import attach, lazy
+from . import unrolled
+from .checkpoint import HeadCheckpoint, load
+from .module import Head
+
+if TYPE_CHECKING:
+    from .. import BuildConfig, Phases
+
+OnPass = Callable[[str, int], None]
+
+
+def target_checkpoint(name: str) -> Checkpoint:
+    """The checkpoint of a target, given as such or by its engine. Raises BuildError: it is neither, or has gone."""
+    folder = Path(name).expanduser()
+    if not (folder / "engine.json").is_file():
+        return Checkpoint.open(name)
+    try:
+        source = Manifest.read(folder).model.source
+    except EngineError as error:
+        raise BuildError(str(error)) from error
+    try:
+        return Checkpoint.open(source)
+    except BuildError as error:
+        raise BuildError(f"{folder} was built from {source}, which cannot be opened any more ({error})") from error
+
+
+def make_head(
+    config: LlamaConfig, kind: str, features: int, draft_vocab_size: int, bias: bool, attention: str, dtype: torch.dtype
+) -> Head:
+    """A head without weights, and with RoPE tables, in eval mode."""
+    with torch.device("meta"):
+        head = Head(config, kind, features, draft_vocab_size, bias, attention).to(dtype).eval()
+    head.rotary_emb = type(head.rotary_emb)(config)
+    pin_rope(head)
+    return head
+
+
+def build_head(
+    config: BuildConfig, phase: Phases, target: Target, audience: Audience, on_pass: OnPass | None = None
+) -> Manifest:
+    """`build_engine` for a head. Raises BuildError as that, and where head and target do not go together."""
+    if config.target != "cpu":
+        raise BuildError(f"heads cannot be built for the {config.target} target yet; build for cpu")
+    with phase("read the checkpoint"):
+        head = HeadBuild(config)
+    with target.begin(config, audience) as compile:
+        with phase("check the architecture"):
+            error = head.check()
+        with phase("export"):
+            graph = head.export()
+            num_exported = graph.graph.num_nodes()
+        with phase("optimise"):
+            graph = head.finish(optimise(graph, on_pass))
+        with engine_directory(config.out, config.force) as folder:
+            with phase("write the weights"):
+                save_graph(graph, folder, audience.progress)
+                copy_text_files(head.target.path, folder)
+                shutil.copyfile(head.checkpoint.path / "config.json", folder / "config.json")
+            model = head.model_info(graph)
+            with phase(f"compile for {config.target}"):
+                target_info = compile(graph, model, folder)
+            record = build_record(phase, error, num_exported, graph)
+            manifest = Manifest(model, kv_layers(graph), config.target, target_info, record, head=head.info())
+            return manifest.save(folder)
+
+
+class HeadBuild:
+    """What `build_engine` asks of a head."""
+
+    def __init__(self, config: BuildConfig):
+        """Raises BuildError: no such head, no such target, or they do not go together."""
+        if config.quant or config.kv_cache:
+            raise BuildError("--quant and --kv-cache need text, which says nothing of a head; leave them out")
+        self.checkpoint = HeadCheckpoint.open(config.model)
+        self.target = target_checkpoint(config.draft_for)
+        self.dtype = activation_dtype(config.dtype, self.target.config)
+        self.reads = self.checkpoint.layers_read(self.target)
+        head, target = self.checkpoint.config, self.target.config.get_text_config()
+        trained_for = getattr(head, "target_hidden_size", None) or head.hidden_size
+        if trained_for != target.hidden_size:
+            raise BuildError(
+                f"{config.model} is a head for hidden states of {trained_for} columns, but those of {self.target.path} "
+                f"have {target.hidden_size}; give the target that it was trained for as --draft-for"
+            )
+        if head.vocab_size != target.vocab_size:
+            raise BuildError(
+                f"{config.model} is a head for a vocabulary of {head.vocab_size} tokens, but that of {self.target.path}"
+                f" has {target.vocab_size}; give the target that it was trained for as --draft-for"
+            )
+        self.ids = self.checkpoint.target_ids()
+        if not bool(((0 <= self.ids) & (self.ids < target.vocab_size)).all()):
+            raise BuildError(f"{config.model} maps draft tokens to none of the target's (d2t); download it again")
+        self.features = len(self.reads) * target.hidden_size
+        self._bias = "fc.bias" in self.checkpoint.tensors
+        self.source = f"{config.model} --draft-for {config.draft_for}"
+
+    def export(self) -> ir.Model:
+        """The graph before any pass, with its weights."""
+        dtype = getattr(torch, self.dtype)
+        head = self._head(hooks.ATTENTION, dtype)
+        graph = _export(head, self.features, dtype)
+        tensors = load(head, self.checkpoint, self.target)
+        attach(graph, {n: lazy(n, tuple(t.shape), dtype, partial(Tensor.contiguous, t)) for n, t in tensors.items()})
+        return graph
+
+    def finish(self, graph: ir.Model) -> ir.Model:
+        """Gives the graph, whose logits are of draft tokens, the target's token of each."""
+        ids = ir.tensor(self.ids.to(torch.int32), name=step.TOKEN_IDS)
+        value = ir.Value(
+            name=step.TOKEN_IDS, type=ir.TensorType(ids.dtype), shape=ir.Shape([len(self.ids)]), const_value=ids
+        )
+        graph.graph.register_initializer(value)
+        return graph
+
+    def model_info(self, graph: ir.Model) -> ModelInfo:
+        head, target = self.checkpoint.config, self.target.config.get_text_config()
+        weights = [value.const_value for value in graph.graph.initializers.values()]
+        return ModelInfo(
+            source=self.source, architecture=(head.architectures or ["LlamaForCausalLM"])[0],
+            model_type=self.checkpoint.kind,
+            num_parameters=sum(weight.size for weight in weights if weight is not None),
+            dtype=self.dtype, vocab_size=len(self.ids), num_layers=head.num_hidden_layers,
+            hidden_size=head.hidden_size, max_model_len=target.max_position_embeddings,
+        )  # fmt: skip
+
+    def info(self) -> HeadInfo:
+        target = self.target.config.get_text_config()
+        return HeadInfo(self.checkpoint.kind, self.reads, target.hidden_size, target.vocab_size)
+
+    def _head(self, attention: str, dtype: torch.dtype) -> Head:
+        config, kind = self.checkpoint.config, self.checkpoint.kind
+        return make_head(config, kind, self.features, len(self.ids), self._bias, attention, dtype)
+
+    def check(self) -> float:
+        """A small random head of the kind, packed, against itself a sequence at a time with attention written out.
+
+        Raises BuildError: it computes something else.
+        """
+        unrolled.install()
+        small = cast(LlamaConfig, shrink(self.checkpoint.config))
+        kind, features = self.checkpoint.kind, len(self.reads) * small.hidden_size
+        make = partial(make_head, small, kind, features, small.vocab_size, self._bias, dtype=torch.float32)
+        alone = make(attention=unrolled.ATTENTION)
+        generator = torch.Generator().manual_seed(0)
+        weights = {
+            name: torch.randn(p.shape, generator=generator) * (min(p.shape) ** -0.5 if p.dim() > 1 else 0.2)
+            for name, p in alone.named_parameters()
+        }
+        alone.load_state_dict(weights, assign=True)
+        graph = _export(make(attention=hooks.ATTENTION), features, torch.float32)
+        attach(graph, weights)
+        prompts = [torch.randint(small.vocab_size, (n,), generator=generator) for n in (19, 34, 1, 27)]
+        values = {
+            name: [torch.randn(len(prompt), width, generator=generator) for prompt in prompts]
+            for name, width in ((step.FEATURES, features), (step.DRAFTED, small.hidden_size))
+        }
+        found = gate.packed(optimise(graph), prompts, values)
+        worst = 0.0
+        for i, (tokens, *given) in enumerate(zip(prompts, *values.values(), strict=True)):
+            unrolled.begin(alone)
+            with torch.inference_mode():
+                expected = alone(tokens, torch.arange(len(tokens)), torch.arange(len(tokens)), *given)
+            for name, each in zip((step.LOGITS, step.HIDDEN), expected, strict=True):
+                worst = max(worst, gate.compare(kind, [found[name][i]], [each]))
+        return worst
+
+
+def _export(head: Head, features: int, dtype: torch.dtype) -> ir.Model:
+    hooks.install()
+    widths = (features, head.embed_tokens.embedding_dim)
+    return trace(head, head.kind, (step.LOGITS, step.HIDDEN), widths, dtype)

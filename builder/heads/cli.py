@@ -1,0 +1,64 @@
+"""`ingot train-head MODEL --text FILE -o DIR`: training with progress on stderr, what the head is worth on stdout."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train_head(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The target's checkpoint.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where to write it.", show_default=False)],
+    text: Annotated[
+        str, typer.Option(metavar="TEXT", help="A text file, JSON Lines, or a dataset of the hub.", show_default=False)
+    ],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on at most.")] = 1 << 20,
+    drafts: Annotated[int, typer.Option(min=1, max=16, help="Steps of drafting that it is trained for.")] = 3,
+    draft_vocab: Annotated[int, typer.Option(min=0, help="Most frequent tokens that it can say; 0: all.")] = 0,
+    width: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Windows of a step.")] = 4,
+    learning_rate: Annotated[
+        float, typer.Option(help="At its highest; it rises for 3% of the steps and falls.")
+    ] = 2e-3,
+    seed: Annotated[int, typer.Option(help="Of the order of the text and of first weights.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU if there is one.")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace what is already there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Train an EAGLE-3 head, which drafts from a model's hidden states. What was stopped goes on with the same command.
+
+    Then: build-engine MODEL -o TARGET --hidden-states eagle3; build-engine DIR -o HEAD --draft-for TARGET.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+    from ..cli import hush
+    from .train import TrainConfig
+    from .train import train_head as train
+
+    if not debug:
+        hush()
+    config = TrainConfig(
+        model, text, str(out), tokens, drafts, draft_vocab, width, batch, learning_rate, seed, device, force
+    )
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def on_step(done: int, total: int, loss: float) -> None:
+            bar.update(task, completed=done, total=total, description=f"train, loss {loss:.3f}")
+
+        found = train(config, lambda name: bar.update(task, description=name), on_step)
+    if as_json:
+        print(json.dumps({"out": str(out), **asdict(found)}, indent=1))
+        return
+    shares = " ".join(f"{share:.2f}" for share in found.by_step)
+    print(f"{out}: on text held out, {shares} of the tokens agree with the target's by drafting step, "
+          f"{found.mean_length:.2f} tokens a verification")  # fmt: skip

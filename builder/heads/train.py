@@ -1,0 +1,172 @@
+"""`ingot train-head`: reads text, trains a head for a checkpoint, writes it as EAGLE-3 heads are published.
+
+Training that was stopped goes on from `training.pt` in the folder, and comes to the same head as if it had not been.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from ...engines.errors import BuildError
+from ..calibration_text import Text
+from ..checkpoint import Checkpoint
+from ..hidden_states import EAGLE3, read_by
+from . import unrolled
+from .checkpoint import DRAFT_TO_TARGET, TARGET_TO_DRAFT
+from .module import Head
+from .training import Agreement, Trainer, head_config, initialise
+
+STATE, SECONDS = "training.pt", 60.0  # where training stands, saved so often
+HELD_OUT = 1 << 14  # tokens to check with at most
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to train. `model`: the target's checkpoint; `text`: as text for calibration.
+
+    tokens: of the text to train on at most. drafts: steps of drafting it is trained for. draft_vocab: so many tokens,
+    the most frequent, are all that it can say; 0: any. width, batch: tokens of a window, windows of a step.
+    """
+
+    model: str
+    text: str
+    out: str
+    tokens: int = 1 << 20
+    drafts: int = 3
+    draft_vocab: int = 0
+    width: int = 256
+    batch: int = 4
+    learning_rate: float = 2e-3
+    seed: int = 0
+    device: str = "auto"
+    force: bool = False
+
+
+def train_head(
+    config: TrainConfig,
+    on_phase: Callable[[str], None] = lambda name: None,
+    on_step: Callable[[int, int, float], None] = lambda done, total, loss: None,
+) -> Agreement:
+    """Trains and writes the head; what it is worth on text held out of the training.
+
+    on_step(done, total, loss) after each step. Raises BuildError: no checkpoint or text, a folder that is in use.
+    """
+    out, device = Path(config.out), _device(config.device)
+    _check_folder(out, config)
+    on_phase("read the text")
+    checkpoint = Checkpoint.open(config.model)
+    text = Text.read(config.text, checkpoint, config.tokens, config.width)
+    windows = torch.cat([part.tokens for part in text.calibration]).long()
+    if len(windows) < config.batch or config.width <= config.drafts + 1:
+        raise BuildError(f"{config.text} gives {len(windows)} windows of {config.width} tokens, too few for --batch")
+    held = torch.cat([part.tokens for part in text.held_out]).long()[: max(1, HELD_OUT // config.width)].to(device)
+    on_phase("read the target")
+    torch.manual_seed(config.seed)
+    ids = most_frequent(windows, checkpoint.config.get_text_config().vocab_size, config.draft_vocab).to(device)
+    trainer = _trainer(config, checkpoint, ids)
+    order = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(config.seed))]
+    batches = order[: len(order) // config.batch * config.batch].split(config.batch)
+    out.mkdir(parents=True, exist_ok=True)
+    done = _go_on(trainer, out, config)
+    on_phase("train")
+    saved = time.monotonic()
+    for i in range(done, len(batches)):
+        loss = trainer.learn(batches[i].to(device), i / len(batches))
+        on_step(i + 1, len(batches), loss)
+        if time.monotonic() - saved > SECONDS:
+            _save_state(trainer, i + 1, out, config)
+            saved = time.monotonic()
+    on_phase("check on text held out")
+    found = trainer.agreement(held.split(config.batch))
+    write(trainer.head, ids, out)
+    (out / STATE).unlink(missing_ok=True)
+    return found
+
+
+def most_frequent(windows: Tensor, vocab_size: int, num: int) -> Tensor:
+    """The `num` most frequent tokens in ascending order, all of the vocabulary where that is 0."""
+    if not num or num >= vocab_size:
+        return torch.arange(vocab_size)
+    return torch.bincount(windows.flatten(), minlength=vocab_size).topk(num).indices.sort().values
+
+
+def write(head: Head, ids: Tensor, folder: Path) -> None:
+    """A checkpoint in the published format, in the target's dtype. The embedding is the target's and left out."""
+    ids = ids.cpu()
+    config: Any = head.config
+    tensors = {
+        name: tensor.detach().to("cpu", config.dtype).contiguous()
+        for name, tensor in head.state_dict().items()
+        if not name.startswith(("embed_tokens.", "rotary_emb."))
+    }
+    tensors[DRAFT_TO_TARGET] = ids - torch.arange(len(ids))
+    tensors[TARGET_TO_DRAFT] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, ids, True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config.save_pretrained(folder)
+
+
+def _trainer(config: TrainConfig, checkpoint: Checkpoint, ids: Tensor) -> Trainer:
+    if checkpoint.quantised:
+        raise BuildError(f"{config.model} is quantised; give the checkpoint that it was made from")
+    target: Any = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype="auto").eval().requires_grad_(False)
+    target.to(ids.device)
+    text: Any = checkpoint.config.get_text_config()
+    reads = read_by(EAGLE3, text.num_hidden_layers)
+    unrolled.install()
+    head = Head(
+        head_config(target, len(ids)), EAGLE3, len(reads) * text.hidden_size, len(ids), False, unrolled.ATTENTION
+    ).to(ids.device, torch.float32)
+    initialise(head, target, ids)
+    return Trainer(target, head, reads, ids, config.drafts, config.learning_rate)
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise BuildError(f"the device is {name!r}; expected auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BuildError("the device is cuda, but torch finds no GPU; pass --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _check_folder(out: Path, config: TrainConfig) -> None:
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / STATE).is_file() and not config.force):
+        raise BuildError(f"{out} is there already; pass --force to replace what is in it, or give -o another directory")
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    return {name: value for name, value in asdict(config).items() if name not in ("out", "device", "force")}
+
+
+def _save_state(trainer: Trainer, done: int, out: Path, config: TrainConfig) -> None:
+    state = {"settings": _settings(config), "done": done, "head": trainer.head.state_dict(),
+             "optimiser": trainer.optimiser.state_dict()}  # fmt: skip
+    torch.save(state, out / f"{STATE}.new")
+    (out / f"{STATE}.new").replace(out / STATE)
+
+
+def _go_on(trainer: Trainer, out: Path, config: TrainConfig) -> int:
+    """Steps that are done. Raises BuildError: what was begun in the folder has other settings."""
+    if not (out / STATE).is_file():
+        return 0
+    state = torch.load(out / STATE, map_location="cpu", weights_only=True)
+    wanted, found = _settings(config), state["settings"]
+    if found != wanted:
+        if config.force:
+            return 0
+        name = next(name for name in wanted if found.get(name) != wanted[name])
+        raise BuildError(
+            f"{out} holds training that was begun with {name}={found.get(name)!r}, now it is {wanted[name]!r}; give "
+            "the same settings to go on, or --force to begin anew"
+        )
+    trainer.head.load_state_dict(state["head"])
+    trainer.optimiser.load_state_dict(state["optimiser"])
+    return int(state["done"])

@@ -1,0 +1,40 @@
+"""Which hidden states a target gives to heads that draft from them: decided when it is built, since a state behind the
+last layer makes prompts dearer (its last MLP runs for every token) and each takes room in a plan's arena.
+
+Numbered as transformers numbers them: i is what enters layer i, the number of layers what the final norm gives.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..engines.errors import BuildError
+
+if TYPE_CHECKING:
+    from . import BuildConfig
+    from .checkpoint import Checkpoint
+
+EAGLE, EAGLE3 = "eagle", "eagle3"
+
+
+def read_by(kind: str, num_layers: int) -> tuple[int, ...]:
+    """The hidden states that a head of the kind reads unless it says otherwise."""
+    return (min(2, num_layers), num_layers // 2, max(0, num_layers - 3)) if kind == EAGLE3 else (num_layers,)
+
+
+def states_of(config: BuildConfig, checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Those that `config.hidden_states` asks for, in ascending order. Raises BuildError: the model has none such."""
+    if not config.hidden_states:
+        return ()
+    if config.target != "cpu":
+        raise BuildError(f"--hidden-states is not for the {config.target} target yet; leave it out, or build for cpu")
+    num = checkpoint.config.get_text_config().num_hidden_layers
+    if config.hidden_states in (EAGLE, EAGLE3):
+        return tuple(sorted(set(read_by(config.hidden_states, num))))
+    parts = config.hidden_states.split(",")
+    if not all(part.strip().isdecimal() and int(part) <= num for part in parts):
+        raise BuildError(
+            f"the hidden states asked for are {config.hidden_states!r}; expected eagle, eagle3, or numbers from 0 to "
+            f"{num} with commas between"
+        )
+    return tuple(sorted({int(part) for part in parts}))

@@ -1,0 +1,93 @@
+"""A head that drafts from the target's hidden states (EAGLE-1, EAGLE-3): a draft engine with one more input.
+
+What it makes at position t follows from the target's states there and from the token at t + 1, so it is one position
+behind. The states lie in a pool by slot, like KV: whatever the head lags behind, finds in the prefix cache or makes
+anew after a preemption is there. From its own states nothing is kept: what it made of them is made again when the
+target has said its own. The last slot of a page that rows share holds what the row that came last made of its token:
+a guess may be the worse for it, never an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...engines import step as names
+from ...engines.errors import EngineError
+from ..batch import Batch
+from ..capacity import ServeConfig, model_len
+from ..engine import Engine
+from .costs import scratch_step
+from .draft_engine import DraftEngine, check_pair
+
+
+class HeadEngine(DraftEngine):
+    """Used as `DraftEngine`.
+
+    states [num_slots, width]: pool of what the head reads. reads: names of the target's outputs that lie side by side
+    in it. token_ids [draft vocabulary]: the target's tokens. hidden_size: of the head's own state.
+    """
+
+    lag = 1
+
+    def __init__(
+        self, *engine: Any, states: torch.Tensor, reads: Sequence[str], token_ids: np.ndarray, hidden_size: int
+    ):
+        super().__init__(*engine)
+        self._states, self._reads, self._token_ids = states, tuple(reads), token_ids
+        self._hidden_size = hidden_size
+
+    def keep(self, batch: Batch, outputs: Mapping[str, torch.Tensor]) -> None:
+        slots, begin = torch.from_numpy(batch.inputs[names.SLOTS]).long(), 0
+        for name in self._reads:
+            some = outputs[name]
+            self._states[:, begin : begin + some.shape[1]].index_copy_(0, slots, some)
+            begin += some.shape[1]
+
+    def time(self, size: int) -> None:
+        state = torch.zeros(size, self._hidden_size, dtype=self._states.dtype)
+        self.graph({**scratch_step(size, 4), **self._beside(np.zeros(size, np.int32), state), **self.pools})
+
+    def _seen_after(self, ends: np.ndarray, nums: np.ndarray) -> np.ndarray:
+        return ends - 1
+
+    def _beside(self, slots: np.ndarray, state: torch.Tensor | None) -> Mapping[str, torch.Tensor]:
+        if state is not None:
+            features = self._states.new_zeros(len(slots), self._states.shape[1])
+            return {names.FEATURES: features, names.DRAFTED: state}
+        drafted = self._states.new_zeros(len(slots), self._hidden_size)
+        return {names.FEATURES: self._states[torch.from_numpy(slots).long()], names.DRAFTED: drafted}
+
+    def _likeliest(self, logits: torch.Tensor) -> np.ndarray:
+        return self._token_ids[logits.argmax(-1).numpy()]
+
+
+def check_drafter(target: Engine, engine: Engine, config: ServeConfig) -> None:
+    """Raises EngineError where `engine` is not what `config.speculate` says, or cannot guess for `target`."""
+    head, folder = engine.manifest.head, engine.folder
+    if (head is not None) != (config.speculate == "eagle"):
+        found, right = ("a head", "eagle") if head else ("no head", "draft")
+        raise EngineError(f"speculate is {config.speculate}, but {folder} is {found}; use speculate={right} with it.")
+    if head is None:
+        return check_pair(target, engine, model_len(target.manifest, config))
+    wanted = target.manifest
+    if head.target_hidden_size != wanted.model.hidden_size:
+        raise EngineError(
+            f"{folder} is a head for hidden states of {head.target_hidden_size} columns, but those of {target.folder}"
+            f" have {wanted.model.hidden_size}; give a head of this target."
+        )
+    check_pair(target, engine, model_len(wanted, config))
+    if not set(head.reads) <= set(wanted.hidden_states):
+        reads, given = (",".join(map(str, sorted(set(some)))) for some in (head.reads, wanted.hidden_states))
+        raise EngineError(
+            f"{folder} reads the hidden states {reads}, but {target.folder} gives {given or 'none'}; build the latter"
+            f" again with `build-engine {wanted.model.source} -o {target.folder} --force --hidden-states {reads}`."
+        )
+    if engine.manifest.model.dtype != wanted.model.dtype:
+        raise EngineError(
+            f"{folder} is a head in {engine.manifest.model.dtype}, {target.folder} an engine in {wanted.model.dtype};"
+            " build both with the same --dtype."
+        )

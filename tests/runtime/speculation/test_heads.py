@@ -1,0 +1,151 @@
+"""Heads that draft from hidden states: their drafts against plain torch, answers with them against answers without."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from answers import PROMPTS, ROOMY, TIGHT, answers
+from hand_made import DEMO, cast_llama
+from heads import drafts, write_head
+from ingot import LLM, BuildConfig, SamplingParams, build_engine
+from ingot.builder.heads.train import TrainConfig, train_head
+from ingot.engines.errors import EngineError
+from ingot.engines.manifest import Manifest
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+TARGET = DEMO / "pycoder-draft-2m"
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    return cast_llama(TARGET, tmp_path_factory.mktemp("engines") / "small", hidden_states=(0, 1, 2))
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory, engine):
+    """Builds a head for the target, without the C++ compiler, which takes longer than all else."""
+
+    def call(checkpoint):
+        out = tmp_path_factory.mktemp("heads") / "engine"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PATH", str(out))
+            manifest = build_engine(BuildConfig(str(checkpoint), str(out), dtype="float32", draft_for=str(engine)))
+        assert manifest.build.self_check_error < 1e-4 and manifest.head is not None
+        return out
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint of a head that was trained for a moment, on this project's own text."""
+    folder = tmp_path_factory.mktemp("trained")
+    text = folder / "text.py"
+    text.write_text("\n".join(path.read_text() for path in sorted((DEMO.parents[1] / "runtime").glob("*.py"))))
+    losses = []
+    config = TrainConfig(str(TARGET), str(text), str(folder / "head"), tokens=1 << 14, drafts=2, width=64, batch=4,
+                         draft_vocab=1500, learning_rate=4e-3)  # fmt: skip
+    found = train_head(config, on_step=lambda done, total, loss: losses.append(loss))
+    return folder / "head", losses, found
+
+
+@pytest.fixture(scope="module")
+def head(trained, build):
+    return build(trained[0])
+
+
+def test_a_head_that_is_trained_agrees_more_and_more(trained):
+    checkpoint, losses, found = trained
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert found.by_step[0] > 0.1 and found.mean_length > 1.1
+    config, tensors = json.loads((checkpoint / "config.json").read_text()), load_file(checkpoint / "model.safetensors")
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"] and config["draft_vocab_size"] == 1500
+    ids = torch.arange(1500) + tensors["d2t"]
+    assert torch.equal(tensors["t2d"].nonzero()[:, 0], ids) and len(tensors["lm_head.weight"]) == 1500
+    assert not (checkpoint / "training.pt").exists()
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+def test_drafts_are_those_of_plain_torch(engine, build, tmp_path, kind):
+    """In a batch, with chunks of prompts, prefix hits, requests thrown out, and drafts that hold now and then."""
+    checkpoint = write_head(tmp_path / kind, TARGET, kind, draft_vocab=700, pickled=kind == "eagle")
+    seen = []
+    with LLM(engine, speculate="eagle", draft_engine=build(checkpoint), adapt_drafts=False, num_draft_tokens=3,
+             **TIGHT) as llm:  # fmt: skip
+        drafter = llm._session.executor.drafter
+        guess = drafter._guess
+
+        def record(pages, rows, ends, tokens, nums):
+            guesses = guess(pages, rows, ends, tokens, nums)
+            for row, end, some in zip(pages, ends, guesses, strict=True):
+                at = torch.arange(int(end)).numpy()
+                seen.append((drafter._token[drafter._slots(row[at // 4], at)].tolist(), some))
+            return guesses
+
+        drafter._guess = record
+        greedy = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+        llm.generate(PROMPTS, greedy, progress=False)
+        llm.generate(PROMPTS, greedy, progress=False)
+        assert llm.metrics().preemptions > 0 and llm.metrics().prefix_hits > 0
+    model = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32)
+    embedding, config = (
+        model.get_input_embeddings().weight.detach(),
+        json.loads((checkpoint / "config.json").read_text()),
+    )
+    file = checkpoint / "pytorch_model.bin"
+    tensors = torch.load(file) if file.exists() else load_file(checkpoint / "model.safetensors")
+    assert len(seen) > 100
+    with torch.inference_mode():
+        for tokens, found in seen[:: len(seen) // 40]:
+            states = model(torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states
+            features = torch.cat([states[i][0] for i in ((2, 1, 0) if kind == "eagle3" else (2,))], -1)
+            assert found == drafts(tensors, config, features, tokens, len(found), embedding)
+
+
+@pytest.mark.parametrize("room", [ROOMY, TIGHT], ids=["roomy", "tight"])
+def test_answers_are_those_without_drafts(engine, head, room):
+    with LLM(engine, **ROOMY) as llm:
+        wanted = answers(llm)
+    with LLM(engine, speculate="eagle", draft_engine=head, adapt_drafts=False, num_draft_tokens=3, **room) as llm:
+        assert answers(llm) == wanted
+        metrics = llm.metrics()
+    assert metrics.speculation.accepted > 10 and metrics.prefix_hits > 0 and metrics.kv_utilisation == 0
+    assert (metrics.preemptions > 0) == (room is TIGHT)
+
+
+def changed(folder, out, **fields):
+    """The engine with another manifest."""
+    shutil.copytree(folder, out)
+    manifest = Manifest.open(out)
+    dataclasses.replace(manifest, **fields).save(out)
+    return out
+
+
+def test_heads_that_do_not_fit_are_refused(engine, head, tmp_path):
+    manifest, plain = Manifest.read(head), cast_llama(TARGET, tmp_path / "plain")
+    wide = dataclasses.replace(manifest.head, target_hidden_size=384)
+    other = dataclasses.replace(manifest.head, target_vocab_size=99)
+    no_text = changed(head, tmp_path / "vocabulary", head=other)
+    (no_text / "tokenizer.json").unlink()
+    Manifest.read(no_text).save(no_text)
+    half = dataclasses.replace(manifest.model, dtype="bfloat16")
+    for target, drafter, kind, message in (
+        (
+            engine,
+            changed(head, tmp_path / "wide", head=wide),
+            "eagle",
+            "hidden states of 384 columns, .* have 192; give",
+        ),
+        (engine, no_text, "eagle", "has a vocabulary of 99 tokens, .* one of 4096"),
+        (plain, head, "eagle", "reads the hidden states 0,1,2, but .* gives none; build .* --hidden-states 0,1,2"),
+        (engine, changed(head, tmp_path / "half", model=half), "eagle", "is a head in bfloat16, .* in float32"),
+        (engine, head, "draft", "speculate is draft, but .* is a head; use speculate=eagle with it"),
+        (engine, plain, "eagle", "speculate is eagle, but .* is no head; use speculate=draft with it"),
+        (head, None, None, "is the engine of a head, which says nothing by itself"),
+    ):
+        with pytest.raises(EngineError, match=message) as caught:
+            LLM(target, speculate=kind, draft_engine=drafter)
+        assert "\n" not in str(caught.value) and str(caught.value).count(". ") == 0
