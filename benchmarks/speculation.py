@@ -1,6 +1,6 @@
 """Speculative decoding: is greedy text that of the same engine without drafts, and what do drafts gain?
 
-    python benchmarks/speculation.py ENGINE DRAFT_ENGINE TEXT [--prompts 200] [--max-tokens 48] [--drafts 4]
+    python benchmarks/speculation.py ENGINE DRAFT_ENGINE TEXT [--head HEAD_ENGINE] [--prompts 200] [--max-tokens 48]
 
 TEXT: documents separated by a line `<|endoftext|>`; prompts are parts of them, of 16 to 160 tokens. Every drafter
 answers all of them, always drafting: one at a time, in a batch (twice the same, so that prefixes are found), and in a
@@ -61,11 +61,14 @@ def main() -> None:
     parser.add_argument("engine", type=Path)
     parser.add_argument("draft", type=Path)
     parser.add_argument("text", type=Path)
+    parser.add_argument("--head", type=Path, help="of ENGINE, which then gives the hidden states that it reads")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--drafts", type=int, default=4)
     args = parser.parse_args()
     DRAFTERS["draft"] = {"draft_engine": args.draft}
+    if args.head:
+        DRAFTERS["eagle"] = {"draft_engine": args.head}
     with LLM(args.engine, max_num_seqs=16) as llm:
         prompts = prompts_of(llm, args.text, args.prompts)
         wanted = answers(llm, prompts, args.max_tokens)

@@ -131,8 +131,8 @@ class HeadBuild:
         """The graph before any pass, with its weights."""
         dtype = getattr(torch, self.dtype)
         head = self._head(hooks.ATTENTION, dtype)
-        graph = _export(head, self.features, dtype)
         tensors = load(head, self.checkpoint, self.target)
+        graph = _export(head, self.features, dtype)
         attach(graph, {n: lazy(n, tuple(t.shape), dtype, partial(Tensor.contiguous, t)) for n, t in tensors.items()})
         return graph
 

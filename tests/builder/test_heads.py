@@ -1,0 +1,125 @@
+"""Checkpoints of heads: what is refused when they are built, what a target gives, how training goes on."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from hand_made import DEMO
+from heads import write_head
+from ingot.builder import BuildConfig, build_engine
+from ingot.builder.checkpoint import Checkpoint
+from ingot.builder.heads import train
+from ingot.builder.heads.build import HeadBuild
+from ingot.builder.hidden_states import states_of
+from ingot.engines.errors import BuildError
+from safetensors.torch import load_file, save_file
+
+TARGET = DEMO / "pycoder-draft-2m"
+
+
+def opened(folder, target=TARGET, **options):
+    return HeadBuild(BuildConfig(str(folder), "/nowhere", draft_for=str(target), **options))
+
+
+def test_what_a_head_reads(tmp_path):
+    small = write_head(tmp_path / "a", TARGET, "eagle3", draft_vocab=500)
+    found = opened(small)
+    assert found.info().reads == (2, 1, 0) and len(found.ids) == 500 and found.checkpoint.kind == "eagle3"
+    as_vllm = write_head(tmp_path / "b", TARGET, "eagle3", eagle_aux_hidden_state_layer_ids=[0, 1, 2])
+    as_sglang = write_head(
+        tmp_path / "c", TARGET, "eagle3", eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 0, 1]}
+    )
+    assert opened(as_vllm).reads == (0, 1, 2) and opened(as_sglang).reads == (1, 1, 2)
+    first = opened(write_head(tmp_path / "d", TARGET, "eagle", pickled=True))
+    assert first.info().kind == "eagle" and first.reads == (2,) and len(first.ids) == 4096
+
+
+def test_a_target_gives_what_is_asked_for():
+    checkpoint = Checkpoint.open(str(DEMO / "pycoder-14m"))
+    for asked, found in (("", ()), ("eagle", (8,)), ("eagle3", (2, 4, 5)), ("5,0, 5", (0, 5))):
+        assert states_of(BuildConfig("m", "o", hidden_states=asked), checkpoint) == found
+    for asked, target, message in (
+        ("9", "cpu", "'9'; expected eagle, eagle3, or numbers from 0 to 8"),
+        ("-1", "cpu", "'-1'; expected"),
+        ("eagle", "cuda", "not for the cuda target yet"),
+    ):
+        with pytest.raises(BuildError, match=message):
+            states_of(BuildConfig("m", "o", target, hidden_states=asked), checkpoint)
+
+
+def edited(folder, change, **config):
+    """The head's checkpoint with other tensors, or another config."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    content = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_heads_that_are_none_or_not_whole_are_refused(tmp_path):
+    def head(name, kind="eagle3", change=lambda tensors: None, **config):
+        return edited(write_head(tmp_path / name, TARGET, kind), change, **config)
+
+    def beyond(tensors):
+        tensors["d2t"] += 9
+
+    damaged = head("damaged")
+    (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:-9])
+    pickled = write_head(tmp_path / "pickled", TARGET, "eagle", pickled=True)
+    (pickled / "pytorch_model.bin").write_bytes(b"no pickle")
+    for folder, options, message in (
+        (tmp_path / "nowhere", {}, "has no config.json, expected the checkpoint of a head"),
+        (TARGET, {}, "has no tensor 'fc.weight', so it is no EAGLE head; leave out --draft-for"),
+        (damaged, {}, "is not a whole safetensors file"),
+        (pickled, {}, "pytorch_model.bin cannot be read"),
+        (head("wide", hidden_size=384), {}, "hidden states of 384 columns, but those of .* have 192; give the target"),
+        (head("vocabulary", vocab_size=99), {}, "for a vocabulary of 99 tokens, but that of .* has 4096; give"),
+        (head("layers", eagle_aux_hidden_state_layer_ids=[1, 2, 3]), {}, r"hidden states \[1, 2, 3\], but .* 2 layers"),
+        (head("beyond", change=beyond), {}, r"maps draft tokens to none of the target's \(d2t\)"),
+        (head("type", model_type="qwen2"), {}, "is a head of type qwen2; expected llama"),
+        (head("fine"), {"quant": "int8"}, "--quant and --kv-cache need text"),
+        (tmp_path / "fine", {"target": "cuda"}, "heads cannot be built for the cuda target yet"),
+    ):
+        with pytest.raises(BuildError, match=message) as caught:
+            build_engine(BuildConfig(str(folder), str(tmp_path / "out"), draft_for=str(TARGET), **options))
+        assert "\n" not in str(caught.value)
+    for name, change, message in (
+        ("missing", lambda tensors: tensors.pop("norm.weight"), "lacks the tensor 'norm.weight'"),
+        ("head", lambda tensors: tensors.pop("lm_head.weight"), "lacks the tensor 'lm_head.weight'"),
+        ("shape", lambda tensors: tensors.update({"norm.weight": torch.ones(7)}), r"'norm.weight' of shape \[7\], but"),
+    ):
+        with pytest.raises(BuildError, match=message):
+            opened(head(name, change=change)).export()
+
+
+def test_training_that_was_stopped_comes_to_the_same_head(tmp_path, monkeypatch):
+    text = tmp_path / "text.py"
+    text.write_text("\n".join(path.read_text() for path in sorted((DEMO.parents[1] / "engines").glob("*.py"))))
+    options = dict(tokens=1 << 10, drafts=2, width=32, batch=4, draft_vocab=64)
+
+    def run(name, on_step=lambda *args: None, **changes):
+        folder = tmp_path / name
+        train.train_head(train.TrainConfig(str(TARGET), str(text), str(folder), **options | changes), on_step=on_step)
+        return load_file(folder / "model.safetensors")
+
+    whole = run("whole")
+    monkeypatch.setattr(train, "SECONDS", 0.0)  # saved after each step
+
+    def stop(done, total, loss):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", stop)
+    with pytest.raises(BuildError, match="begun with learning_rate=0.002, now it is 0.1; give the same settings"):
+        run("stopped", learning_rate=0.1)
+    steps = []
+    again = run("stopped", lambda done, total, loss: steps.append(done))
+    assert steps == [5, 6, 7, 8] and all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+    with pytest.raises(BuildError, match="is there already; pass --force"):
+        run("stopped")
+    shutil.rmtree(tmp_path / "stopped")
+    with pytest.raises(BuildError, match="the device is 'tpu'; expected auto, cpu or cuda"):
+        run("device", device="tpu")
