@@ -37,7 +37,7 @@ def build(
     calibration_width: Width = None,
     calibration_device: Device = "auto",
     hidden_states: Annotated[
-        str, typer.Option(metavar="STATES", help="What heads are to read: eagle, eagle3, or numbers of layers.")
+        str, typer.Option(metavar="STATES", help="What heads are to read: eagle, eagle3, medusa, or numbers.")
     ] = "",
     draft_for: Annotated[
         str, typer.Option(metavar="TARGET", help="MODEL is a head that drafts for this checkpoint or engine.")

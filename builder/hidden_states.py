@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from . import BuildConfig
     from .checkpoint import Checkpoint
 
-EAGLE, EAGLE3 = "eagle", "eagle3"
+EAGLE, EAGLE3, MEDUSA = "eagle", "eagle3", "medusa"
 
 
 def read_by(kind: str, num_layers: int) -> tuple[int, ...]:
@@ -29,12 +29,12 @@ def states_of(config: BuildConfig, checkpoint: Checkpoint) -> tuple[int, ...]:
     if config.target != "cpu":
         raise BuildError(f"--hidden-states is not for the {config.target} target yet; leave it out, or build for cpu")
     num = checkpoint.config.get_text_config().num_hidden_layers
-    if config.hidden_states in (EAGLE, EAGLE3):
+    if config.hidden_states in (EAGLE, EAGLE3, MEDUSA):
         return tuple(sorted(set(read_by(config.hidden_states, num))))
     parts = config.hidden_states.split(",")
     if not all(part.strip().isdecimal() and int(part) <= num for part in parts):
         raise BuildError(
-            f"the hidden states asked for are {config.hidden_states!r}; expected eagle, eagle3, or numbers from 0 to "
-            f"{num} with commas between"
+            f"the hidden states asked for are {config.hidden_states!r}; expected eagle, eagle3, medusa, or numbers "
+            f"from 0 to {num} with commas between"
         )
     return tuple(sorted({int(part) for part in parts}))

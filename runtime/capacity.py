@@ -15,8 +15,8 @@ from ..engines.manifest import Manifest
 
 MEMORY_SHARE = 0.2  # of the memory available
 MEMORY_CEILING = 4 << 30  # bytes; more has to be asked for
-DRAFTERS = ("ngram", "suffix", "draft", "eagle")
-WITH_ENGINE = {"draft": "a draft engine", "eagle": "a head's engine"}
+WITH_ENGINE = {"draft": "a draft engine", "eagle": "a head's engine", "medusa": "the engine of Medusa heads"}
+DRAFTERS = ("ngram", "suffix", *WITH_ENGINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,8 @@ class ServeConfig:
     `gpu_memory_utilization` of its memory. What is None is settled by the engine's target.
     speculate: what drafts tokens that the engine then verifies, several in a step: ngram (what followed the last
     `prompt_lookup_max` to `prompt_lookup_min` tokens when they occurred before in the request), suffix (the same over
-    all answers, by counts), draft (a smaller engine, `draft_engine`), eagle (the engine of a head, `draft_engine`, that
-    reads hidden states of this one); None: nothing. Answers do not change.
+    all answers, by counts), draft (a smaller engine, `draft_engine`), eagle or medusa (the engine of heads that
+    read hidden states of this one, `draft_engine`); None: nothing. Answers do not change.
     num_draft_tokens: drafted at a time for a request at most; adapt_drafts: fewer, or none, where they do not pay.
     """
 
@@ -78,7 +78,8 @@ class ServeConfig:
         if self.draft_engine is not None:
             if self.speculate not in WITH_ENGINE:
                 raise EngineError(
-                    f"draft_engine is for speculate=draft or eagle, which is {self.speculate!r}; leave one out."
+                    f"draft_engine is for speculate={', '.join(WITH_ENGINE)}, which is {self.speculate!r}; leave one"
+                    " out."
                 )
             object.__setattr__(self, "draft_engine", os.path.abspath(self.draft_engine))  # options travel as JSON
         for name, most in (("num_draft_tokens", 16), ("prompt_lookup_min", 16), ("prompt_lookup_max", 16)):

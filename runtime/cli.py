@@ -21,7 +21,9 @@ Engine = Annotated[Path, typer.Argument(metavar="DIR", help="An engine directory
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 PROFILE = "Show the time of each op in a step against its floor instead, and draw it (--plot, or profile.png)."
-Speculate = Annotated[str | None, typer.Option(help="Draft tokens and verify them: ngram, suffix, draft or eagle.")]
+Speculate = Annotated[
+    str | None, typer.Option(help="Draft tokens and verify them: ngram, suffix, draft, eagle or medusa.")
+]
 Draft = Annotated[
     Path | None,
     typer.Option("--draft-engine", "--draft", help="The engine that drafts: of a smaller model, or of a head."),

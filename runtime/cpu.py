@@ -31,7 +31,7 @@ from .request import SamplingParams
 from .sampler import Sampler, top_logprobs
 from .speculation.costs import Costs, Curve, scratch_step
 from .speculation.draft_engine import DraftEngine
-from .speculation.head import HeadEngine, check_drafter
+from .speculation.head import HeadEngine, MedusaEngine, check_drafter
 
 Graph = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, PAGE_SIZE = 64, 512, 16  # what is served if nothing else is asked for
@@ -194,7 +194,7 @@ def _open_drafter(target: Engine, config: ServeConfig, num_pages: int) -> DraftE
     )  # fmt: skip
     if head is None:
         return DraftEngine(*options)
-    return HeadEngine(
+    return (MedusaEngine if head.kind == "medusa" else HeadEngine)(
         *options, states=_zeros((num_slots, width), dtype), reads=list(map(hidden_states, head.reads)),
         token_ids=_token_ids(engine, config), hidden_size=manifest.model.hidden_size,
     )  # fmt: skip

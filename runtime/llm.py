@@ -24,7 +24,7 @@ from .text import Message, Text
 class LLM(Opened):
     """An engine directory, open for generation. `options` are those of `ServeConfig`: max_num_seqs,
     max_num_batched_tokens, max_model_len, page_size, num_kv_pages or kv_cache_memory, prefix_cache, speculate
-    ("ngram", "suffix", or "draft" or "eagle" with draft_engine), num_draft_tokens.
+    ("ngram", "suffix", or "draft", "eagle" or "medusa" with draft_engine), num_draft_tokens.
 
     Raises EngineError: no engine there, a damaged one, one for another target, or not enough memory for its KV pool.
     """

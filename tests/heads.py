@@ -46,6 +46,38 @@ def write_head(folder: Path, target: Path, kind: str, draft_vocab: int = 0, pick
     return folder
 
 
+def write_medusa(folder: Path, target: Path, num: int, blocks: int, style: str) -> dict[str, torch.Tensor]:
+    """Random Medusa heads, as their authors (`pt`) or vLLM write them; the tensors by their authors' names."""
+    config = json.loads((target / "config.json").read_text())
+    width, generator, tensors = config["hidden_size"], torch.Generator().manual_seed(4), {}
+    for i in range(num):
+        for j in range(blocks):
+            tensors[f"{i}.{j}.linear.weight"] = torch.randn(width, width, generator=generator) * width**-0.5
+            tensors[f"{i}.{j}.linear.bias"] = torch.randn(width, generator=generator)
+        tensors[f"{i}.{blocks}.weight"] = torch.randn(config["vocab_size"], width, generator=generator)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"medusa_num_heads": num, "medusa_num_layers": blocks}))
+    if style == "pt":
+        torch.save(tensors, folder / "medusa_lm_head.pt")
+        return tensors
+    split = {name: name.split(".") for name in tensors}
+    names = {name: f"lm_heads.{p[0]}.weight" if p[2] == "weight" else f"blocks.{p[0]}.layers.{p[1]}.{p[3]}"
+             for name, p in split.items()}  # fmt: skip
+    save_file({names[name]: tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return tensors
+
+
+def medusa_drafts(tensors: dict, state: torch.Tensor, num: int, blocks: int) -> list[int]:
+    """What the heads guess, `state` being the target's at the token before the newest."""
+    found = []
+    for i in range(num):
+        x = state
+        for j in range(blocks):
+            x = x + F.silu(F.linear(x, tensors[f"{i}.{j}.linear.weight"], tensors[f"{i}.{j}.linear.bias"]))
+        found.append(int(F.linear(x, tensors[f"{i}.{blocks}.weight"]).argmax()))
+    return found
+
+
 def drafts(
     head: dict, config: dict, features: torch.Tensor, tokens: list[int], num: int, embedding: torch.Tensor
 ) -> list[int]:

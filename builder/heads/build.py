@@ -26,6 +26,7 @@ from .. import gate, hooks
 from ..checkpoint import Checkpoint
 from ..empty_model import pin_rope
 from ..export import trace
+from ..hidden_states import MEDUSA
 from ..passes import optimise
 from ..record import activation_dtype, build_record, kv_layers
 from ..shrink import shrink
@@ -34,12 +35,13 @@ from ..text_files import copy_text_files
 from ..weights import attach, lazy
 from . import unrolled
 from .checkpoint import HeadCheckpoint, load
-from .module import Head
+from .module import Head, MedusaHeads
 
 if TYPE_CHECKING:
     from .. import BuildConfig, Phases
 
 OnPass = Callable[[str, int], None]
+Module = Head | MedusaHeads
 
 
 def target_checkpoint(name: str) -> Checkpoint:
@@ -124,15 +126,14 @@ class HeadBuild:
         if not bool(((0 <= self.ids) & (self.ids < target.vocab_size)).all()):
             raise BuildError(f"{config.model} maps draft tokens to none of the target's (d2t); download it again")
         self.features = len(self.reads) * target.hidden_size
-        self._bias = "fc.bias" in self.checkpoint.tensors
         self.source = f"{config.model} --draft-for {config.draft_for}"
 
     def export(self) -> ir.Model:
         """The graph before any pass, with its weights."""
         dtype = getattr(torch, self.dtype)
-        head = self._head(hooks.ATTENTION, dtype)
+        head = self._head(self.checkpoint.config, self.features, len(self.ids), hooks.ATTENTION, dtype)
         tensors = load(head, self.checkpoint, self.target)
-        graph = _export(head, self.features, dtype)
+        graph = _export(head, self.checkpoint.kind, dtype)
         attach(graph, {n: lazy(n, tuple(t.shape), dtype, partial(Tensor.contiguous, t)) for n, t in tensors.items()})
         return graph
 
@@ -160,9 +161,14 @@ class HeadBuild:
         target = self.target.config.get_text_config()
         return HeadInfo(self.checkpoint.kind, self.reads, target.hidden_size, target.vocab_size)
 
-    def _head(self, attention: str, dtype: torch.dtype) -> Head:
-        config, kind = self.checkpoint.config, self.checkpoint.kind
-        return make_head(config, kind, self.features, len(self.ids), self._bias, attention, dtype)
+    def _head(self, config: LlamaConfig, features: int, vocab_size: int, attention: str, dtype: torch.dtype) -> Module:
+        given = self.checkpoint
+        if given.kind == MEDUSA:
+            with torch.device("meta"):
+                return MedusaHeads(
+                    *given.medusa, config.hidden_size, vocab_size, "blocks.0.layers.0.bias" in given.tensors
+                ).to(dtype)
+        return make_head(config, given.kind, features, vocab_size, "fc.bias" in given.tensors, attention, dtype)
 
     def check(self) -> float:
         """A small random head of the kind, packed, against itself a sequence at a time with attention written out.
@@ -172,7 +178,7 @@ class HeadBuild:
         unrolled.install()
         small = cast(LlamaConfig, shrink(self.checkpoint.config))
         kind, features = self.checkpoint.kind, len(self.reads) * small.hidden_size
-        make = partial(make_head, small, kind, features, small.vocab_size, self._bias, dtype=torch.float32)
+        make = partial(self._head, small, features, small.vocab_size, dtype=torch.float32)
         alone = make(attention=unrolled.ATTENTION)
         generator = torch.Generator().manual_seed(0)
         weights = {
@@ -180,12 +186,12 @@ class HeadBuild:
             for name, p in alone.named_parameters()
         }
         alone.load_state_dict(weights, assign=True)
-        graph = _export(make(attention=hooks.ATTENTION), features, torch.float32)
+        graph = _export(make(attention=hooks.ATTENTION), kind, torch.float32)
         attach(graph, weights)
         prompts = [torch.randint(small.vocab_size, (n,), generator=generator) for n in (19, 34, 1, 27)]
         values = {
             name: [torch.randn(len(prompt), width, generator=generator) for prompt in prompts]
-            for name, width in ((step.FEATURES, features), (step.DRAFTED, small.hidden_size))
+            for name, width in alone.columns.items()
         }
         found = gate.packed(optimise(graph), prompts, values)
         worst = 0.0
@@ -193,12 +199,11 @@ class HeadBuild:
             unrolled.begin(alone)
             with torch.inference_mode():
                 expected = alone(tokens, torch.arange(len(tokens)), torch.arange(len(tokens)), *given)
-            for name, each in zip((step.LOGITS, step.HIDDEN), expected, strict=True):
+            for name, each in zip(alone.outputs, expected, strict=True):
                 worst = max(worst, gate.compare(kind, [found[name][i]], [each]))
         return worst
 
 
-def _export(head: Head, features: int, dtype: torch.dtype) -> ir.Model:
+def _export(head: Module, kind: str, dtype: torch.dtype) -> ir.Model:
     hooks.install()
-    widths = (features, head.embed_tokens.embedding_dim)
-    return trace(head, head.kind, (step.LOGITS, step.HIDDEN), widths, dtype)
+    return trace(head, kind, head.outputs, tuple(head.columns.values()), dtype)

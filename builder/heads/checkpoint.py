@@ -3,11 +3,14 @@
 EAGLE-1 has `fc`, `layers.i` (no norm before the first attention) and perhaps the target's `embed_tokens`; the output
 head is the target's. EAGLE-3 has `fc` over three hidden states, `midlayer`, `norm`, an `lm_head` over a vocabulary of
 its own with `d2t` (what to add to a draft token to have the target's) and `t2d`, and perhaps `embed_tokens`.
+Medusa has `I.J.linear` for block J of head I and, behind the blocks, `I.J.weight` over the vocabulary, or vLLM's
+`blocks.I.layers.J` and `lm_heads.I`; its config says nothing that is needed.
 """
 
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +22,10 @@ from transformers import LlamaConfig
 
 from ...engines.errors import BuildError
 from ..checkpoint import Checkpoint, config_of, read_header, shards
-from ..hidden_states import EAGLE, EAGLE3, read_by
+from ..hidden_states import EAGLE, EAGLE3, MEDUSA, read_by
 
-PICKLED = "pytorch_model.bin"
+PICKLED = ("pytorch_model.bin", "medusa_lm_head.pt")
+MEDUSA_FILE = "medusa_lm_head.safetensors"
 DRAFT_TO_TARGET, TARGET_TO_DRAFT = "d2t", "t2d"
 
 
@@ -41,8 +45,12 @@ class HeadCheckpoint:
         path = Path(path).expanduser()
         if not (path / "config.json").is_file():
             raise BuildError(f"{path} has no config.json, expected the checkpoint of a head; give its directory")
-        config = config_of(path)
         tensors = {name.removeprefix("model."): tensor for name, tensor in _tensors(path).items()}
+        if heads := _medusa(tensors):
+            rows, width = heads["lm_heads.0.weight"].shape
+            config = LlamaConfig(architectures=["MedusaModel"], hidden_size=width, vocab_size=rows)
+            return cls(path, config, MEDUSA, heads, None)
+        config = config_of(path)
         if "fc.weight" not in tensors:
             raise BuildError(
                 f"{path} has no tensor 'fc.weight', so it is no EAGLE head; leave out --draft-for to build a model"
@@ -52,6 +60,12 @@ class HeadCheckpoint:
         deep = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in tensors.items()}
         kind = EAGLE3 if "midlayer.hidden_norm.weight" in deep else EAGLE
         return cls(path, config, kind, deep if kind == EAGLE3 else tensors, _reads(config))
+
+    @property
+    def medusa(self) -> tuple[int, int]:
+        """Heads, and blocks of each."""
+        places = [name.split(".")[1:4:2] for name in self.tensors if name.startswith("blocks.")]
+        return 1 + max(int(head) for head, _ in places), 1 + max(int(layer) for _, layer in places)
 
     def target_ids(self) -> Tensor:
         """The target's token of each draft token [draft_vocab_size]."""
@@ -82,21 +96,34 @@ def _reads(config: LlamaConfig) -> tuple[int, ...] | None:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    file = path / PICKLED
-    if not file.is_file() or any(path.glob("*.safetensors")):
-        found: dict[str, Tensor] = {}
-        for shard in shards(path):
-            read_header(shard)  # refuses a damaged one
-            with safe_open(shard, framework="pt") as opened:
-                found |= {name: opened.get_tensor(name) for name in opened.keys()}
-        return found
+    given = next((path / name for name in (*PICKLED, MEDUSA_FILE) if (path / name).is_file()), None)
+    if given is None or (given.name == PICKLED[0] and any(path.glob("*.safetensors"))):
+        return {name: tensor for shard in shards(path) for name, tensor in _stored(shard).items()}
+    if given.suffix == ".safetensors":
+        return _stored(given)
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        tensors = torch.load(given, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise BuildError(f"{file} cannot be read ({str(error).splitlines()[0][:200]}); download it again") from error
+        raise BuildError(f"{given} cannot be read ({str(error).splitlines()[0][:200]}); download it again") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise BuildError(f"{file} holds no dictionary of tensors; download it again")
+        raise BuildError(f"{given} holds no dictionary of tensors; download it again")
     return tensors
+
+
+def _stored(file: Path) -> dict[str, Tensor]:
+    read_header(file)  # refuses a damaged one
+    with safe_open(file, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}
+
+
+def _medusa(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of Medusa heads by their names in `MedusaHeads`, none where they are no such heads."""
+    found = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix("medusa_heads.").removeprefix("medusa_head.")
+        name = re.sub(r"^(\d+)\.(\d+)\.linear\.", r"blocks.\1.layers.\2.", name)
+        found[re.sub(r"^(\d+)\.\d+\.weight$", r"lm_heads.\1.weight", name)] = tensor
+    return found if "blocks.0.layers.0.weight" in found and "lm_heads.0.weight" in found else {}
 
 
 def load(head: torch.nn.Module, checkpoint: HeadCheckpoint, target: Checkpoint) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ def train_head(
         str, typer.Option(metavar="TEXT", help="A text file, JSON Lines, or a dataset of the hub.", show_default=False)
     ],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on at most.")] = 1 << 20,
+    epochs: Annotated[int, typer.Option(min=1, help="Times that they are gone through.")] = 1,
     drafts: Annotated[int, typer.Option(min=1, max=16, help="Steps of drafting that it is trained for.")] = 3,
     draft_vocab: Annotated[int, typer.Option(min=0, help="Most frequent tokens that it can say; 0: all.")] = 0,
     width: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 256,
@@ -44,7 +45,7 @@ def train_head(
     if not debug:
         hush()
     config = TrainConfig(
-        model, text, str(out), tokens, drafts, draft_vocab, width, batch, learning_rate, seed, device, force
+        model, text, str(out), tokens, epochs, drafts, draft_vocab, width, batch, learning_rate, seed, device, force
     )
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),

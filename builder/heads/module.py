@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from ...engines.step import DRAFTED, FEATURES, HIDDEN, LOGITS
 from ..hidden_states import EAGLE3
 
 
 class Head(nn.Module):
     """An EAGLE-1 or EAGLE-3 head.
 
-    kind: `EAGLE` or `EAGLE3`. features: columns of what it reads of the target at each token. draft_vocab_size: rows of
-    its logits. bias: whether `fc` has one.
+    kind: `EAGLE` or `EAGLE3`. features: columns of what it reads of the target at each token. draft_vocab_size: columns
+    of its logits. bias: whether `fc` has one. Its graph has inputs `columns` besides a step's, and these `outputs`.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Head(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.lm_head = nn.Linear(width, draft_vocab_size, bias=False)
+        self.columns, self.outputs = {FEATURES: features, DRAFTED: width}, (LOGITS, HIDDEN)
         if kind == EAGLE3:
             self.fc = nn.Linear(features, width, bias=bias)
             self.midlayer = MiddleLayer(config)
@@ -72,6 +74,35 @@ class Head(nn.Module):
         hidden = self.combine(features) + drafted
         x = self.advance(tokens[None], positions[None], hidden[None])[0][logit_rows]
         return self.logits(x), x
+
+
+class MedusaHeads(nn.Module):
+    """Medusa (arXiv:2401.10774): head i guesses, from the last hidden state at a token, the token i + 2 after it.
+
+    It has no KV and sees no token but through the target's state. layers: residual blocks of each head.
+    """
+
+    def __init__(self, num_heads: int, num_layers: int, width: int, vocab_size: int, bias: bool):
+        super().__init__()
+        self.blocks = nn.ModuleList(_Blocks(num_layers, width, bias) for _ in range(num_heads))
+        self.lm_heads = nn.ModuleList(nn.Linear(width, vocab_size, bias=False) for _ in range(num_heads))
+        self.columns, self.outputs = {FEATURES: width}, (LOGITS,)
+
+    def forward(self, tokens: Tensor, positions: Tensor, logit_rows: Tensor, features: Tensor) -> tuple[Tensor]:
+        """As `Head`'s -> logits [R, num_heads * vocab_size]."""
+        x = features[logit_rows]
+        return (torch.cat([head(block(x)) for block, head in zip(self.blocks, self.lm_heads, strict=True)], -1),)
+
+
+class _Blocks(nn.Module):
+    def __init__(self, num: int, width: int, bias: bool):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=bias) for _ in range(num))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + nn.functional.silu(layer(x))
+        return x
 
 
 class MiddleLayer(nn.Module):

@@ -33,14 +33,16 @@ HELD_OUT = 1 << 14  # tokens to check with at most
 class TrainConfig:
     """What to train. `model`: the target's checkpoint; `text`: as text for calibration.
 
-    tokens: of the text to train on at most. drafts: steps of drafting it is trained for. draft_vocab: so many tokens,
-    the most frequent, are all that it can say; 0: any. width, batch: tokens of a window, windows of a step.
+    tokens: of the text to train on at most, `epochs` times. drafts: steps of drafting it is trained for. draft_vocab:
+    so many tokens, the most frequent, are all that it can say; 0: any. width, batch: tokens of a window, windows of a
+    step.
     """
 
     model: str
     text: str
     out: str
     tokens: int = 1 << 20
+    epochs: int = 1
     drafts: int = 3
     draft_vocab: int = 0
     width: int = 256
@@ -73,14 +75,15 @@ def train_head(
     torch.manual_seed(config.seed)
     ids = most_frequent(windows, checkpoint.config.get_text_config().vocab_size, config.draft_vocab).to(device)
     trainer = _trainer(config, checkpoint, ids)
-    order = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(config.seed))]
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(config.epochs)])
     batches = order[: len(order) // config.batch * config.batch].split(config.batch)
     out.mkdir(parents=True, exist_ok=True)
     done = _go_on(trainer, out, config)
     on_phase("train")
     saved = time.monotonic()
     for i in range(done, len(batches)):
-        loss = trainer.learn(batches[i].to(device), i / len(batches))
+        loss = trainer.learn(windows[batches[i]].to(device), i / len(batches))
         on_step(i + 1, len(batches), loss)
         if time.monotonic() - saved > SECONDS:
             _save_state(trainer, i + 1, out, config)

@@ -1,4 +1,4 @@
-"""A head that drafts from the target's hidden states (EAGLE-1, EAGLE-3): a draft engine with one more input.
+"""Heads that draft from the target's hidden states (EAGLE-1, EAGLE-3): draft engines with one more input. And Medusa.
 
 What it makes at position t follows from the target's states there and from the token at t + 1, so it is one position
 behind. The states lie in a pool by slot, like KV: whatever the head lags behind, finds in the prefix cache or makes
@@ -65,11 +65,31 @@ class HeadEngine(DraftEngine):
         return self._token_ids[logits.argmax(-1).numpy()]
 
 
+class MedusaEngine(HeadEngine):
+    """Medusa heads: all guesses at once, from the target's state at the token before the newest."""
+
+    def time(self, size: int) -> None:
+        self._logits(np.zeros(size, np.int64))
+
+    def _guess(
+        self, pages: np.ndarray, rows: np.ndarray, ends: np.ndarray, tokens: np.ndarray, nums: np.ndarray
+    ) -> list[list[int]]:
+        page = pages[np.arange(len(pages)), (ends - 2) // self._page_size]
+        logits = self._logits(self._slots(page, ends - 2))
+        found = self._likeliest(logits.view(len(rows), -1, len(self._token_ids)))  # [S, heads]
+        return [some[:num].tolist() for some, num in zip(found, nums, strict=True)]
+
+    def _logits(self, slots: np.ndarray) -> torch.Tensor:
+        states = self._states[torch.from_numpy(slots).long()]
+        return self.graph({**scratch_step(len(slots), 1), names.FEATURES: states})[names.LOGITS]
+
+
 def check_drafter(target: Engine, engine: Engine, config: ServeConfig) -> None:
     """Raises EngineError where `engine` is not what `config.speculate` says, or cannot guess for `target`."""
     head, folder = engine.manifest.head, engine.folder
-    if (head is not None) != (config.speculate == "eagle"):
-        found, right = ("a head", "eagle") if head else ("no head", "draft")
+    right = "draft" if head is None else "medusa" if head.kind == "medusa" else "eagle"
+    if config.speculate != right:
+        found = "no head" if head is None else f"a head of kind {head.kind}"
         raise EngineError(f"speculate is {config.speculate}, but {folder} is {found}; use speculate={right} with it.")
     if head is None:
         return check_pair(target, engine, model_len(target.manifest, config))

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from hand_made import DEMO
-from heads import write_head
+from heads import write_head, write_medusa
 from ingot.builder import BuildConfig, build_engine
 from ingot.builder.checkpoint import Checkpoint
 from ingot.builder.heads import train
@@ -31,6 +31,9 @@ def test_what_a_head_reads(tmp_path):
         tmp_path / "c", TARGET, "eagle3", eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 0, 1]}
     )
     assert opened(as_vllm).reads == (0, 1, 2) and opened(as_sglang).reads == (1, 1, 2)
+    write_medusa(tmp_path / "e", TARGET, num=3, blocks=2, style="vllm")
+    medusa = opened(tmp_path / "e")
+    assert medusa.info().kind == "medusa" and medusa.reads == (2,) and medusa.checkpoint.medusa == (3, 2)
     first = opened(write_head(tmp_path / "d", TARGET, "eagle", pickled=True))
     assert first.info().kind == "eagle" and first.reads == (2,) and len(first.ids) == 4096
 
@@ -40,7 +43,7 @@ def test_a_target_gives_what_is_asked_for():
     for asked, found in (("", ()), ("eagle", (8,)), ("eagle3", (2, 4, 5)), ("5,0, 5", (0, 5))):
         assert states_of(BuildConfig("m", "o", hidden_states=asked), checkpoint) == found
     for asked, target, message in (
-        ("9", "cpu", "'9'; expected eagle, eagle3, or numbers from 0 to 8"),
+        ("9", "cpu", "'9'; expected eagle, eagle3, medusa, or numbers from 0 to 8"),
         ("-1", "cpu", "'-1'; expected"),
         ("eagle", "cuda", "not for the cuda target yet"),
     ):

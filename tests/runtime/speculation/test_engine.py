@@ -94,11 +94,14 @@ def other_tokenizer(engine, out):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"speculate": "magic"}, "speculate is 'magic'; it must be one of ngram, suffix, draft, eagle"),
+        ({"speculate": "magic"}, "speculate is 'magic'; it must be one of ngram, suffix, draft, eagle, medusa"),
         ({"speculate": "draft"}, "needs a draft engine"),
         ({"speculate": "eagle"}, "needs a head's engine"),
-        ({"draft_engine": "x"}, "draft_engine is for speculate=draft or eagle, which is None"),
-        ({"speculate": "ngram", "draft_engine": "x"}, "draft_engine is for speculate=draft or eagle, which is 'ngram'"),
+        ({"draft_engine": "x"}, "draft_engine is for speculate=draft, eagle, medusa, which is None"),
+        (
+            {"speculate": "ngram", "draft_engine": "x"},
+            "draft_engine is for speculate=draft, eagle, medusa, which is 'ngram'",
+        ),
         ({"speculate": "draft", "draft_engine": "/nowhere"}, "/nowhere"),
         ({"speculate": "ngram", "num_draft_tokens": 0}, "num_draft_tokens is 0; it must be an integer from 1 to 16"),
         ({"speculate": "ngram", "num_draft_tokens": 17}, "num_draft_tokens is 17"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from answers import PROMPTS, ROOMY, TIGHT, answers
 from hand_made import DEMO, cast_llama
-from heads import drafts, write_head
+from heads import drafts, medusa_drafts, write_head, write_medusa
 from ingot import LLM, BuildConfig, SamplingParams, build_engine
 from ingot.builder.heads.train import TrainConfig, train_head
 from ingot.engines.errors import EngineError
@@ -68,17 +68,21 @@ def test_a_head_that_is_trained_agrees_more_and_more(trained):
     assert not (checkpoint / "training.pt").exists()
 
 
-@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
-def test_drafts_are_those_of_plain_torch(engine, build, tmp_path, kind):
-    """In a batch, with chunks of prompts, prefix hits, requests thrown out, and drafts that hold now and then."""
-    checkpoint = write_head(tmp_path / kind, TARGET, kind, draft_vocab=700, pickled=kind == "eagle")
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32)
+
+
+def drafted(engine, **options):
+    """(tokens of a request so far, what was guessed to follow), with prompts in chunks, prefix hits, requests that are
+    thrown out, and drafts that hold now and then."""
     seen = []
-    with LLM(engine, speculate="eagle", draft_engine=build(checkpoint), adapt_drafts=False, num_draft_tokens=3,
-             **TIGHT) as llm:  # fmt: skip
+    with LLM(engine, adapt_drafts=False, num_draft_tokens=3, **options, **TIGHT) as llm:
         drafter = llm._session.executor.drafter
         guess = drafter._guess
 
         def record(pages, rows, ends, tokens, nums):
+            drafter._put(pages, ends - 1, tokens)
             guesses = guess(pages, rows, ends, tokens, nums)
             for row, end, some in zip(pages, ends, guesses, strict=True):
                 at = torch.arange(int(end)).numpy()
@@ -90,25 +94,45 @@ def test_drafts_are_those_of_plain_torch(engine, build, tmp_path, kind):
         llm.generate(PROMPTS, greedy, progress=False)
         llm.generate(PROMPTS, greedy, progress=False)
         assert llm.metrics().preemptions > 0 and llm.metrics().prefix_hits > 0
-    model = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32)
-    embedding, config = (
-        model.get_input_embeddings().weight.detach(),
-        json.loads((checkpoint / "config.json").read_text()),
-    )
-    file = checkpoint / "pytorch_model.bin"
-    tensors = torch.load(file) if file.exists() else load_file(checkpoint / "model.safetensors")
     assert len(seen) > 100
+    return seen[:: len(seen) // 40]
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+def test_drafts_are_those_of_plain_torch(engine, build, trained, head, model, tmp_path, kind):
+    checkpoint, name = trained[0], "model.safetensors"
+    if kind == "eagle":  # of random weights
+        checkpoint, name = write_head(tmp_path / kind, TARGET, kind, pickled=True), "pytorch_model.bin"
+        head = build(checkpoint)
+    tensors = torch.load(checkpoint / name) if kind == "eagle" else load_file(checkpoint / name)
+    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    config, embedding = json.loads((checkpoint / "config.json").read_text()), model.get_input_embeddings().weight
     with torch.inference_mode():
-        for tokens, found in seen[:: len(seen) // 40]:
+        for tokens, found in drafted(engine, speculate="eagle", draft_engine=head):
             states = model(torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states
             features = torch.cat([states[i][0] for i in ((2, 1, 0) if kind == "eagle3" else (2,))], -1)
             assert found == drafts(tensors, config, features, tokens, len(found), embedding)
 
 
-@pytest.mark.parametrize("room", [ROOMY, TIGHT], ids=["roomy", "tight"])
-def test_answers_are_those_without_drafts(engine, head, room):
+def test_medusa_drafts_are_those_of_plain_torch(engine, build, model, tmp_path):
+    tensors = write_medusa(tmp_path / "medusa", TARGET, num=2, blocks=2, style="pt")
+    heads = build(tmp_path / "medusa")
+    with torch.inference_mode():
+        for tokens, found in drafted(engine, speculate="medusa", draft_engine=heads):
+            states = model(torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states
+            assert found == medusa_drafts(tensors, states[2][0, -1], 2, 2)[: len(found)] and len(found) <= 2
+    with pytest.raises(EngineError, match="speculate is eagle, but .* is a head of kind medusa; use speculate=medusa"):
+        LLM(engine, speculate="eagle", draft_engine=heads)
+
+
+@pytest.fixture(scope="module")
+def wanted(engine):
     with LLM(engine, **ROOMY) as llm:
-        wanted = answers(llm)
+        return answers(llm)
+
+
+@pytest.mark.parametrize("room", [ROOMY, TIGHT], ids=["roomy", "tight"])
+def test_answers_are_those_without_drafts(engine, head, wanted, room):
     with LLM(engine, speculate="eagle", draft_engine=head, adapt_drafts=False, num_draft_tokens=3, **room) as llm:
         assert answers(llm) == wanted
         metrics = llm.metrics()
@@ -142,7 +166,7 @@ def test_heads_that_do_not_fit_are_refused(engine, head, tmp_path):
         (engine, no_text, "eagle", "has a vocabulary of 99 tokens, .* one of 4096"),
         (plain, head, "eagle", "reads the hidden states 0,1,2, but .* gives none; build .* --hidden-states 0,1,2"),
         (engine, changed(head, tmp_path / "half", model=half), "eagle", "is a head in bfloat16, .* in float32"),
-        (engine, head, "draft", "speculate is draft, but .* is a head; use speculate=eagle with it"),
+        (engine, head, "draft", "speculate is draft, but .* is a head of kind eagle3; use speculate=eagle with it"),
         (engine, plain, "eagle", "speculate is eagle, but .* is no head; use speculate=draft with it"),
         (head, None, None, "is the engine of a head, which says nothing by itself"),
     ):
