@@ -22,12 +22,17 @@ def read_by(kind: str, num_layers: int) -> tuple[int, ...]:
     return (min(2, num_layers), num_layers // 2, max(0, num_layers - 3)) if kind == EAGLE3 else (num_layers,)
 
 
+def check_target(target: str, what: str) -> None:
+    """Raises BuildError for a target on which nothing is drafted from hidden states yet; `what` asks for it."""
+    if target != "cpu":
+        raise BuildError(f"{what} cannot be built for the {target} target yet; build for cpu, or without hidden states")
+
+
 def states_of(config: BuildConfig, checkpoint: Checkpoint) -> tuple[int, ...]:
     """Those that `config.hidden_states` asks for, in ascending order. Raises BuildError: the model has none such."""
     if not config.hidden_states:
         return ()
-    if config.target != "cpu":
-        raise BuildError(f"--hidden-states is not for the {config.target} target yet; leave it out, or build for cpu")
+    check_target(config.target, "a target of heads (--hidden-states)")
     num = checkpoint.config.get_text_config().num_hidden_layers
     if config.hidden_states in (EAGLE, EAGLE3, MEDUSA):
         return tuple(sorted(set(read_by(config.hidden_states, num))))

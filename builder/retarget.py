@@ -12,6 +12,7 @@ from ..engines.manifest import Manifest
 from ..engines.weights import load_graph
 from ..engines.writer import engine_directory
 from . import BuildConfig
+from .hidden_states import check_target
 from .targets import NOBODY, Audience, target_of
 
 
@@ -23,6 +24,8 @@ def retarget(folder: Path, config: BuildConfig, audience: Audience = NOBODY) -> 
     """
     start = time.perf_counter()
     manifest = Manifest.open(folder)
+    if manifest.head or manifest.hidden_states:
+        check_target(config.target, f"{folder}, which is {'a head' if manifest.head else 'a target of heads'},")
     with target_of(config.target).begin(config, audience) as compile, engine_directory(folder, force=True) as fresh:
         for name in manifest.files:
             if name.partition("/")[0] != manifest.target:

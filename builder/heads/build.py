@@ -26,7 +26,7 @@ from .. import gate, hooks
 from ..checkpoint import Checkpoint
 from ..empty_model import pin_rope
 from ..export import trace
-from ..hidden_states import MEDUSA
+from ..hidden_states import MEDUSA, check_target
 from ..passes import optimise
 from ..record import activation_dtype, build_record, kv_layers
 from ..shrink import shrink
@@ -74,8 +74,7 @@ def build_head(
     config: BuildConfig, phase: Phases, target: Target, audience: Audience, on_pass: OnPass | None = None
 ) -> Manifest:
     """`build_engine` for a head. Raises BuildError as that, and where head and target do not go together."""
-    if config.target != "cpu":
-        raise BuildError(f"heads cannot be built for the {config.target} target yet; build for cpu")
+    check_target(config.target, "a head (--draft-for)")
     with phase("read the checkpoint"):
         head = HeadBuild(config)
     with target.begin(config, audience) as compile:

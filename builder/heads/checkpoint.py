@@ -48,8 +48,8 @@ class HeadCheckpoint:
         tensors = {name.removeprefix("model."): tensor for name, tensor in _tensors(path).items()}
         if heads := _medusa(tensors):
             rows, width = heads["lm_heads.0.weight"].shape
-            config = LlamaConfig(architectures=["MedusaModel"], hidden_size=width, vocab_size=rows)
-            return cls(path, config, MEDUSA, heads, None)
+            sizes = LlamaConfig(architectures=["MedusaModel"], hidden_size=width, vocab_size=rows)
+            return cls(path, sizes, MEDUSA, heads, None)
         config = config_of(path)
         if "fc.weight" not in tensors:
             raise BuildError(
