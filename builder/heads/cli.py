@@ -26,6 +26,7 @@ def train_head(
         float, typer.Option(help="At its highest; it rises for 3% of the steps and falls.")
     ] = 2e-3,
     seed: Annotated[int, typer.Option(help="Of the order of the text and of first weights.")] = 0,
+    begin_with: Annotated[str, typer.Option(metavar="HEAD", help="Train this head on, instead of a new one.")] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU if there is one.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace what is already there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -45,7 +46,20 @@ def train_head(
     if not debug:
         hush()
     config = TrainConfig(
-        model, text, str(out), tokens, epochs, drafts, draft_vocab, width, batch, learning_rate, seed, device, force
+        model,
+        text,
+        str(out),
+        tokens,
+        epochs,
+        drafts,
+        draft_vocab,
+        width,
+        batch,
+        learning_rate,
+        seed,
+        begin_with,
+        device,
+        force,
     )
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),

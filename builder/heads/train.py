@@ -21,7 +21,7 @@ from ..calibration_text import Text
 from ..checkpoint import Checkpoint
 from ..hidden_states import EAGLE3, read_by
 from . import unrolled
-from .checkpoint import DRAFT_TO_TARGET, TARGET_TO_DRAFT
+from .checkpoint import DRAFT_TO_TARGET, TARGET_TO_DRAFT, HeadCheckpoint
 from .module import Head
 from .training import Agreement, Trainer, head_config, initialise
 
@@ -35,7 +35,7 @@ class TrainConfig:
 
     tokens: of the text to train on at most, `epochs` times. drafts: steps of drafting it is trained for. draft_vocab:
     so many tokens, the most frequent, are all that it can say; 0: any. width, batch: tokens of a window, windows of a
-    step.
+    step. begin_with: an EAGLE-3 checkpoint for this target, instead of first weights.
     """
 
     model: str
@@ -49,6 +49,7 @@ class TrainConfig:
     batch: int = 4
     learning_rate: float = 2e-3
     seed: int = 0
+    begin_with: str = ""
     device: str = "auto"
     force: bool = False
 
@@ -73,8 +74,10 @@ def train_head(
     held = torch.cat([part.tokens for part in text.held_out]).long()[: max(1, HELD_OUT // config.width)].to(device)
     on_phase("read the target")
     torch.manual_seed(config.seed)
-    ids = most_frequent(windows, checkpoint.config.get_text_config().vocab_size, config.draft_vocab).to(device)
-    trainer = _trainer(config, checkpoint, ids)
+    given = HeadCheckpoint.open(config.begin_with) if config.begin_with else None
+    vocab_size = checkpoint.config.get_text_config().vocab_size
+    ids = given.target_ids() if given else most_frequent(windows, vocab_size, config.draft_vocab)
+    trainer = _trainer(config, checkpoint, ids.to(device), given)
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(config.epochs)])
     batches = order[: len(order) // config.batch * config.batch].split(config.batch)
@@ -117,7 +120,7 @@ def write(head: Head, ids: Tensor, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-def _trainer(config: TrainConfig, checkpoint: Checkpoint, ids: Tensor) -> Trainer:
+def _trainer(config: TrainConfig, checkpoint: Checkpoint, ids: Tensor, given: HeadCheckpoint | None) -> Trainer:
     if checkpoint.quantised:
         raise BuildError(f"{config.model} is quantised; give the checkpoint that it was made from")
     target: Any = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype="auto").eval().requires_grad_(False)
@@ -129,7 +132,23 @@ def _trainer(config: TrainConfig, checkpoint: Checkpoint, ids: Tensor) -> Traine
         head_config(target, len(ids)), EAGLE3, len(reads) * text.hidden_size, len(ids), False, unrolled.ATTENTION
     ).to(ids.device, torch.float32)
     initialise(head, target, ids)
-    return Trainer(target, head, reads, ids, config.drafts, config.learning_rate)
+    if given:
+        _begin_with(head, given, config.draft_vocab)
+    return Trainer(target, head, reads, ids, config.drafts, config.learning_rate, all_at_once=given is not None)
+
+
+@torch.no_grad()
+def _begin_with(head: Head, given: HeadCheckpoint, draft_vocab: int) -> None:
+    parameters = {name: p for name, p in head.named_parameters() if not name.startswith("embed_tokens.")}
+    fits = given.kind == EAGLE3 and draft_vocab in (0, head.lm_head.out_features)
+    if not fits or any(
+        name not in given.tensors or given.tensors[name].shape != p.shape for name, p in parameters.items()
+    ):
+        raise BuildError(
+            f"{given.path} is no EAGLE-3 head of this target's sizes and draft vocabulary; begin with another, or anew"
+        )
+    for name, parameter in parameters.items():
+        parameter.copy_(given.tensors[name])
 
 
 def _device(name: str) -> torch.device:

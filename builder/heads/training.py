@@ -35,11 +35,15 @@ class Trainer:
     """Head, target and optimiser. Windows are token ids [B, W]."""
 
     def __init__(
-        self, target: PreTrainedModel, head: Head, reads: Sequence[int], ids: Tensor, steps: int, learning_rate: float
-    ):
-        """reads: hidden states of the target. ids [draft vocabulary]: tokens that the head's logits are of."""
+        self, target: PreTrainedModel, head: Head, reads: Sequence[int], ids: Tensor, steps: int, learning_rate: float,
+        all_at_once: bool = False,
+    ):  # fmt: skip
+        """reads: hidden states of the target. ids [draft vocabulary]: tokens that the head's logits are of.
+
+        all_at_once: all drafting steps are learnt from the beginning, since the head knows something already.
+        """
         self._target, self.head, self._reads, self._ids, self.steps = target, head, tuple(reads), ids, steps
-        self._rate = learning_rate
+        self._rate, self._all_at_once = learning_rate, all_at_once
         self._known = torch.zeros(head.embed_tokens.num_embeddings, dtype=torch.bool, device=ids.device)
         self._known[ids] = True
         head.embed_tokens.requires_grad_(False)
@@ -56,7 +60,8 @@ class Trainer:
             cosine = 0.5 + 0.5 * math.cos(math.pi * progress)
             group["lr"] = self._rate * min(1.0, 0.05 + progress / WARM_UP) * (0.01 + 0.99 * cosine)
         with self._autocast(window):
-            loss = self._loss(window, min(self.steps, 1 + int(progress * self.steps)))
+            steps = self.steps if self._all_at_once else min(self.steps, 1 + int(progress * self.steps))
+            loss = self._loss(window, steps)
         self.optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self._trained, 1.0)
@@ -120,7 +125,8 @@ def head_config(target: PreTrainedModel, draft_vocab_size: int) -> LlamaConfig:
     heads, width = config.num_attention_heads, config.hidden_size
     rope = getattr(config, "rope_parameters", None) or {}
     return LlamaConfig(**dict(
-        architectures=["LlamaForCausalLMEagle3"], vocab_size=config.vocab_size, draft_vocab_size=draft_vocab_size,
+        architectures=["LlamaForCausalLMEagle3"], bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id,
+        vocab_size=config.vocab_size, draft_vocab_size=draft_vocab_size,
         hidden_size=width, intermediate_size=getattr(config, "intermediate_size", None) or 4 * width,
         num_hidden_layers=1, num_attention_heads=heads, head_dim=getattr(config, "head_dim", None) or width // heads,
         num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
