@@ -51,6 +51,11 @@ def show(facts: dict[str, Any]) -> None:
         else f"largest relative error {build['self_check_error']:.1e} against transformers, small random model",
         "files": "every hash is right" if facts["verified"] else "sizes are right, hashes not checked",
     }
+    if head := facts["head"]:
+        states = ", ".join(map(str, head["reads"]))
+        rows["drafts"] = f"{head['kind']}, from the hidden states {states} of {head['target_hidden_size']} columns"
+    if facts["hidden_states"]:
+        rows["for heads"] = "gives the hidden states " + ", ".join(map(str, facts["hidden_states"]))
     summary = Table(box=box.SIMPLE, show_header=False, title=facts["engine"], title_justify="left")
     summary.add_column(style="bold")
     summary.add_column(overflow="fold")

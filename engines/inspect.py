@@ -38,6 +38,8 @@ def describe(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "ops": operations(ops),
         "tensorrt": tensorrt_layers(folder) if manifest.target == tensorrt.FOLDER else None,
         "quantisation": manifest.quantisation,
+        "hidden_states": list(manifest.hidden_states),
+        "head": asdict(manifest.head) if manifest.head else None,
         "build": asdict(manifest.build),
     }
 
