@@ -1,9 +1,12 @@
-"""Decode on the GPU: the keys of all sequences with one query token, dealt out evenly to the programs.
+"""Decode on the GPU: the keys of all sequences with one query token, or a few, dealt out evenly to the programs.
 
 How long the contexts of a step are is known on the device only, and a plan's grid is fixed. So the keys of all
 sequences are laid end to end and each program takes an equal share: part of a long sequence, or several short ones. A
 sequence that lies within one share is written out directly; else each of its programs leaves its accumulator, maximum
 and total in the workspace, and the one that arrives last merges them in order (results do not vary from run to run).
+
+Where drafts are verified a sequence has up to QUERIES query tokens. Their heads lie behind one another in the rows of a
+block, so K and V are read once for all of them; each row sees what causality and the window leave it.
 """
 
 import triton
@@ -18,23 +21,25 @@ UNIT = tl.constexpr(16)  # keys are dealt out in units of so many
 
 
 @triton.jit
-def reach(query_start, kv_len, s, inside, WINDOW: tl.constexpr):
-    """First key that the query of sequence s sees, and the number of units from there on; 0 unless it has one query."""
+def reach(query_start, kv_len, s, inside, WINDOW: tl.constexpr, QUERIES: tl.constexpr):
+    """First key that a query of sequence s sees, the number of units from there on, and the queries; no units where
+    they are more than QUERIES, or none."""
     num_queries = tl.load(query_start + s + 1, mask=inside, other=0) - tl.load(query_start + s, mask=inside, other=0)
     length = tl.load(kv_len + s, mask=inside, other=0)
     first = length * 0
     if WINDOW > 0:
-        first = tl.maximum(length - WINDOW, 0)
-    return first, tl.where(num_queries == 1, tl.cdiv(length - first, UNIT), 0)
+        first = tl.maximum(length - num_queries + 1 - WINDOW, 0)
+    mine = (num_queries > 0) & (num_queries <= QUERIES)
+    return first, tl.where(mine, tl.cdiv(length - first, UNIT), 0), num_queries
 
 
 @triton.jit
 def merge(
-    parts, tops, totals, v_unit, sinks, y, row, kv_head, leader, num_shares, programs,
+    parts, tops, totals, v_unit, sinks, y, row, token, kv_head, leader, num_shares, programs,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    SINKS: tl.constexpr, CHUNK: tl.constexpr,
+    SINKS: tl.constexpr, CHUNK: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """Writes the GROUP heads of a sequence and key head from its shares, CHUNK of them at a time."""
+    """Writes the GROUP heads of a query token and key head from its sequence's shares, CHUNK of them at a time."""
     g = tl.arange(0, BG)
     dv = tl.arange(0, BDV)
     acc = tl.zeros([BG, BDV], tl.float32)
@@ -43,7 +48,7 @@ def merge(
     for start in range(0, num_shares, CHUNK):
         share = start + tl.arange(0, CHUNK)
         place = kv_head * 2 * programs + 2 * (leader + share) + (share == 0).to(tl.int32)
-        at = place[:, None] * GROUP + g[None, :]  # [CHUNK, BG]
+        at = (place * QUERIES + token)[:, None] * GROUP + g[None, :]  # [CHUNK, BG]
         inside = (share < num_shares)[:, None] & (g < GROUP)[None, :]
         part = tl.load(
             parts + at[:, :, None] * DV + dv[None, None, :], mask=inside[:, :, None] & (dv < DV)[None, None, :],
@@ -59,7 +64,7 @@ def merge(
         top = higher
     head = kv_head * GROUP + g
     out = finish(acc, top, total, v_unit, sinks, head, g < GROUP, SINKS)
-    place = (row * NUM_HEADS + head)[:, None] * DV + dv[None, :]
+    place = ((row + token) * NUM_HEADS + head)[:, None] * DV + dv[None, :]
     tl.store(y + place, out.to(y.dtype.element_ty), mask=(g < GROUP)[:, None] & (dv < DV)[None, :])
 
 
@@ -73,13 +78,13 @@ def decode_kernel(
     NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PAGE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, CHUNK: tl.constexpr, LEAST: tl.constexpr,
-    K_STEP: tl.constexpr, V_STEP: tl.constexpr,
+    QUERIES: tl.constexpr, K_STEP: tl.constexpr, V_STEP: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (key heads, programs).
 
     STRIDE: elements of a query row; WIDTH: of a row of the page table; BS: at least `sequences`; LEAST: units of a
-    share. OWN: the newest key is not in the pool yet (`own.py`).
+    share. OWN: the newest key is not in the pool yet (`own.py`). QUERIES: most query tokens of a sequence that is attended.
 
     What a program leaves lies in place 2 * program, + 1 if the sequence begins in its share; `arrived` counts, for each
     program, the shares of the sequence that begins in its share and ends in another's, and is zero again in the end.
@@ -90,7 +95,7 @@ def decode_kernel(
     mine = tl.program_id(1)
     programs = tl.num_programs(1)
     each = tl.arange(0, BS)
-    _, units = reach(query_start, kv_len, each, each < sequences, WINDOW)
+    _, units, _ = reach(query_start, kv_len, each, each < sequences, WINDOW, QUERIES)
     ends = tl.cumsum(units, 0)
     num_units = tl.sum(units, 0)
     share = tl.maximum(tl.cdiv(num_units, programs), LEAST)
@@ -106,16 +111,27 @@ def decode_kernel(
     g = tl.arange(0, BM)
     d = tl.arange(0, BD)
     dv = tl.arange(0, BDV)
+    token = 0  # of the sequence's queries, for each row of the block
+    if QUERIES > 1:
+        token, g = g // BG, g % BG
     head = kv_head * GROUP + g
-    mask = (g < GROUP)[:, None] & (dv < DV)[None, :]
     while at < stop:
-        first, num_units = reach(query_start, kv_len, s, True, WINDOW)
+        first, num_units, num_queries = reach(query_start, kv_len, s, True, WINDOW, QUERIES)
         until = begins + num_units
         if num_units > 0:
             row = tl.load(query_start + s).to(tl.int64)
             length = tl.load(kv_len + s)
+            if QUERIES > 1:
+                inside = (g < GROUP) & (token < num_queries)
+                at_row = row + token[:, None]
+                position = length - num_queries + token
+            else:
+                inside = g < GROUP
+                at_row = row
+                position = tl.zeros([BM], tl.int32) + (length - 1)
+            mask = inside[:, None] & (dv < DV)[None, :]
             q = columns(
-                query, table, row, head[:, None] * D + d[None, :], (g < GROUP)[:, None] & (d < D)[None, :],
+                query, table, at_row, head[:, None] * D + d[None, :], inside[:, None] & (d < D)[None, :],
                 STRIDE, TURNED, D, ROTARY, OFFSET, INTERLEAVED,
             )  # fmt: skip
             if OWN:
@@ -131,29 +147,30 @@ def decode_kernel(
             start = first + (at - begins) * UNIT
             end = tl.minimum(first + (tl.minimum(until, stop) - begins) * UNIT, length - OWN)
             page_row = pages + s.to(tl.int64) * WIDTH
-            position = tl.zeros([BM], tl.int32) + (length - 1)
             acc, top, total = attend(
                 q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, k_unit, start, end, end,
-                NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, 0, True,
+                NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, WINDOW if QUERIES > 1 else 0, True,
             )  # fmt: skip
             if (at == begins) & (until <= stop):
-                out = finish(acc, top, total, v_unit, sinks, head, g < GROUP, SINKS)
-                place = (row * NUM_HEADS + head)[:, None] * DV + dv[None, :]
+                out = finish(acc, top, total, v_unit, sinks, head, inside, SINKS)
+                place = ((row + token) * NUM_HEADS + head)[:, None] * DV + dv[None, :]
                 tl.store(y + place, out.to(y.dtype.element_ty), mask=mask)
             else:
-                part = (kv_head * 2 * programs + 2 * mine + (at == begins).to(tl.int32)) * GROUP + g
+                place = kv_head * 2 * programs + 2 * mine + (at == begins).to(tl.int32)
+                part = (place * QUERIES + token) * GROUP + g
                 tl.store(parts + part[:, None] * DV + dv[None, :], acc, mask=mask)
-                tl.store(tops + part, top, mask=g < GROUP)
-                tl.store(totals + part, total, mask=g < GROUP)
+                tl.store(tops + part, top, mask=inside)
+                tl.store(totals + part, total, mask=inside)
                 tl.debug_barrier()  # all threads have stored before one of them says so
                 leader = begins // share
                 num_shares = (until - 1) // share - leader + 1
                 before = tl.atomic_add(arrived + kv_head * programs + leader, 1, sem="acq_rel")
                 if before == num_shares - 1:
-                    merge(
-                        parts, tops, totals, v_unit, sinks, y, row, kv_head, leader, num_shares, programs,
-                        NUM_HEADS, GROUP, BG, DV, BDV, SINKS, CHUNK,
-                    )  # fmt: skip
+                    for each_token in range(0, num_queries if QUERIES > 1 else 1):
+                        merge(
+                            parts, tops, totals, v_unit, sinks, y, row, each_token, kv_head, leader, num_shares,
+                            programs, NUM_HEADS, GROUP, BG, DV, BDV, SINKS, CHUNK, QUERIES,
+                        )  # fmt: skip
                     tl.store(arrived + kv_head * programs + leader, 0)
         at = tl.minimum(until, stop)
         begins = until

@@ -3,8 +3,9 @@
 In a bucket for decoding one launch writes the new keys and values and attends: either the keys of all sequences are
 split over programs (`decode.py`), or each sequence has its own (`whole.py`). In any other bucket every K and V of the
 step is written to its slot first; launches of a stream are ordered, so all later reads see them. Then tiles of prompt
-tokens are attended (`chunk.py`), and rows of decoding either with them or, split, in a launch of their own. The number
-of splits is a guess at what fills the GPU and part of what the builder times.
+tokens are attended (`chunk.py`), and rows of decoding either with them or, split, in a launch of their own. Where drafts
+are verified all sequences have a few query tokens: split as in decoding, or a tile for each. The number of splits is a
+guess at what fills the GPU and part of what the builder times.
 
 Pages of 8 bits have scales, which kernels take behind all other pointers; those of plain pages are compiled without.
 """
@@ -45,6 +46,9 @@ WHOLE = ((64, 4, 2), (128, 8, 2), (32, 4, 4), (128, 4, 2), (32, 4, 2))
 # (rows, BN, warps, stages) of chunks
 CHUNK = ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (256, 64, 16, 3), (128, 128, 8, 2), (64, 32, 4, 3),
          (16, 64, 4, 3), (64, 32, 4, 2))  # fmt: skip
+# (BN, warps, stages) of verification, split and with a tile for each sequence
+VERIFY = ((64, 4, 3), (64, 8, 2), (32, 4, 3))
+VERIFY_WHOLE = ((64, 4, 2), (64, 8, 2), (32, 4, 3))
 APART = 5  # of the chunks that are also tried with rows of decoding apart
 SMALL_DECODE = ((32, 4, 2), (16, 4, 2))  # fp32, which has no tensor cores at full precision: registers are the limit
 SMALL_CHUNK = ((32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2))
@@ -61,7 +65,8 @@ class Rotation:
 
 
 def tactics(site: Site, rotation: Rotation | None = None) -> list[Tactic]:
-    """Decode buckets: splits of different widths, and none. Others: tiles, with and without decode rows apart.
+    """Decode buckets: splits of different widths, and none; buckets for verification the same, over what is written
+    first. Others: tiles, with and without decode rows apart.
 
     rotation: of a packed query; in buckets for decoding only.
     """
@@ -77,6 +82,8 @@ def tactics(site: Site, rotation: Rotation | None = None) -> list[Tactic]:
                 found.append(Tactic(name, (launch,), workspace, zeros))
         wholes = [w for w in (SMALL_DECODE if small else WHOLE) if shape.fits(shape.decode_rows, *w)]
         return found + [Tactic("whole {} warps{} stages{}".format(*w), (shape.whole(*w),)) for w in wholes]
+    if site.max_query and (found := _verifications(shape, site.max_query)):
+        return found
     chunks = [c for c in (SMALL_CHUNK if small else CHUNK) if shape.fits(max(c[0], shape.bg), *c[1:])]
     named = [("chunk {}x{} warps{} stages{}".format(*c), c) for c in chunks]
     found = [Tactic(name, (shape.write(), shape.chunk(*c, skip_decode=False))) for name, c in named]
@@ -85,6 +92,24 @@ def tactics(site: Site, rotation: Rotation | None = None) -> list[Tactic]:
     for name, c in named[:APART]:
         launches = (shape.write(), shape.chunk(*c, skip_decode=True), launch)
         found.append(Tactic(f"{name}, decode {d[0]}", launches, workspace, zeros))
+    return found
+
+
+def _verifications(shape: "_Shape", queries: int) -> list[Tactic]:
+    """Up to `queries` tokens of each sequence; [] where so many do not fit a program."""
+    small, rows = shape.itemsize == 4, _block(queries * shape.bg)
+    found = []
+    for d in SMALL_DECODE if small else VERIFY:
+        if not shape.fits(rows, *d):
+            continue
+        for programs in shape.programs(d[0])[:2]:
+            launch, workspace, zeros = shape.decode(*d, programs, own=False, queries=queries)
+            name = "verify {} warps{} stages{} programs{}".format(*d, programs)
+            found.append(Tactic(name, (shape.write(), launch), workspace, zeros))
+    for w in SMALL_DECODE if small else VERIFY_WHOLE:
+        if shape.fits(rows, *w):
+            launches = (shape.write(), shape.chunk(rows, *w, skip_decode=False))
+            found.append(Tactic("verify whole {} warps{} stages{}".format(*w), launches))
     return found
 
 
@@ -253,15 +278,18 @@ class _Shape:
         arguments = (*self.inputs(*STEP_INPUTS), Operand("output", 0), *self.scale_inputs())
         return Launch(kernel, (self.kv_heads, self.sequences, 1), arguments)
 
-    def decode(self, bn: int, warps: int, stages: int, programs: int, *, own: bool) -> tuple[Launch, int, int]:
+    def decode(
+        self, bn: int, warps: int, stages: int, programs: int, *, own: bool, queries: int = 1
+    ) -> tuple[Launch, int, int]:
         """(launch, bytes of workspace, bytes of zeros)."""
         counters = self.kv_heads * programs
-        parts = 2 * counters * self.group
+        parts = 2 * counters * queries * self.group
         at_tops = _aligned(4 * parts * self.dv)
         at_totals = at_tops + _aligned(4 * parts)
         constants = {
             "BS": max(256, triton.next_power_of_2(self.sequences)), **self.own_constants(), "OWN": own,
-            **self.constants(), "BM": self.decode_rows, "BN": bn, "BG": self.bg, "LEAST": max(1, 2 * bn // 16),
+            **self.constants(), "BM": _block(queries * self.bg), "BN": bn, "BG": self.bg, "QUERIES": queries,
+            "LEAST": max(1, 2 * bn // 16),
             "CHUNK": max(1, min(16, 4096 // (self.bg * _block(self.dv)))),
         }  # fmt: skip
         names = (*STEP_NAMES, "y", "parts", "tops", "totals", "arrived", "sequences")

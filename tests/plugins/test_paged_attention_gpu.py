@@ -230,13 +230,35 @@ def test_shares_that_are_exactly_full():
     case.check(Device(90, 24), slice(0, 3))
 
 
+@pytest.mark.parametrize("options", ["plain", "all"])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_verification(dtype, options):
+    """Up to five queries of each sequence, two or three heads to a key head, some sequences with fewer, or none."""
+    for past, new, most, packed in (([150, 3, 0, 37], [5, 1, 3, 0], 5, True), ([64, 127, 40], [2, 2, 1], 2, False)):
+        case = Case(past, new, 6, 2, 20, 12, 8, dtype, packed=packed, spare=2, options=OPTIONS[options])
+        case.max_query = most
+        found = case.check(FEW_SMS, slice(None) if GPU else slice(0, None, 2))
+        assert {len(tactic.launches) for tactic in found} == {2}, "the keys of a step are written, then attended"
+        assert {bool(tactic.workspace) for tactic in found} == {True, False}, "with splits and without"
+
+
+@pytest.mark.parametrize("pages", EIGHT_BITS)
+def test_verification_with_rotation_into_pages_of_8_bits(pages):
+    rotary, table, rotation = ROTATIONS[0]
+    case = Case([70, 20], [4, 3], 6, 2, 20, 12, 8, torch.float16, packed=True, spare=1, options={"window": 30})
+    case = case.quantised(pages, 2, 2).rotated(rotary, torch.float16, **rotation)
+    case.max_query = 4
+    case.check(FEW_SMS, slice(None) if GPU else slice(0, 1))
+
+
 @pytest.mark.parametrize("programs", [1, 2, 3, 5, 11])
 def test_shares_of_many_sequences(programs):
     """Long and short sequences, padded ones and prompts between them, cut anywhere."""
     past = [200, 0, 3, 77, 0, 15, 16, 330, 5, 31]
-    new = [1, 1, 1, 1, 0, 1, 1, 1, 2, 1]
-    case = Case(past, new, 2, 1, 16, 16, 16, torch.float32, packed=True, spare=1, options={})
-    case.check(Device(90, programs), slice(-1, None))
+    for new in [1, 1, 1, 1, 0, 1, 1, 1, 2, 1], [2, 1, 3, 4, 0, 2, 1, 3, 2, 1]:
+        case = Case(past, new, 2, 1, 16, 16, 16, torch.float32, packed=True, spare=1, options={})
+        case.max_query = 4 if 4 in new else None
+        case.check(Device(90, programs), slice(0, 1) if case.max_query else slice(-1, None))
 
 
 @pytest.mark.gpu
@@ -248,10 +270,13 @@ def test_shares_of_many_sequences(programs):
 )
 def test_random_steps(dtype, options, heads, kv_heads, dim, v_dim, page):
     rng = random.Random()
-    for new in ([1] * 5, [1, rng.randrange(2, 600), 1, 0, rng.randrange(2, 200)]):
+    drafts = [rng.randrange(1, 9) for _ in range(5)]
+    for new in ([1] * 5, [1, rng.randrange(2, 600), 1, 0, rng.randrange(2, 200)], drafts):
         past = [rng.choice((0, 1, rng.randrange(400), rng.randrange(5000))) for _ in new]
-        Case(past, new, heads, kv_heads, dim, v_dim, page, dtype, packed=rng.random() < 0.5, spare=2,
-             options=options).check(Device(90, 132), slice(None) if heads == 32 and not options else 5)  # fmt: skip
+        case = Case(past, new, heads, kv_heads, dim, v_dim, page, dtype, packed=rng.random() < 0.5, spare=2,
+                    options=options)  # fmt: skip
+        case.max_query = 8 if new is drafts else case.max_query
+        case.check(Device(90, 132), slice(None) if heads == 32 and not options else 5)
 
 
 @pytest.mark.gpu
@@ -295,7 +320,7 @@ def test_every_tactic_compiles(capability, pages):
     attributes = {"layer": 0, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "v_head_dim": 128,
                   "scale": 128**-0.5, "window": 0, "softcap": 0.0}  # fmt: skip
     kernels = set()
-    for tokens, sequences, max_query in ((4, 4, 1), (256, 16, None)):
+    for tokens, sequences, max_query in ((4, 4, 1), (256, 16, None), (8, 8, 8)):
         pools, scale = Tensor((1000, 16, 8, 128), pages), None if pages == "bfloat16" else Tensor((8,), "float32")
         inputs = (bf16(tokens, 6144), None, None, i32(tokens), i32(sequences + 1), i32(sequences), i32(sequences, 512),
                   pools, pools, None, scale, scale)  # fmt: skip
@@ -317,7 +342,7 @@ def test_wide_heads_have_a_tactic_on_every_gpu(capability, dtype):
 
     attributes = {"layer": 0, "num_heads": 8, "num_kv_heads": 4, "head_dim": 256, "v_head_dim": 256,
                   "scale": 0.06, "window": 0, "softcap": 0.0}  # fmt: skip
-    for tokens, max_query in ((8, 1), (64, None)):
+    for tokens, max_query in ((8, 1), (64, None), (8, 8)):
         step = (tensor(size, dtype="int32") for size in (tokens, 9, 8))
         pools = (tensor(1, 16, 4, 256),) * 2
         inputs = (tensor(tokens, 16 * 256), None, None, *step, tensor(8, 64, dtype="int32"), *pools, None)
