@@ -111,6 +111,7 @@ def decode_kernel(
     g = tl.arange(0, BM)
     d = tl.arange(0, BD)
     dv = tl.arange(0, BDV)
+    EDGE: tl.constexpr = WINDOW if QUERIES > 1 else 0  # a single query sees all keys from `first` on
     token = 0  # of the sequence's queries, for each row of the block
     if QUERIES > 1:
         token, g = g // BG, g % BG
@@ -149,15 +150,15 @@ def decode_kernel(
             page_row = pages + s.to(tl.int64) * WIDTH
             acc, top, total = attend(
                 q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, k_unit, start, end, end,
-                NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, WINDOW if QUERIES > 1 else 0, True,
+                NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, EDGE, True,
             )  # fmt: skip
             if (at == begins) & (until <= stop):
                 out = finish(acc, top, total, v_unit, sinks, head, inside, SINKS)
                 place = ((row + token) * NUM_HEADS + head)[:, None] * DV + dv[None, :]
                 tl.store(y + place, out.to(y.dtype.element_ty), mask=mask)
             else:
-                place = kv_head * 2 * programs + 2 * mine + (at == begins).to(tl.int32)
-                part = (place * QUERIES + token) * GROUP + g
+                part = kv_head * 2 * programs + 2 * mine + (at == begins).to(tl.int32)
+                part = (part * QUERIES + token) * GROUP + g
                 tl.store(parts + part[:, None] * DV + dv[None, :], acc, mask=mask)
                 tl.store(tops + part, top, mask=inside)
                 tl.store(totals + part, total, mask=inside)

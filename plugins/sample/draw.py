@@ -8,17 +8,17 @@ import triton.language as tl
 
 from ..pdl import begin
 from .select import ordered, row_peak, threshold
-from .values import NOTHING, adjusted_logits, gumbel, image, pack, unpack, uses_penalties
+from .values import NOTHING, adjusted_logits, depth_of, gumbel, image, pack, unpack, uses_penalties
 
 
 @triton.jit
 def race_kernel(
     logits, sample_rows, sample_positions, temperatures, top_k, top_p, min_p, seeds,
-    penalties, counts, bias_ids, bias_values, stop_ids, min_length, masks, peaks, tables, states, best_images,
-    best_tokens,
+    penalties, counts, bias_ids, bias_values, stop_ids, min_length, masks, step_tokens, logit_rows, peaks, tables,
+    states, best_images, best_tokens,
     V: tl.constexpr, SPAN: tl.constexpr, N: tl.constexpr, B: tl.constexpr, BIASES: tl.constexpr, S: tl.constexpr,
-    EXTRAS: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, LEVELS: tl.constexpr,
-    RANDOM: tl.constexpr, TRUNCATE: tl.constexpr,
+    EXTRAS: tl.constexpr, ROWS: tl.constexpr, DRAFTS: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr,
+    LEVELS: tl.constexpr, RANDOM: tl.constexpr, TRUNCATE: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
     """The winner of each span: best_images, best_tokens [R, blocks]."""
@@ -28,6 +28,7 @@ def race_kernel(
     if row < 0:
         return
     position = tl.load(sample_positions + r)
+    depth = depth_of(sample_rows, r, row, DRAFTS)
     if RANDOM:
         temperature = tl.load(temperatures + row)
         seed = tl.load(seeds + row)
@@ -42,8 +43,9 @@ def race_kernel(
     best = tl.full([N], NOTHING, tl.int64)
     for start in range(block * SPAN, tl.minimum(block * SPAN + SPAN, V), N):
         t = start + tl.arange(0, N)
-        z = adjusted_logits(logits, r, row, position, start, penalties, counts, bias_ids, bias_values, stop_ids,
-                            min_length, masks, V, N, B, BIASES, S, EXTRAS)  # fmt: skip
+        z = adjusted_logits(logits, r, row, depth, position, start, penalties, counts, bias_ids, bias_values,
+                            stop_ids, min_length, masks, step_tokens, logit_rows, V, N, B, BIASES, S, EXTRAS, ROWS,
+                            DRAFTS)  # fmt: skip
         keep = t < V
         if RANDOM:
             if temperature > 0:
@@ -60,28 +62,47 @@ def race_kernel(
 
 
 @triton.jit
+def winner(best_images, best_tokens, r, V: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr):
+    """The token of the best of row r's spans."""
+    i = tl.arange(0, PADDED)
+    bits = tl.load(best_images + r * BLOCKS + i, mask=i < BLOCKS, other=-(2**31))
+    token = tl.load(best_tokens + r * BLOCKS + i, mask=i < BLOCKS, other=0)
+    packed = tl.where(i < BLOCKS, pack(bits, token), NOTHING)
+    bits, token = unpack(tl.max(packed, 0))
+    return tl.minimum(token, V - 1)
+
+
+@triton.jit
 def take_kernel(
-    sample_rows, penalties, counts, best_images, best_tokens, last_token, tokens,
-    V: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, EXTRAS: tl.constexpr,
+    sample_rows, penalties, counts, step_tokens, logit_rows, best_images, best_tokens, last_token, tokens,
+    V: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, EXTRAS: tl.constexpr, DRAFTS: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """The best of a row's spans: written to tokens [R] and last_token, and counted where penalties need it."""
+    """The best of a row's spans: written to tokens [R] and last_token, and counted where penalties need it.
+
+    DRAFTS: a sample holds if the drafts before it are what was sampled there; only those that hold are counted, and
+    the last of them is the row's last token. The draft that a sample had to meet is the token behind the sample's own.
+    """
     begin(PDL)
     r = tl.program_id(0)
     row = tl.load(sample_rows + r)
     if row < 0:
         tl.store(tokens + r, -1)
         return
-    i = tl.arange(0, PADDED)
-    bits = tl.load(best_images + r * BLOCKS + i, mask=i < BLOCKS, other=-(2**31))
-    token = tl.load(best_tokens + r * BLOCKS + i, mask=i < BLOCKS, other=0)
-    packed = tl.where(i < BLOCKS, pack(bits, token), NOTHING)
-    bits, token = unpack(tl.max(packed, 0))
-    token = tl.minimum(token, V - 1)
+    token = winner(best_images, best_tokens, r, V, BLOCKS, PADDED)
     tl.store(tokens + r, token)
-    tl.store(last_token + row, token)
+    holds = row >= 0
+    last = holds
+    if DRAFTS > 0:
+        for back in range(1, depth_of(sample_rows, r, row, DRAFTS) + 1):
+            guess = tl.load(step_tokens + tl.load(logit_rows + r - back + 1))
+            holds &= winner(best_images, best_tokens, r - back, V, BLOCKS, PADDED) == guess
+        inside = r + 1 < tl.num_programs(0)
+        followed = tl.load(sample_rows + r + 1, mask=inside, other=-1) == row
+        next_row = tl.load(logit_rows + r + 1, mask=followed, other=0)
+        last = holds & ~(followed & (tl.load(step_tokens + next_row) == token))
+    tl.store(last_token + row, token, mask=last)
     if EXTRAS:
         place = row.to(tl.int64)
         if uses_penalties(penalties, place):
-            at = counts + place * V + token
-            tl.store(at, tl.load(at) + 1)
+            tl.atomic_add(counts + place * V + token, 1, mask=holds)  # samples of a row may take the same token

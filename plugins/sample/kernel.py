@@ -7,8 +7,9 @@ A row's token is the same in any tactic.
 
 Site: op `Sample`; attributes `num_rows` (of the scheduler), `num_bias` B, `num_stop` S (slots per row), `num_logprobs`
 L (0: none), `random` (False: all rows greedy), `truncate` (some row has top_k, top_p or min_p), `extras` (some row has
-a mask, bias, min_tokens or penalties). Inputs that these rule out are None. The tables have a row per row of the
-scheduler:
+a mask, bias, min_tokens or penalties), `drafts` (0, or the most drafts of a request that are verified: its samples
+follow one another, see `runtime/speculation/verify.py`). Inputs that these rule out are None. The tables have a row per
+row of the scheduler:
 
      0 logits [R, V]    1 sample_rows [R] int32, negative: padding    2 sample_positions [R] int32
      3 temperature fp32, 0: greedy    4 top_k int32, 0: off    5 top_p fp32, 1: off    6 min_p fp32, 0: off
@@ -18,6 +19,8 @@ scheduler:
     13 min_length int32: stop ids are masked at positions below
     14 masks [.., ceil(V / 32)] int32: a bit for each token, the lowest first, 0: it may not be    15 last_token int32
        (written)
+    16 step_tokens [T] int32 and 17 logit_rows [R] int32, where drafts are verified: the tokens of the step, drafts among
+       them, and the one that each sample follows. masks then has `num_rows` rows for each number of drafts before it
 
 Outputs: 0 tokens [R] int32, -1 for padding; with L > 0 also 1 chosen_logprob [R] fp32, 2 chosen_rank [R] int32 (tokens
 strictly more likely, plus one), 3 top_ids [R, L] int32, 4 top_logprobs [R, L] fp32, all of the raw logits; those of
@@ -36,6 +39,7 @@ from .select import STATE, TABLE, peak_kernel, select_kernel
 INPUTS = (
     "logits", "sample_rows", "sample_positions", "temperatures", "top_k", "top_p", "min_p", "seeds", "penalties",
     "counts", "bias_ids", "bias_values", "stop_ids", "min_length", "masks", "last_token",
+    "step_tokens", "logit_rows",
 )  # fmt: skip
 OUTPUTS = ("tokens", "chosen_logprob", "chosen_rank", "top_ids", "top_logprobs")
 TILE = 512  # tokens of a step of a program
@@ -76,7 +80,9 @@ class _Sampling:
         assert site.inputs[0] is not None
         self.workspace = 0
         self.operands: dict[str, tuple[Operand, str]] = {}
-        for kind, names, tensors in (("input", INPUTS, site.inputs), ("output", OUTPUTS, site.outputs)):
+        drafts = options.get("drafts", 0)
+        given = (*site.inputs, *[None] * (len(INPUTS) - len(site.inputs)))
+        for kind, names, tensors in (("input", INPUTS, given), ("output", OUTPUTS, site.outputs)):
             for index, (name, tensor) in enumerate(zip(names, tensors, strict=False)):
                 # no kernel reads what is absent: any pointer will do
                 self.operands[name] = (
@@ -90,7 +96,8 @@ class _Sampling:
             "V": self.vocab, "SPAN": span, "N": TILE, "B": slots, "BIASES": triton.next_power_of_2(max(slots, 1)),
             "S": options["num_stop"] if self.extras else 0, "EXTRAS": self.extras, "BLOCKS": self.blocks,
             "PADDED": triton.next_power_of_2(self.blocks), "LEVELS": self.levels, "RANDOM": self.random,
-            "TRUNCATE": self.truncate,
+            "TRUNCATE": self.truncate, "ROWS": options["num_rows"],
+            "DRAFTS": triton.next_power_of_2(drafts) if drafts else 0,
         }  # fmt: skip
 
     def tactic(self) -> Tactic:

@@ -31,6 +31,8 @@ def sample(
     min_length: Tensor | None,
     masks: Tensor | None,
     last_token: Tensor,
+    step_tokens: Tensor | None = None,
+    logit_rows: Tensor | None = None,
     *,
     num_logprobs: int = 0,
 ) -> tuple[Tensor, ...]:
@@ -41,12 +43,21 @@ def sample(
     live = (sample_rows >= 0).nonzero()[:, 0]
     rows, positions = sample_rows[live].long(), sample_positions[live]
     values = logits[live].float()
+    depth, guesses = torch.zeros_like(rows), torch.full_like(rows, -1)
+    if step_tokens is not None:
+        assert logit_rows is not None
+        depth = torch.tensor([(rows[:i] == row).sum() for i, row in enumerate(rows)], device=rows.device).long()
+        guesses = step_tokens[logit_rows[live]].long()
     if penalties is not None:
         assert counts is not None and bias_ids is not None and bias_values is not None
         assert stop_ids is not None and min_length is not None and masks is not None
+        seen = counts[rows]
+        for i in range(len(rows)):
+            drafts = guesses[i + 1 - depth[i] : i + 1]  # before this sample
+            seen[i].index_add_(0, drafts, torch.ones_like(drafts, dtype=seen.dtype))
         values = adjusted(
-            values, positions, penalties[rows], counts[rows], bias_ids[rows], bias_values[rows], stop_ids[rows],
-            min_length[rows], masks[rows],
+            values, positions, penalties[rows], seen, bias_ids[rows], bias_values[rows], stop_ids[rows],
+            min_length[rows], masks[rows + depth * len(last_token)],
         )  # fmt: skip
     race = values
     if temperature is not None:
@@ -59,11 +70,14 @@ def sample(
     chosen = race.argmax(-1)
     tokens = torch.full_like(sample_rows, -1)
     tokens[live] = chosen.int()
-    last_token[rows] = chosen.int()
-    if penalties is not None:
-        assert counts is not None
-        uses = (penalties[rows] != torch.tensor([1.0, 0.0, 0.0], device=logits.device)).any(-1)
-        counts[rows[uses], chosen[uses]] += 1
+    holds = True
+    for i, row in enumerate(rows.tolist()):  # a sample holds if the drafts before it are what was sampled there
+        holds = not depth[i] or (holds and bool(chosen[i - 1] == guesses[i]))
+        if not holds:
+            continue
+        last_token[row] = chosen[i]
+        if penalties is not None and counts is not None and penalties[row].tolist() != [1.0, 0.0, 0.0]:
+            counts[row, chosen[i]] += 1
     if not num_logprobs:
         return (tokens,)
     raw = logits.float()

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..pdl import begin
-from .values import adjusted_logits, image
+from .values import adjusted_logits, depth_of, image
 
 # a level's histograms: how many, and the mass in pieces of 16 bits, lowest first, so that sums fit an int32
 BINS = tl.constexpr(16)
@@ -27,9 +27,9 @@ def ordered(z):
 @triton.jit
 def peak_kernel(
     logits, sample_rows, sample_positions, penalties, counts, bias_ids, bias_values, stop_ids, min_length, masks,
-    peaks, tables,
+    step_tokens, logit_rows, peaks, tables,
     V: tl.constexpr, SPAN: tl.constexpr, N: tl.constexpr, B: tl.constexpr, BIASES: tl.constexpr, S: tl.constexpr,
-    EXTRAS: tl.constexpr, CLEAR: tl.constexpr, SIZE: tl.constexpr,
+    EXTRAS: tl.constexpr, ROWS: tl.constexpr, DRAFTS: tl.constexpr, CLEAR: tl.constexpr, SIZE: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
     """The largest adjusted logit of each span: peaks [R, blocks]. Clears the row's SIZE integers of histograms."""
@@ -39,12 +39,14 @@ def peak_kernel(
     if row < 0:
         return
     position = tl.load(sample_positions + r)
+    depth = depth_of(sample_rows, r, row, DRAFTS)
     i = block * CLEAR + tl.arange(0, CLEAR)
     tl.store(tables + r.to(tl.int64) * SIZE + i, tl.zeros([CLEAR], tl.int32), mask=i < SIZE)
     top = tl.full([N], float("-inf"), tl.float32)
     for start in range(block * SPAN, tl.minimum(block * SPAN + SPAN, V), N):
-        z = adjusted_logits(logits, r, row, position, start, penalties, counts, bias_ids, bias_values, stop_ids,
-                            min_length, masks, V, N, B, BIASES, S, EXTRAS)  # fmt: skip
+        z = adjusted_logits(logits, r, row, depth, position, start, penalties, counts, bias_ids, bias_values,
+                            stop_ids, min_length, masks, step_tokens, logit_rows, V, N, B, BIASES, S, EXTRAS, ROWS,
+                            DRAFTS)  # fmt: skip
         top = tl.maximum(top, z)
     tl.store(peaks + r * tl.num_programs(0) + block, tl.max(top, 0))
 
@@ -90,9 +92,11 @@ def descend(table, prefix, need, share, MASS: tl.constexpr):
 @triton.jit
 def select_kernel(
     logits, sample_rows, sample_positions, temperatures, top_k, top_p, min_p,
-    penalties, counts, bias_ids, bias_values, stop_ids, min_length, masks, peaks, tables, states, level,
+    penalties, counts, bias_ids, bias_values, stop_ids, min_length, masks, step_tokens, logit_rows, peaks, tables,
+    states, level,
     V: tl.constexpr, SPAN: tl.constexpr, N: tl.constexpr, B: tl.constexpr, BIASES: tl.constexpr, S: tl.constexpr,
-    EXTRAS: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, LEVELS: tl.constexpr, MASS: tl.constexpr,
+    EXTRAS: tl.constexpr, ROWS: tl.constexpr, DRAFTS: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr,
+    LEVELS: tl.constexpr, MASS: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One level of top_k (MASS=False) or, after all of those, of top_p.
@@ -116,6 +120,7 @@ def select_kernel(
         if not truncated_k:
             return
     position = tl.load(sample_positions + r)
+    depth = depth_of(sample_rows, r, row, DRAFTS)
     tables += r.to(tl.int64) * (LEVELS * TABLE)
     states += r * (2 * LEVELS * STATE)
     mine = states + (MASS * LEVELS + level) * STATE
@@ -147,8 +152,9 @@ def select_kernel(
     low = tl.zeros([BINS, N], tl.int32)
     high = tl.zeros([BINS, N], tl.int32)
     for start in range(block * SPAN, tl.minimum(block * SPAN + SPAN, V), N):
-        z = adjusted_logits(logits, r, row, position, start, penalties, counts, bias_ids, bias_values, stop_ids,
-                            min_length, masks, V, N, B, BIASES, S, EXTRAS)  # fmt: skip
+        z = adjusted_logits(logits, r, row, depth, position, start, penalties, counts, bias_ids, bias_values,
+                            stop_ids, min_length, masks, step_tokens, logit_rows, V, N, B, BIASES, S, EXTRAS, ROWS,
+                            DRAFTS)  # fmt: skip
         u = ordered(z)
         rest = u >> shift.to(tl.uint32)
         counted = (start + tl.arange(0, N) < V) & ((rest >> 4) == prefix)

@@ -21,19 +21,33 @@ def raw_logits(logits, r, t, V: tl.constexpr):
 
 
 @triton.jit
+def depth_of(sample_rows, r, row, DRAFTS: tl.constexpr):
+    """Samples of the same request in front of sample r: as many of its drafts are taken to be right."""
+    depth = row * 0
+    if DRAFTS > 0:
+        back = 1 + tl.arange(0, DRAFTS)
+        depth = tl.sum((tl.load(sample_rows + r - back, mask=r >= back, other=-1) == row).to(tl.int32), 0)
+    return depth
+
+
+@triton.jit
 def adjusted_logits(
-    logits, r, row, position, start, penalties, counts, bias_ids, bias_values, stop_ids, min_length, masks,
+    logits, r, row, depth, position, start, penalties, counts, bias_ids, bias_values, stop_ids, min_length, masks,
+    step_tokens, logit_rows,
     V: tl.constexpr, N: tl.constexpr, B: tl.constexpr, BIASES: tl.constexpr, S: tl.constexpr, EXTRAS: tl.constexpr,
+    ROWS: tl.constexpr, DRAFTS: tl.constexpr,
 ):  # fmt: skip
     """Logits [N] fp32 from token `start` on, after masks, bias, min_tokens and penalties; -inf past the vocabulary.
 
     BIASES: B slots of bias, rounded up to a power of two. Only slots with a token of this block cost a step.
+    depth: see `depth_of`; the drafts before a sample count as put out, and each depth has its own ROWS masks.
     """
     t = start + tl.arange(0, N)
     z = raw_logits(logits, r, t, V)
     if EXTRAS:
         place = row.to(tl.int64)
-        words = tl.load(masks + place * ((V + 31) // 32) + t // 32, mask=t < V, other=0)
+        mine = place + depth * ROWS
+        words = tl.load(masks + mine * ((V + 31) // 32) + t // 32, mask=t < V, other=0)
         z = tl.where((words >> (t % 32)) & 1 != 0, z, float("-inf"))
         if B > 0:
             slot = tl.arange(0, BIASES)
@@ -52,6 +66,9 @@ def adjusted_logits(
         if uses_penalties(penalties, place):
             repetition, presence, frequency = row_penalties(penalties, place)
             count = tl.load(counts + place * V + t, mask=t < V, other=0)
+            if DRAFTS > 0:
+                for back in range(0, depth):
+                    count += (t == tl.load(step_tokens + tl.load(logit_rows + r - back))).to(tl.int32)
             times = (count & (IN_PROMPT - 1)).to(tl.float32)
             z = tl.where(count != 0, tl.where(z > 0, z / repetition, z * repetition), z)
             z = tl.fma(-frequency, times, z)
