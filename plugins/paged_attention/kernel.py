@@ -3,9 +3,9 @@
 In a bucket for decoding one launch writes the new keys and values and attends: either the keys of all sequences are
 split over programs (`decode.py`), or each sequence has its own (`whole.py`). In any other bucket every K and V of the
 step is written to its slot first; launches of a stream are ordered, so all later reads see them. Then tiles of prompt
-tokens are attended (`chunk.py`), and rows of decoding either with them or, split, in a launch of their own. Where drafts
-are verified all sequences have a few query tokens: split as in decoding, or a tile for each. The number of splits is a
-guess at what fills the GPU and part of what the builder times.
+tokens are attended (`chunk.py`), and rows of decoding either with them or, split, in a launch of their own. Where
+drafts are verified all sequences have a few query tokens: split as in decoding, or a tile for each. The number of
+splits is a guess at what fills the GPU and part of what the builder times.
 
 Pages of 8 bits have scales, which kernels take behind all other pointers; those of plain pages are compiled without.
 """

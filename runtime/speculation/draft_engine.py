@@ -8,9 +8,9 @@ computed first. Nothing here bears on what is sampled: a wrong guess costs time,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ...engines import step as names
 from ...engines.errors import EngineError
@@ -18,7 +18,10 @@ from ..batch import Batch
 from ..engine import Engine
 from .verify import holding
 
-Graph = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+if TYPE_CHECKING:
+    import torch  # which engines for a GPU are served without
+
+    Graph = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
 
 class DraftEngine:
@@ -99,6 +102,8 @@ class DraftEngine:
 
     def _run(self, pages: np.ndarray, begins: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """A step over tokens `begin .. begin + count` of each sequence -> the likeliest token after each [S]."""
+        import torch
+
         query_start = np.zeros(len(counts) + 1, np.int32)
         np.cumsum(counts, out=query_start[1:])
         sequences = np.repeat(np.arange(len(counts)), counts)
