@@ -3,6 +3,7 @@ graphs. So an engine for the cuda target is served as a whole where there is no 
 """
 
 import json
+import math
 from contextlib import contextmanager
 
 import numpy as np
@@ -46,7 +47,7 @@ def random_weights(seed=0):
 
 
 def cast(out, weights, target, **sizes):
-    """An engine of these weights in fp32; for the cuda target with the first tactic of each site and no cubins."""
+    """An engine of these weights in fp32; for the cuda target without cubins."""
     with engine_directory(out) as folder:
         graph = typed(llama_graph(CONFIG, weights, "float32"))
         save_graph(graph, folder)
@@ -71,12 +72,16 @@ def typed(model):
     return model
 
 
+def quick(site):
+    """The tactic that the interpreter runs fastest: the one of fewest programs."""
+    return min(tactics_of(site.op)(site), key=lambda t: sum(math.prod(launch.grid) for launch in t.launches))
+
+
 def save_plan(graph, folder, max_num_seqs=4, max_num_batched_tokens=32, max_draft_tokens=3):
     """Writes the plan and returns its kernels."""
     planner = Planner(
-        fuse(graph.graph), Device(90, 4), PAGE, LENGTH // PAGE, max_num_seqs, lambda s: tactics_of(s.op)(s)[0],
-        max_draft_tokens=max_draft_tokens,
-    )  # fmt: skip
+        fuse(graph.graph), Device(90, 4), PAGE, LENGTH // PAGE, max_num_seqs, quick, max_draft_tokens=max_draft_tokens
+    )
     sizes = bucket_sizes(max_num_seqs, max_num_batched_tokens, LENGTH, max_draft_tokens)
     buckets = tuple(planner.plan(each) for each in sizes)
     folder.mkdir()
@@ -87,7 +92,7 @@ def save_plan(graph, folder, max_num_seqs=4, max_num_batched_tokens=32, max_draf
 
 
 class InterpretedGraphs:
-    """`Graphs`, each launch interpreted. parts: how often each bucket's were replayed, by (bucket, parts)."""
+    """`Graphs`, each launch interpreted. replays: (bucket, parts) of each that was asked for."""
 
     replays: list = []
 

@@ -1,0 +1,93 @@
+"""Drafts on the cuda target: without a GPU whole engines in Triton's interpreter, on one as they are served."""
+
+import pytest
+import torch
+from ingot import LLM, SamplingParams
+from ingot.engines.errors import EngineError
+
+pytest.importorskip("triton")
+
+from interpreted_gpu import VOCAB, cast, interpreted_gpu, random_weights
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # Triton's interpreter
+    pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is a GPU"),
+]
+PROMPTS = [[5, 6, 7, 8, 9, 10, 5, 6, 7], [20, 21, 20, 21], [30] * 9]
+ROOMY, TIGHT = {"num_kv_pages": 60}, {"num_kv_pages": 8, "max_num_batched_tokens": 9}
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    """The same weights for both targets, and a draft engine for cuda that is right now and then."""
+    folder = tmp_path_factory.mktemp("engines")
+    weights, other = random_weights(), random_weights()
+    other["model.layers.0.mlp.down_proj.weight"] *= 0.7
+    return (
+        cast(folder / "cpu", weights, "cpu"), cast(folder / "cuda", weights, "cuda"),
+        cast(folder / "draft", other, "cuda", max_num_batched_tokens=16),
+    )  # fmt: skip
+
+
+def answers(llm, params):
+    return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params, progress=False)]
+
+
+def drafting(engine, speculate, draft, room=ROOMY, **options):
+    options |= {"draft_engine": draft} if speculate == "draft" else {}
+    return LLM(engine, speculate=speculate, num_draft_tokens=3, adapt_drafts=False, **options, **room)
+
+
+@pytest.mark.parametrize("speculate, room", [("ngram", ROOMY), ("draft", TIGHT)])
+def test_greedy_answers_are_the_cpu_engines(engines, speculate, room):
+    cpu, cuda, draft = engines
+    greedy = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (9, 6, 8)]
+    with LLM(cpu) as llm:
+        wanted = answers(llm, greedy)
+    with interpreted_gpu() as replays, drafting(cuda, speculate, draft, room) as llm:
+        replays.clear()
+        assert answers(llm, greedy) == wanted
+        metrics = llm.metrics()
+    assert metrics.speculation.accepted > 3 and (metrics.preemptions > 0) == (room is TIGHT)
+    assert any(bucket.max_query > 1 and "stage" in parts for bucket, parts in replays), "buckets for verification"
+
+
+def test_what_is_sampled_is_what_it_would_be_without_drafts(engines):
+    """Penalties, masks and log-probabilities: tests/plugins/test_sample_gpu.py, and test_cuda_gpu.py on a GPU."""
+    _, cuda, _ = engines
+    params = [SamplingParams(temperature=0.5, max_tokens=8, seed=seed, ignore_eos=True) for seed in range(3)]
+    found = []
+    with interpreted_gpu():
+        for make in (lambda: LLM(cuda, **ROOMY), lambda: drafting(cuda, "draft", cuda)):
+            with make() as llm:
+                found.append(answers(llm, params))
+                stats = llm.metrics().speculation
+    assert found[0] == found[1] and stats.accepted > 3 and stats.drafted > stats.accepted
+
+
+def test_an_engine_that_drafts_for_itself_is_always_right(engines):
+    """After steps without drafts, which it has not seen, and in company of a request that wants none."""
+    _, cuda, _ = engines
+    without = SamplingParams(temperature=0, max_tokens=4, speculate=False, ignore_eos=True)
+    greedy = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    with interpreted_gpu(), drafting(cuda, "draft", cuda) as llm:
+        llm.generate(PROMPTS[:1], without, progress=False)
+        (one,) = llm.generate([PROMPTS[0]], greedy, progress=False)
+        answers(llm, [greedy, without, greedy])
+        stats, hits = llm.metrics().speculation, llm.metrics().prefix_hits
+    assert stats.drafted > 9 and stats.accepted == stats.drafted and hits > 0
+    assert max(one.outputs[0].token_ids) < VOCAB
+
+
+def test_what_cannot_work_is_refused(engines, tmp_path):
+    cpu, cuda, draft = engines
+    none = cast(tmp_path / "none", random_weights(), "cuda", max_draft_tokens=0)
+    with interpreted_gpu():
+        for target, options, words in (
+            (cuda, dict(speculate="ngram", num_draft_tokens=4), "num_draft_tokens is 4, but .* verify at most 3; ask"),
+            (none, dict(speculate="suffix", num_draft_tokens=1), "was built to verify none"),
+            (cuda, dict(speculate="draft", draft_engine=none, num_draft_tokens=1), "--max-draft-tokens 0, so it cannot"),
+            (cuda, dict(speculate="draft", draft_engine=cpu, num_draft_tokens=1), "is for the cpu target"),
+        ):
+            with pytest.raises(EngineError, match=words):
+                LLM(target, **options, **ROOMY)
