@@ -86,7 +86,11 @@ def test_what_cannot_work_is_refused(engines, tmp_path):
         for target, options, words in (
             (cuda, dict(speculate="ngram", num_draft_tokens=4), "num_draft_tokens is 4, but .* verify at most 3; ask"),
             (none, dict(speculate="suffix", num_draft_tokens=1), "was built to verify none"),
-            (cuda, dict(speculate="draft", draft_engine=none, num_draft_tokens=1), "--max-draft-tokens 0, so it cannot"),
+            (
+                cuda,
+                dict(speculate="draft", draft_engine=none, num_draft_tokens=1),
+                "--max-draft-tokens 0, so it cannot",
+            ),
             (cuda, dict(speculate="draft", draft_engine=cpu, num_draft_tokens=1), "is for the cpu target"),
         ):
             with pytest.raises(EngineError, match=words):
