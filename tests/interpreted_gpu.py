@@ -1,5 +1,6 @@
-"""A GPU that is none: the driver of fake_driver.py, whose memory is the host's, and Triton's interpreter in the place of
-graphs. So an engine for the cuda target is served as a whole where there is no GPU: executor, tables, kernels, pools.
+"""A GPU that is none: the driver of fake_driver.py, whose memory is the host's, and Triton's interpreter for graphs.
+
+So an engine for the cuda target is served as a whole where there is no GPU: executor, tables, kernels, pools.
 """
 
 import json

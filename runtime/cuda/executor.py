@@ -31,6 +31,8 @@ from .memory import check_plan, kv_pools, pages_of_pool, step_buffers
 from .sampling import SamplingTables, check_params
 from .weights import Weights
 
+MEASURING = 1.0  # seconds, at most, of finding out what steps cost
+
 
 class Results(NamedTuple):
     """Where a step's results arrive: an array for each name, and the event that says they have."""
@@ -247,8 +249,8 @@ class CudaExecutor:
             self._gpu.synchronise(self._stream)
 
         most = max(bucket.tokens for bucket in plan.buckets if bucket.max_query)
-        target = Curve.measure(run, min(most, config.max_num_seqs * (1 + config.num_draft_tokens)))
-        return Costs(target, Curve.measure(draft.scratch, config.max_num_seqs) if draft else None)
+        target = Curve.measure(run, min(most, config.max_num_seqs * (1 + config.num_draft_tokens)), MEASURING)
+        return Costs(target, Curve.measure(draft.scratch, config.max_num_seqs, MEASURING) if draft else None)
 
     def _allocate_results(self, plan: Plan) -> Results:
         rows = max(bucket.rows for bucket in plan.buckets)
