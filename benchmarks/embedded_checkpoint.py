@@ -60,7 +60,9 @@ class Shape:
 SHAPES = {
     "llama-8b": Shape(4096, 14336, 32, 32, 8, 128, 128256, False),
     "llama-1b": Shape(2048, 8192, 16, 32, 8, 64, 128256, True),
-    "llama-160m": Shape(768, 3072, 12, 12, 12, 64, 128256, True),  # a draft model's, with the vocabulary of the others
+    # of draft models (Miao et al., arXiv:2305.09781), with the vocabulary of the others
+    "llama-160m": Shape(768, 3072, 12, 12, 12, 64, 128256, True),
+    "llama-68m": Shape(768, 3072, 2, 12, 12, 64, 128256, True),
 }
 
 

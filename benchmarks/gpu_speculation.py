@@ -230,7 +230,8 @@ def main() -> None:
     result: dict[str, Any] = {}
     if args.part in ("all", "build"):
         small(args)
-        large("pycoder-draft-2m", args.draft_shape, args.work)
+        for shape in {args.draft_shape, "llama-68m"}:
+            large("pycoder-draft-2m", shape, args.work)
         large("pycoder-14m", args.shape, args.work)
     if args.part in ("all", "exact"):
         result["exact"] = exact(args, end if args.part == "exact" else time.monotonic() + args.seconds / 3)

@@ -23,7 +23,7 @@ from ..engine import Engine
 from ..speculation.draft_engine import check_pair
 from ..speculation.verify import holding
 from .graphs import Graphs, arena_bytes
-from .memory import check_plan, kv_pools, step_buffers
+from .memory import GRAPH_RESERVE, check_plan, kv_pools, step_buffers
 from .weights import Weights
 
 GREEDY = "sample.greedy"
@@ -85,9 +85,10 @@ class Drafting:
 
     @property
     def buffer_bytes(self) -> int:
-        """Of its step tensors: most of it the page table, packed and unpacked."""
+        """Of its step tensors, packed and unpacked, and of its graphs."""
         plan = self.plan
-        return 4 * (2 * packed_size(plan.max_num_seqs, plan.max_num_batched_tokens, plan.max_pages)) + plan.zeros
+        packed = packed_size(plan.max_num_seqs, plan.max_num_batched_tokens, plan.max_pages)
+        return 8 * packed + plan.zeros + GRAPH_RESERVE
 
     # -- a step --------------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ from .memory import check_plan, kv_pools, pages_of_pool, step_buffers
 from .sampling import SamplingTables, check_params
 from .weights import Weights
 
+MANY = 1 << 30  # query tokens of a sequence: more than any bucket is made for
 MEASURING = 1.0  # seconds, at most, of finding out what steps cost
 
 
@@ -116,11 +117,13 @@ class CudaExecutor:
         if self._drafting:
             self._drafting.follow(batch)
         self._gpu.upload(self._buffers[PACKED], batch.packed, self._stream)
+        longest = int(np.diff(batch.inputs[QUERY_START]).max())
+        if longest > 1 and not self.config.speculate:
+            longest = MANY  # buckets for verification are not captured
         # a request that was just admitted may have got pages that another one fills in this very step
         bucket = self._plan.bucket(
-            len(batch.inputs[TOKENS]), batch.num_works, int(batch.inputs[KV_LEN].max()), not batch.placements,
-            int(np.diff(batch.inputs[QUERY_START]).max()),
-        )  # fmt: skip
+            len(batch.inputs[TOKENS]), batch.num_works, int(batch.inputs[KV_LEN].max()), not batch.placements, longest
+        )
         sample = f"sample.{self._tables.kind_of(batch.sample_rows)}"
         self._results.reverse()
         results = self._results[0]

@@ -93,7 +93,7 @@ class CudaTracer:
         return found
 
     def _number(self, load: Load) -> int:
-        return self._plan.bucket(load.tokens, len(load.queries), max(load.keys), max_query=max(load.queries))
+        return self._plan.bucket(load.tokens, len(load.queries), max(load.keys))
 
     def _expect(self, number: int) -> _Expected:
         plan = self._plan
