@@ -133,6 +133,7 @@ def interpreted_gpu():
         patch.setattr(gpus, "_driver", lambda: driver)
         patch.setattr(executor, "Graphs", InterpretedGraphs)
         patch.setattr(drafting, "Graphs", InterpretedGraphs)
+        patch.setattr(executor, "MEASURING", 0.0)
         patch.setattr(InterpretedGraphs, "replays", [])
         # what kernels must not rely on: memory that is zero
         patch.setattr(FakeDriver, "_cuMemAlloc", _poisoned)

@@ -49,7 +49,7 @@ class Drafting:
         dummy = config.load_format == "dummy"
         self.engine = engine = Engine.open(config.draft_engine, dummy=dummy)
         check_pair(target, engine, model_len(target.manifest, config))
-        self._gpu, self._stream, self._target = gpu, stream, plan
+        self._gpu, self._stream = gpu, stream
         self.plan = Plan.open(engine.folder / FOLDER)
         _check_plans(self.plan, plan, engine, gpu, config)
         self._vocab_size = min(plan.vocab_size, engine.manifest.model.vocab_size)
@@ -93,7 +93,7 @@ class Drafting:
     # -- a step --------------------------------------------------------------------------------------------------------
 
     def follow(self, batch: Batch) -> None:
-        """The target is about to run this step."""
+        """The target runs this step: what is known of its rows here. `launch` asks for it, too."""
         page_size, inputs = self.plan.page_size, batch.inputs
         slots, positions = inputs[names.SLOTS], inputs[names.POSITIONS]
         self._whole[slots[positions % page_size == 0] // page_size] = False
@@ -103,14 +103,13 @@ class Drafting:
             found = self._whole[inputs[names.PAGES][work, : start // page_size]]
             num = len(found) if found.all() else int(found.argmin())
             self._seen[placement.row] = num * page_size
-        if batch.ahead and len(batch.ahead.known) <= self._most_works:
-            batch.packed[5] = self._target.max_pages  # where the kernel finds a row of the target's page table
-            self._catch_up(batch)
 
     def launch(self, batch: Batch) -> Guesses | None:
         """Enqueues the guesses behind the target's step, which has been enqueued; None where none are wanted."""
+        self.follow(batch)
         if not batch.ahead or batch.num_ahead is None or len(batch.ahead.known) > self._most_works:
             return None
+        self._catch_up(batch)
         plan, works = self.plan, batch.ahead.table[0]
         nums = np.minimum(batch.num_ahead[works], self._most)
         steps, num = int(nums.max()), len(works)

@@ -114,8 +114,7 @@ class CudaExecutor:
             before = 0 if batch.drafts is None else int(depths(batch.drafts)[i])
             self._tables.mask(int(batch.sample_rows[i]), before, bits)
         self._buffers |= self._tables.addresses
-        if self._drafting:
-            self._drafting.follow(batch)
+        batch.packed[5] = self._plan.max_pages  # where a draft engine finds a row of the page table
         self._gpu.upload(self._buffers[PACKED], batch.packed, self._stream)
         longest = int(np.diff(batch.inputs[QUERY_START]).max())
         if longest > 1 and not self.config.speculate:
@@ -188,6 +187,8 @@ class CudaExecutor:
         """The head again and again, a bucket's rows at a time; logits of scored rows are read on the host."""
         rows, all_rows = self._plan.buckets[bucket].rows, batch.inputs[LOGIT_ROWS]
         columns = batch.columns
+        if self._drafting:
+            self._drafting.follow(batch)
         prompt_logprobs: list[list[Logprobs] | None] = [None] * batch.num_works
         arrays = {name: np.zeros((len(all_rows), *array.shape[1:]), array.dtype)
                   for name, array in results.arrays.items()}  # fmt: skip
@@ -232,14 +233,14 @@ class CudaExecutor:
     # -- opening -------------------------------------------------------------------------------------------------------
 
     def _measure(self) -> Costs:
-        """What steps cost, up to the largest that drafts can make: two tokens a sequence, on the scratch page."""
+        """What steps cost, up to the largest that drafts can make: all of it on the scratch page."""
         plan, draft, config = self._plan, self._drafting, self.config
         assert config.max_num_seqs is not None
         packed = self._gpu.pinned(4 * packed_size(plan.max_num_seqs, plan.max_num_batched_tokens, 1)).view(np.int32)
 
         def run(size: int) -> None:
-            num = -(-size // 2)
-            starts = np.minimum(2 * np.arange(num + 1), size)
+            num = min(-(-size // 2), plan.max_num_seqs)
+            starts = np.arange(num + 1) * size // num
             nothing = np.zeros(size, np.int64)
             header = [size, num, 1, 1, 0, 0, 0, 0]
             flat = np.concatenate(
@@ -247,7 +248,7 @@ class CudaExecutor:
             )
             packed[: len(flat)] = flat
             self._gpu.upload(self._buffers[PACKED], packed[: len(flat)], self._stream)
-            bucket = plan.bucket(size, num, 2, max_query=min(size, 2))
+            bucket = plan.bucket(size, num, longest := -(-size // num), max_query=longest)
             self._graphs.replay(bucket, "stage", "body", "head", "sample.greedy")
             self._gpu.synchronise(self._stream)
 

@@ -55,7 +55,7 @@ def test_greedy_answers_are_the_cpu_engines(engines, speculate, room):
 def test_what_is_sampled_is_what_it_would_be_without_drafts(engines):
     """Penalties, masks and log-probabilities: tests/plugins/test_sample_gpu.py, and test_cuda_gpu.py on a GPU."""
     _, cuda, _ = engines
-    params = [SamplingParams(temperature=0.5, max_tokens=8, seed=seed, ignore_eos=True) for seed in range(3)]
+    params = [SamplingParams(temperature=0.5, max_tokens=6, seed=seed, ignore_eos=True) for seed in range(3)]
     found = []
     with interpreted_gpu():
         for make in (lambda: LLM(cuda, **ROOMY), lambda: drafting(cuda, "draft", cuda)):
