@@ -78,7 +78,7 @@ def quick(site):
     return min(tactics_of(site.op)(site), key=lambda t: sum(math.prod(launch.grid) for launch in t.launches))
 
 
-def save_plan(graph, folder, max_num_seqs=4, max_num_batched_tokens=32, max_draft_tokens=3):
+def save_plan(graph, folder, max_num_seqs=3, max_num_batched_tokens=16, max_draft_tokens=3):
     """Writes the plan and returns its kernels."""
     planner = Planner(
         fuse(graph.graph), Device(90, 4), PAGE, LENGTH // PAGE, max_num_seqs, quick, max_draft_tokens=max_draft_tokens

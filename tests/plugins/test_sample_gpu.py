@@ -310,8 +310,7 @@ def test_drafts_are_counted_and_masked_and_only_what_holds_is_kept():
     positions = torch.tensor([9, 10, 11, 12, 4, 5, 7, 0])
     base = make_inputs(logits, rows, positions, 6, penalties=penalties, stop={}, **options)
     words = base[14].repeat(4, 1)
-    words[6 + 3] = torch.randint(-(2**31), 2**31 - 1, words[0].shape)  # of row 3 after one draft
-    words[18 + 3] = torch.randint(-(2**31), 2**31 - 1, words[0].shape)
+    words[[6 + 3, 18 + 3]] = torch.randint(-(2**31), 2**31 - 1, (2, words.shape[1]), dtype=torch.int32)  # of row 3
     base[14] = words
     tokens, logit_rows = torch.randint(vocab, (20,), dtype=torch.int32), torch.tensor([4, 5, 6, 7, 12, 13, 2, 0]).int()
     kept = []

@@ -13,8 +13,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # Triton's interpreter
     pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is a GPU"),
 ]
-PROMPTS = [[5, 6, 7, 8, 9, 10, 5, 6, 7], [20, 21, 20, 21], [30] * 9]
-ROOMY, TIGHT = {"num_kv_pages": 60}, {"num_kv_pages": 7, "max_num_batched_tokens": 9}
+PROMPTS = [[5, 6, 7, 5, 6, 7], [20, 21, 20], [30] * 6]
+ROOMY, TIGHT = {"num_kv_pages": 60}, {"num_kv_pages": 7, "max_num_batched_tokens": 7}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def engines(tmp_path_factory):
     other["model.layers.0.mlp.down_proj.weight"] *= 0.7
     return (
         cast(folder / "cpu", weights, "cpu"), cast(folder / "cuda", weights, "cuda"),
-        cast(folder / "draft", other, "cuda", max_num_batched_tokens=16),
+        cast(folder / "draft", other, "cuda"),
     )  # fmt: skip
 
 
@@ -33,36 +33,35 @@ def answers(llm, params):
     return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params, progress=False)]
 
 
-def drafting(engine, speculate, draft, room=ROOMY, **options):
-    options |= {"draft_engine": draft} if speculate == "draft" else {}
-    return LLM(engine, speculate=speculate, num_draft_tokens=3, adapt_drafts=False, **options, **room)
+def drafting(engine, draft, room=ROOMY):
+    return LLM(engine, speculate="draft", draft_engine=draft, num_draft_tokens=3, adapt_drafts=False, **room)
 
 
-@pytest.mark.parametrize("speculate, room", [("ngram", ROOMY), ("draft", TIGHT)])
-def test_greedy_answers_are_the_cpu_engines(engines, speculate, room):
+def test_greedy_answers_are_the_cpu_engines(engines):
+    """With a draft engine, in a pool so small that a request is thrown out."""
     cpu, cuda, draft = engines
-    greedy = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (9, 6, 8)]
+    greedy = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (9, 7, 8)]
     with LLM(cpu) as llm:
         wanted = answers(llm, greedy)
-    with interpreted_gpu() as replays, drafting(cuda, speculate, draft, room) as llm:
+    with interpreted_gpu() as replays, drafting(cuda, draft, TIGHT) as llm:
         replays.clear()
         assert answers(llm, greedy) == wanted
         metrics = llm.metrics()
-    assert metrics.speculation.accepted > 2 and (metrics.preemptions > 0) == (room is TIGHT)
+    assert metrics.speculation.accepted > 3 and metrics.preemptions > 0
     assert any(bucket.max_query > 1 and "stage" in parts for bucket, parts in replays), "buckets for verification"
 
 
 def test_what_is_sampled_is_what_it_would_be_without_drafts(engines):
     """Penalties, masks and log-probabilities: tests/plugins/test_sample_gpu.py, and test_cuda_gpu.py on a GPU."""
-    _, cuda, _ = engines
-    params = [SamplingParams(temperature=0.5, max_tokens=6, seed=seed, ignore_eos=True) for seed in range(3)]
+    _, cuda, draft = engines
+    params = [SamplingParams(temperature=2.0, max_tokens=6, seed=seed, ignore_eos=True) for seed in range(3)]
     found = []
     with interpreted_gpu():
-        for make in (lambda: LLM(cuda, **ROOMY), lambda: drafting(cuda, "draft", cuda)):
+        for make in (lambda: LLM(cuda, **ROOMY), lambda: drafting(cuda, draft)):
             with make() as llm:
                 found.append(answers(llm, params))
                 stats = llm.metrics().speculation
-    assert found[0] == found[1] and stats.accepted > 3 and stats.drafted > stats.accepted
+    assert found[0] == found[1] and 0 < stats.accepted < stats.drafted
 
 
 def test_an_engine_that_drafts_for_itself_is_always_right(engines):
@@ -70,7 +69,7 @@ def test_an_engine_that_drafts_for_itself_is_always_right(engines):
     _, cuda, _ = engines
     without = SamplingParams(temperature=0, max_tokens=4, speculate=False, ignore_eos=True)
     greedy = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
-    with interpreted_gpu(), drafting(cuda, "draft", cuda) as llm:
+    with interpreted_gpu(), drafting(cuda, cuda) as llm:
         llm.generate(PROMPTS[:1], without, progress=False)
         (one,) = llm.generate([PROMPTS[0]], greedy, progress=False)
         answers(llm, [greedy, without, greedy])

@@ -1,10 +1,13 @@
 """Drafts on a GPU: answers with every drafter are those without, for whatever a request may ask for."""
 
+import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hand_made import DEMO
 from ingot import LLM, SamplingParams, build_engine
 from ingot.builder import BuildConfig
@@ -12,29 +15,43 @@ from kinds_of_requests import PARAMS, PROMPTS
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.gpu
-SIZES = dict(target="cuda", dtype="float32", max_num_seqs=9, max_num_batched_tokens=64, page_size=4, tune=False)
-ROOMY = {}
-TIGHT = {"max_num_seqs": 5, "num_kv_pages": 32, "max_num_batched_tokens": 24}  # thrown out and chunked
+# few buckets: they are compiled while all other tests run
+SIZES = dict(target="cuda", dtype="float32", max_num_seqs=4, max_num_batched_tokens=16, page_size=4, tune=False,
+             max_draft_tokens=3)  # fmt: skip
+ROOMY = {"num_kv_pages": 400}
+TIGHT = {"num_kv_pages": 32}  # requests are thrown out
+
+
+def built(tmp_path_factory, name: str, checkpoint) -> Path:
+    """The engine of what `checkpoint` gives a folder for; made once, by whichever of pytest's workers comes first."""
+    folder = tmp_path_factory.getbasetemp()
+    out = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / f"speculation-{name}"
+    with FileLock(f"{out}.lock"):
+        if not out.exists():
+            build_engine(BuildConfig(str(checkpoint()), str(out), **SIZES))
+    return out
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    out = tmp_path_factory.mktemp("engines") / "small"
-    build_engine(BuildConfig(str(DEMO / "pycoder-draft-2m"), str(out), **SIZES))
-    return out
+    return built(tmp_path_factory, "target", lambda: DEMO / "pycoder-draft-2m")
 
 
 @pytest.fixture(scope="module")
 def draft(tmp_path_factory):
     """A draft engine that is right often, though not always: the small model with its last layer's MLP left out."""
-    checkpoint = tmp_path_factory.mktemp("checkpoints") / "draft"
-    shutil.copytree(DEMO / "pycoder-draft-2m", checkpoint)
-    weights = load_file(checkpoint / "model.safetensors")
-    weights["model.layers.1.mlp.down_proj.weight"] = torch.zeros_like(weights["model.layers.1.mlp.down_proj.weight"])
-    save_file(weights, checkpoint / "model.safetensors")
-    out = tmp_path_factory.mktemp("engines") / "draft"
-    build_engine(BuildConfig(str(checkpoint), str(out), **SIZES))
-    return out
+
+    def checkpoint():
+        folder = tmp_path_factory.mktemp("checkpoints") / "draft"
+        shutil.copytree(DEMO / "pycoder-draft-2m", folder)
+        weights = load_file(folder / "model.safetensors")
+        weights["model.layers.1.mlp.down_proj.weight"] = torch.zeros_like(
+            weights["model.layers.1.mlp.down_proj.weight"]
+        )
+        save_file(weights, folder / "model.safetensors")
+        return folder
+
+    return built(tmp_path_factory, "draft", checkpoint)
 
 
 def answers(llm):
@@ -73,7 +90,8 @@ def test_answers_are_those_without_drafts(engine, draft, wanted, speculate, room
 def test_an_engine_that_drafts_for_itself_is_nearly_always_right(engine, room):
     """Whatever it lags behind, is thrown out or finds in the prefix cache; but for ties, which other shapes decide."""
     greedy = [SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, speculate=i != 2) for i in range(7)]
-    with LLM(engine, speculate="draft", draft_engine=engine, adapt_drafts=False, **room) as llm:
+    options = dict(speculate="draft", draft_engine=engine, adapt_drafts=False, num_draft_tokens=3)
+    with LLM(engine, **options, **room) as llm:
         llm.generate(PROMPTS[3:], SamplingParams(temperature=0, max_tokens=9, speculate=False), progress=False)
         for _ in range(2):
             llm.generate(PROMPTS, greedy, progress=False)
@@ -82,14 +100,15 @@ def test_an_engine_that_drafts_for_itself_is_nearly_always_right(engine, room):
 
 
 def test_adaptation_and_other_numbers_of_drafts_change_no_answer(engine, draft, wanted):
-    for options in ({}, {"num_draft_tokens": 7, "adapt_drafts": False}, {"num_draft_tokens": 1, "adapt_drafts": False}):
-        with LLM(engine, speculate="draft", draft_engine=draft, **options) as llm:
+    for options in ({"num_draft_tokens": 3}, {"num_draft_tokens": 1, "adapt_drafts": False}):
+        with LLM(engine, speculate="draft", draft_engine=draft, **options, **ROOMY) as llm:
             assert answers(llm)[0] == wanted[0], options
 
 
 def test_answers_alone_are_those_in_a_batch(engine, draft, wanted):
     once = [replace(params, n=1) for params in PARAMS]
-    with LLM(engine, speculate="draft", draft_engine=draft, adapt_drafts=False) as llm:
+    options = dict(speculate="draft", draft_engine=draft, adapt_drafts=False, num_draft_tokens=3)
+    with LLM(engine, **options, **ROOMY) as llm:
         together = llm.generate(PROMPTS, once, progress=False)
         for prompt, params, output in zip(PROMPTS, once, together, strict=True):
             (alone,) = llm.generate([prompt], params, progress=False)
