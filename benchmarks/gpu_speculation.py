@@ -3,7 +3,7 @@
     python benchmarks/gpu_speculation.py TEXT [--part all|build|exact|speed] [--seconds 540] [--work DIR] [--json FILE]
 
 TEXT: documents separated by a line `<|endoftext|>`, which prompts are cut from. Models and engines are made in DIR
-(`build`: nothing else) and found there by the next run.
+(`build`: the large ones, and nothing else) and found there by the next run.
 exact: pycoder-14m and its draft in float32, every drafter, alone, in a batch (twice, so that prefixes are found) and in
 a pool so small that requests are thrown out: greedy answers to 200 prompts against those without drafts. Where they
 part, the gap between the two likeliest tokens: other shapes of a step sum in another order, so near ties may differ.
@@ -61,7 +61,7 @@ def large(checkpoint: str, shape: str, work: Path) -> Path:
         start = time.perf_counter()
         num_bytes = embed(DEMO / checkpoint, folder, SHAPES[shape])
         print(f"{folder.name}: {num_bytes / 1e9:.1f} GB in {time.perf_counter() - start:.0f} s", flush=True)
-    build(folder, out)
+    build(folder, out, max_num_batched_tokens=1024)  # prompts are short here
     shutil.rmtree(folder, ignore_errors=True)
     return out
 
@@ -229,7 +229,6 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {}
     if args.part in ("all", "build"):
-        small(args)
         for shape in {args.draft_shape, "llama-68m"}:
             large("pycoder-draft-2m", shape, args.work)
         large("pycoder-14m", args.shape, args.work)
