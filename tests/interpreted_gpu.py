@@ -17,6 +17,7 @@ from ingot.builder.targets.fusion import fuse
 from ingot.builder.targets.planner import Planner, bucket_sizes
 from ingot.engines.manifest import BuildRecord, KVLayer, Manifest, ModelInfo
 from ingot.engines.plan import FOLDER, Argument, Plan
+from ingot.engines.sampling import SAMPLED
 from ingot.engines.step import KV_LEN, LOGIT_ROWS
 from ingot.engines.weights import save_graph
 from ingot.engines.writer import engine_directory
@@ -125,14 +126,28 @@ class InterpretedGraphs:
         return torch.from_numpy(rest).view(element)
 
 
+class IdleGraphs(InterpretedGraphs):
+    """Computes nothing but random tokens; all that launches are given must be there."""
+
+    def replay(self, bucket, *parts):
+        self.capture(bucket, *parts)
+        for part in parts:
+            for launch in self._plan.buckets[bucket].parts[part]:
+                for argument, (_, kind) in zip(launch.arguments, self._kernels[launch.cubin].signature, strict=True):
+                    self._value(argument, kind)
+        base = self._addresses["input"][SAMPLED]
+        tokens = self._driver.memory[base].view(np.int32)
+        tokens[:] = np.random.default_rng(bucket).integers(2, 6, len(tokens))
+
+
 @contextmanager
-def interpreted_gpu():
+def interpreted_gpu(graphs=InterpretedGraphs):
     """Engines for the cuda target are served by the interpreter; yields the list of what was replayed."""
     driver = FakeDriver()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpus, "_driver", lambda: driver)
-        patch.setattr(executor, "Graphs", InterpretedGraphs)
-        patch.setattr(drafting, "Graphs", InterpretedGraphs)
+        patch.setattr(executor, "Graphs", graphs)
+        patch.setattr(drafting, "Graphs", graphs)
         patch.setattr(executor, "MEASURING", 0.0)
         patch.setattr(InterpretedGraphs, "replays", [])
         # what kernels must not rely on: memory that is zero

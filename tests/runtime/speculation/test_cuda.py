@@ -7,7 +7,7 @@ from ingot.engines.errors import EngineError
 
 pytest.importorskip("triton")
 
-from interpreted_gpu import VOCAB, cast, interpreted_gpu, random_weights
+from interpreted_gpu import VOCAB, IdleGraphs, cast, interpreted_gpu, random_weights
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # Triton's interpreter
@@ -54,7 +54,7 @@ def test_greedy_answers_are_the_cpu_engines(engines):
 def test_what_is_sampled_is_what_it_would_be_without_drafts(engines):
     """Penalties, masks and log-probabilities: tests/plugins/test_sample_gpu.py, and test_cuda_gpu.py on a GPU."""
     _, cuda, draft = engines
-    params = [SamplingParams(temperature=2.0, max_tokens=6, seed=seed, ignore_eos=True) for seed in range(3)]
+    params = [SamplingParams(temperature=2.0, max_tokens=5, seed=seed, ignore_eos=True) for seed in range(3)]
     found = []
     with interpreted_gpu():
         for make in (lambda: LLM(cuda, **ROOMY), lambda: drafting(cuda, draft)):
@@ -76,6 +76,27 @@ def test_an_engine_that_drafts_for_itself_is_always_right(engines):
         stats, hits = llm.metrics().speculation, llm.metrics().prefix_hits
     assert stats.drafted > 9 and stats.accepted == stats.drafted and hits > 0
     assert max(one.outputs[0].token_ids) < VOCAB
+
+
+@pytest.mark.parametrize(
+    "rows, tokens, drafts, serve", [(9, 64, 7, {"max_num_seqs": 5}), (1, 16, 7, {}), (5, 40, 16, {})]
+)
+def test_every_step_has_a_bucket(rows, tokens, drafts, serve, tmp_path):
+    """Also those that costs are measured on; requests of all lengths, scored prompts, most that can be drafted."""
+    sizes = dict(max_num_seqs=rows, max_num_batched_tokens=tokens, max_draft_tokens=drafts)
+    engine = cast(tmp_path / "engine", random_weights(), "cuda", **sizes)
+    prompts = [[5, 6, 7 + i % 3] * (1 + 5 * i % 17) for i in range(12)]
+    params = [SamplingParams(temperature=i % 2, max_tokens=3 * i + 2, ignore_eos=True, seed=i, speculate=i % 5 != 0,
+                             prompt_logprobs=1 if i % 4 == 0 else None, logprobs=2 if i % 3 == 0 else None)
+              for i in range(12)]  # fmt: skip
+    options = dict(draft_engine=engine, num_draft_tokens=drafts, adapt_drafts=False, num_kv_pages=200)
+    with interpreted_gpu(IdleGraphs), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ingot.runtime.cuda.executor.MEASURING", 10.0)
+        with LLM(engine, speculate="draft", **options, **serve) as llm:
+            outputs = llm.generate(prompts, params, progress=False)
+            stats = llm.metrics().speculation
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [each.max_tokens for each in params]
+    assert stats.drafted > 100 and stats.accepted > 0
 
 
 def test_what_cannot_work_is_refused(engines, tmp_path):
