@@ -23,6 +23,12 @@ from ...plugins.gpu import Gpu
 from ..placement import Placement, needs_history
 from ..request import SamplingParams
 
+FIELDS = tuple(Kind.__dataclass_fields__)
+CHEAPEST = tuple(  # name of the cheapest kind that serves a set of needs, by their bits
+    next(name for name, kind in KINDS.items() if kind.serves(Kind(*(bool(bits >> i & 1) for i in range(len(FIELDS))))))
+    for bits in range(1 << len(FIELDS))
+)
+
 
 class SamplingTables:
     """The tables of `engines/sampling.py` on `gpu`, and the kind of sampling that each row needs.
@@ -35,8 +41,8 @@ class SamplingTables:
         self._gpu, self._num_rows, self._vocab_size, self._stream = gpu, num_rows, vocab_size, stream
         self._max_drafts = max_drafts
         self._masked = [0] * num_rows  # masks of a row that may forbid something
-        self._kinds = [Kind()] * num_rows
-        self._num_logprobs = [0] * num_rows
+        self._needs = np.zeros(num_rows, np.int64)  # what each row asks of sampling, a bit for each field of `Kind`
+        self._num_logprobs: list[int | None] = [None] * num_rows
         self.addresses: dict[str, int] = {}
         self._mirrors = {
             name: np.zeros((self._rows(name), max(1, width(name, vocab_size))), dtype)
@@ -64,12 +70,11 @@ class SamplingTables:
 
     def kind_of(self, rows: np.ndarray) -> str:
         """Name of the cheapest kind that serves all of these rows."""
-        needed = {self._kinds[row] for row in rows.tolist()}
-        return next(name for name, kind in KINDS.items() if all(kind.serves(other) for other in needed))
+        return CHEAPEST[int(np.bitwise_or.reduce(self._needs[rows], initial=0))]
 
     def num_logprobs(self, row: int) -> int | None:
         """How many were asked for; None: none."""
-        return self._num_logprobs[row] if self._kinds[row].logprobs else None
+        return self._num_logprobs[row]
 
     def place(self, placement: Placement) -> None:
         """A row gets a new request, or one that comes back after preemption."""
@@ -80,7 +85,8 @@ class SamplingTables:
         bound = params.structured_outputs is not None
         extras = needs_history(params) or bool(params.logit_bias) or masked or bound
         kind = Kind(random, truncate, extras, params.logprobs is not None)
-        self._kinds[row], self._num_logprobs[row] = kind, params.logprobs or 0
+        self._needs[row] = sum(getattr(kind, name) << bit for bit, name in enumerate(FIELDS))
+        self._num_logprobs[row] = params.logprobs
         # a step takes the kind that serves all of its rows, so a row is written for any kind there has been
         self.reserve(next(each for each in KINDS.values() if each.serves(kind)))
         bias = params.logit_bias or {}
