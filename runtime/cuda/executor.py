@@ -32,6 +32,7 @@ from .sampling import SamplingTables, check_params
 from .weights import Weights
 
 MANY = 1 << 30  # query tokens of a sequence: more than any bucket is made for
+BEYOND = 3.0  # what a step costs that no bucket for verification holds, of what the largest costs: too much
 MEASURING = 1.0  # seconds, at most, of finding out what steps cost
 
 
@@ -252,8 +253,11 @@ class CudaExecutor:
             self._graphs.replay(bucket, "stage", "body", "head", "sample.greedy")
             self._gpu.synchronise(self._stream)
 
-        most = max(bucket.tokens for bucket in plan.buckets if bucket.max_query)
-        target = Curve.measure(run, min(most, config.max_num_seqs * (1 + config.num_draft_tokens)), MEASURING)
+        held = max(bucket.tokens for bucket in plan.buckets if bucket.max_query)
+        most = config.max_num_seqs * (1 + config.num_draft_tokens)
+        target = Curve.measure(run, min(held, most), MEASURING)
+        if most > held:  # the logits of larger steps come in pieces, with the host in between
+            target = target.then(held + 1, BEYOND * target(held))
         return Costs(target, Curve.measure(draft.scratch, config.max_num_seqs, MEASURING) if draft else None)
 
     def _allocate_results(self, plan: Plan) -> Results:

@@ -39,6 +39,10 @@ class Curve:
         share = (size - sizes[i - 1]) / (sizes[i] - sizes[i - 1])
         return seconds[i - 1] + share * (seconds[i] - seconds[i - 1])
 
+    def then(self, size: int, seconds: float) -> Curve:
+        """The same with one point more, behind the others."""
+        return Curve([*self._sizes, size], [*self._seconds, seconds])
+
     @classmethod
     def measure(cls, run: Callable[[int], object], most: int, budget: float = BUDGET) -> Curve:
         """run(size): a step of so many tokens, up to `most`."""
