@@ -54,14 +54,14 @@ def small(args: argparse.Namespace) -> list[Path]:
     return [build(DEMO / name, args.work / f"{name}-fp32.engine", **options) for name in names]
 
 
-def large(checkpoint: str, shape: str, work: Path) -> Path:
+def large(checkpoint: str, shape: str, work: Path, tune: bool) -> Path:
     """The engine of a demo checkpoint inside a larger shape."""
     folder, out = work / f"{checkpoint}-{shape}", work / f"{checkpoint}-{shape}.engine"
     if not (out / "engine.json").exists() and not folder.exists():
         start = time.perf_counter()
         num_bytes = embed(DEMO / checkpoint, folder, SHAPES[shape])
         print(f"{folder.name}: {num_bytes / 1e9:.1f} GB in {time.perf_counter() - start:.0f} s", flush=True)
-    build(folder, out, max_num_batched_tokens=1024)  # prompts are short here
+    build(folder, out, max_num_batched_tokens=1024, tune=tune)  # prompts are short here
     shutil.rmtree(folder, ignore_errors=True)
     return out
 
@@ -110,6 +110,7 @@ def exact(args: argparse.Namespace, end: float) -> dict[str, Any]:
                 "preemptions": metrics.preemptions, "prefix_hits": metrics.prefix_hits,
             }  # fmt: skip
             result["settings"].append(entry)
+            save(args, {"exact": result})
             print(f"  {name:6} {setting:13} {entry['same']} of {len(prompts)} the same"
                   + (f" (gaps up to {max(gaps):.1e})" if gaps else "") + f"; {stats.mean_length or 1:.2f} tokens a "
                   f"verification; {metrics.preemptions} thrown out, {metrics.prefix_hits} prefix hits; "
@@ -136,8 +137,8 @@ def rate(llm: LLM, prompts: list[list[int]], num: int) -> tuple[float, list[list
 
 
 def speed(args: argparse.Namespace, end: float) -> dict[str, Any]:
-    target = large("pycoder-14m", args.shape, args.work)
-    draft = large("pycoder-draft-2m", args.draft_shape, args.work)
+    target = large("pycoder-14m", args.shape, args.work, args.tune)
+    draft = large("pycoder-draft-2m", args.draft_shape, args.work, args.tune)
     levels = [int(level) for level in args.levels.split(",")]
     pages = 1 + max(levels) * -(-(160 + args.output + 20) // 16)
     result: dict[str, Any] = {"target": args.shape, "draft": args.draft_shape, "drafts": args.drafts, "levels": []}
@@ -160,6 +161,7 @@ def speed(args: argparse.Namespace, end: float) -> dict[str, Any]:
             budget = (end - time.monotonic()) / (len(levels) - len(result["levels"]))
             entry = one_level(plain, drafting, prompts, level, args, budget)
             result["levels"].append(entry)
+            save(args, {"speed": result})
             gaps = f" ({max(entry['gaps']):.3f})" if entry["gaps"] else ""
             print(f"{level:5} {entry['plain']:12.0f} {entry['drafting']:9.0f} {entry['speedup']:8.2f}x "
                   f"{entry['aa']:5.2f} {entry['mean_length']:20.2f} {entry['step_ms']:10.2f} {entry['share']:12.0%}  "
@@ -195,6 +197,12 @@ def one_level(
     }  # fmt: skip
 
 
+def save(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """What there is so far: a run that is cut off is worth something."""
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1))
+
+
 def findings(result: dict[str, Any]) -> list[str]:
     found = [
         f"{entry['drafter']}, {entry['setting']}: answers part where the gap is {max(entry['gaps']):.1e} nats"
@@ -223,6 +231,7 @@ def main() -> None:
     parser.add_argument("--levels", default="1,4,16,64,256")
     parser.add_argument("--output", type=int, default=128, help="tokens of an answer, where speed is measured")
     parser.add_argument("--rounds", type=int, default=8, help="at most, for each batch")
+    parser.add_argument("--tune", action="store_true", help="time the tactics of the large engines: minutes more")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     end = time.monotonic() + args.seconds
@@ -230,16 +239,15 @@ def main() -> None:
     result: dict[str, Any] = {}
     if args.part in ("all", "build"):
         for shape in {args.draft_shape, "llama-68m"}:
-            large("pycoder-draft-2m", shape, args.work)
-        large("pycoder-14m", args.shape, args.work)
+            large("pycoder-draft-2m", shape, args.work, args.tune)
+        large("pycoder-14m", args.shape, args.work, args.tune)
     if args.part in ("all", "exact"):
         result["exact"] = exact(args, end if args.part == "exact" else time.monotonic() + args.seconds / 3)
     if args.part in ("all", "speed"):
         result["speed"] = speed(args, end)
     result["findings"] = findings(result)
     print("\n".join(result["findings"]) or "nothing found")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+    save(args, result)
     sys.exit(min(100, len(result["findings"])))
 
 

@@ -14,9 +14,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import onnx_ir as ir
+import torch
 from ingot import BuildConfig
 from ingot.builder.checkpoint import Checkpoint
 from ingot.builder.export import export
+from ingot.builder.kv_cache import quantise_pools
 from ingot.builder.passes import optimise
 from ingot.builder.quantise import quantise
 from ingot.builder.record import activation_dtype, kv_layers, model_info, versions
@@ -39,6 +41,13 @@ FORMATS = {
 TYPES = {"int8": ir.DataType.INT8, "fp8_e4m3": ir.DataType.FLOAT8E4M3FN}
 
 
+class Ones(dict[str, torch.Tensor]):
+    """Scales of 1 for whatever pool is asked for."""
+
+    def get(self, key: str, default: object = None) -> torch.Tensor:  # type: ignore[override]
+        return torch.ones(1)
+
+
 def point_nowhere(graph: ir.Model, folder: Path) -> None:
     """Initialisers become places in a file that is not written."""
     end = 0
@@ -58,6 +67,7 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("format", choices=["none", *FORMATS])
     parser.add_argument("-o", "--out", required=True)
+    parser.add_argument("--kv-cache", choices=TYPES)
     parser.add_argument("--no-tune", action="store_true")
     parser.add_argument("--gpu-arch", type=int)
     parser.add_argument("--max-num-seqs", type=int, default=256)
@@ -72,6 +82,8 @@ def main() -> None:
         if args.format != "none":
             recipe = parse(KEEP_HEAD % FORMATS[args.format], args.format, "this benchmark")
             quantise(graph, recipe, Scales())
+        if args.kv_cache:
+            quantise_pools(graph, args.kv_cache, Ones())
         print(f"{graph.graph.num_nodes()} nodes after {time.perf_counter() - start:.1f} s", flush=True)
         with engine_directory(args.out, force=True) as folder:
             point_nowhere(graph, folder)

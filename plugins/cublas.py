@@ -2,7 +2,9 @@
 keeps the one chosen, as the 64 bytes that cuBLASLt describes it by.
 
 y [M, N] = x [M, K] weight [N, K]^T. cuBLASLt counts by columns, so it is asked for y^T = weight x^T: the row-major
-arrays are its transposes. Accumulated in fp32; every description is made before a stream is captured.
+arrays are its transposes. Accumulated in fp32, products of FP8 with the 14 bits or so that tensor cores of capability
+9.0 keep between additions (over 14,336 columns that is 0.3% of the result, a tenth of what rounding to FP8 costs; other
+servers of FP8 do the same). Every description is made before a stream is captured.
 """
 
 from __future__ import annotations
@@ -153,6 +155,8 @@ def _describe(gemm: Gemm) -> tuple[int, int, int, int]:
         for operand in "AB":
             _set(descriptor, f"{operand}_SCALE_MODE", np.int32(library.MatmulMatrixScale.OUTER_VEC_32F))
             _set(descriptor, f"{operand}_SCALE_POINTER", np.uint64(ANY_ADDRESS))
+    if gemm.dtype.startswith("float8"):  # partial sums stay in the tensor cores: a fifth faster, see the module
+        _set(descriptor, "FAST_ACCUM", np.int8(1))
     weights = library.matrix_layout_create(kind, gemm.depth, gemm.width, gemm.depth)
     rows = library.matrix_layout_create(kind, gemm.depth, gemm.rows, gemm.depth)
     result = library.matrix_layout_create(kinds[gemm.scaled or gemm.dtype], gemm.width, gemm.rows, gemm.width)

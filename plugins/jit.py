@@ -78,4 +78,5 @@ def launch_kernel(kernel: Kernel | Gemm, grid: tuple[int, int, int], arguments: 
     module, name = kernel.function.split(":")
     function: Any = getattr(importlib.import_module(f".{module}", __package__), name)
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
-    function[grid](*arguments, **dict(kernel.constants), **options)
+    named = {name: value for (name, _), value in zip(kernel.signature, arguments, strict=True)}
+    function[grid](**named, **dict(kernel.constants), **options)

@@ -5,15 +5,18 @@ the group. Softmax runs online in fp32, base 2: scores, maxima and sinks are in 
 `[first, last)` are loaded, whatever else the pool holds; the others count as zeros with weight zero.
 
 Pages of 8 bits cost their conversion alone: the keys' scale is part of the factor on the scores, and values are summed
-as they are stored, to be multiplied in the end.
+as they are stored, to be multiplied in the end. A matrix instruction wants the values of two keys side by side, and no
+instruction transposes single bytes: few rows are multiplied with the even and with the odd columns of values, which
+come as pairs of 16 bits.
 """
 
 import triton
 import triton.language as tl
 
-from .stored import numbers
+from .stored import factors, numbers
 
 LOWEST = tl.constexpr(-1.0e30)  # the maximum of no scores: finite, so that no difference of maxima is NaN
+WARPGROUP_ROWS = tl.constexpr(64)  # from so many a matrix instruction reads values from shared memory, not registers
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -28,28 +31,36 @@ def attend(
 
     k_unit: what stored keys are multiplied by. position: of each row in its sequence. Without MASKED every row must see
     all keys of all blocks of BN up to `last`; with it keys from `end` on do not exist, and rows see what causality and
-    the window leave.
+    the window leave. PAGE 0: keys lie in order instead, that of position 0 in place page_row.
     """
+    PAIRS: tl.constexpr = v_pages.dtype.element_ty.primitive_bitwidth == 8 and q.shape[0] < WARPGROUP_ROWS
+    LAST: tl.constexpr = DV // 2 if PAIRS else DV
+    if PAIRS:
+        v_pages = v_pages.to(tl.pointer_type(tl.uint16), bitcast=True)
+        even, odd = tl.split(tl.reshape(acc, [q.shape[0], BDV // 2, 2]))
     d = tl.arange(0, BD)
-    dv = tl.arange(0, BDV)
+    dv = tl.arange(0, BDV // 2 if PAIRS else BDV)
     each = tl.arange(0, BN)
     factor = SOFTCAP * LOG2E if SOFTCAP > 0 else k_unit * (SCALE * LOG2E)
+    q = factors(q, k_pages)
     # page numbers are a tile ahead: a load whose address is another's result would not be pipelined far
-    page = tl.load(page_row + (first + each) // PAGE, mask=first + each < last, other=0)
+    if PAGE > 0:
+        page = tl.load(page_row + (first + each) // PAGE, mask=first + each < last, other=0)
     for start in tl.range(first, last, BN):
         key = start + each
-        row = (page.to(tl.int64) * PAGE + key % PAGE) * NUM_KV_HEADS + kv_head
+        place = page.to(tl.int64) * PAGE + key % PAGE if PAGE > 0 else key + page_row
+        row = place * NUM_KV_HEADS + kv_head
         if MASKED:
             exists = key < end
             k_mask = (d < D)[:, None] & exists[None, :]
-            v_mask = exists[:, None] & (dv < DV)[None, :]
+            v_mask = exists[:, None] & (dv < LAST)[None, :]
         else:
             k_mask = (d < D)[:, None]
-            v_mask = (dv < DV)[None, :]
+            v_mask = (dv < LAST)[None, :]
         k = tl.load(k_pages + row[None, :] * D + d[:, None], mask=k_mask, other=0.0)  # [BD, BN]
-        v = tl.load(v_pages + row[:, None] * DV + dv[None, :], mask=v_mask, other=0.0)  # [BN, BDV]
-        page = tl.load(page_row + (key + BN) // PAGE, mask=key + BN < last, other=0)
-        v = numbers(v, q.dtype)
+        v = tl.load(v_pages + row[:, None] * LAST + dv[None, :], mask=v_mask, other=0.0)  # [BN, BDV], or its pairs
+        if PAGE > 0:
+            page = tl.load(page_row + (key + BN) // PAGE, mask=key + BN < last, other=0)
         scores = tl.dot(q, numbers(k, q.dtype), input_precision="ieee")
         if SOFTCAP > 0:  # tanh by one exponential; its error is below 1e-7
             scores = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (k_unit * (2.0 * LOG2E * SCALE / SOFTCAP))))
@@ -62,8 +73,17 @@ def attend(
         weights = tl.exp2(scores * factor - higher[:, None])
         fade = tl.exp2(top - higher)
         total = total * fade + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+        w = weights.to(q.dtype)
+        if PAIRS:
+            T: tl.constexpr = k_pages.dtype.element_ty
+            low, high = (v & 0xFF).to(tl.uint8).to(T, bitcast=True), (v >> 8).to(tl.uint8).to(T, bitcast=True)
+            even = tl.dot(w, numbers(low, q.dtype), even * fade[:, None], input_precision="ieee")
+            odd = tl.dot(w, numbers(high, q.dtype), odd * fade[:, None], input_precision="ieee")
+        else:
+            acc = tl.dot(w, numbers(v, q.dtype), acc * fade[:, None], input_precision="ieee")
         top = higher
+    if PAIRS:
+        acc = tl.reshape(tl.join(even, odd), [q.shape[0], BDV])
     return acc, top, total
 
 

@@ -3,6 +3,9 @@
 The grid is static, so a tile finds its sequence itself: if sequence s takes the tiles from
 `query_start[s] // TOKENS + s` on, every sequence has room for its own (at most one more than it fills), and counting
 the sequences that begin at or before a tile is one vector load. Tiles past their sequence's tokens exit at once.
+
+With pages of 8 bits, keys and values of the step itself are read from copies that are already in fp16 (`write.py`):
+tiles would convert the same keys again and again, and between conversions the tensor cores are idle.
 """
 
 import triton
@@ -15,7 +18,7 @@ from .stored import unit_of
 
 @triton.jit
 def chunk_kernel(
-    query, query_start, kv_len, pages, k_pages, v_pages, sinks, y, k_scale, v_scale,
+    query, query_start, kv_len, pages, k_pages, v_pages, sinks, y, own_k, own_v, k_scale, v_scale,
     S: tl.constexpr, BS: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     BDV: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
@@ -62,16 +65,26 @@ def chunk_kernel(
     first = 0
     if WINDOW > 0:
         first = tl.maximum(before - WINDOW + 1, 0)
-    else:
-        full = tl.maximum(before + 1, 0) // BN * BN
+    if own_k is not None:
+        old = length - num_queries  # keys that earlier steps wrote
         acc, top, total = attend(
-            q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, k_unit, 0, full, full,
-            NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, 0, False,
+            q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, k_unit, first, old, old,
+            NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, WINDOW, True,
+        )  # fmt: skip
+        first = tl.maximum(first, old)
+        page_row = row.to(tl.int64) - old
+        k_pages, v_pages = own_k, own_v
+    IN: tl.constexpr = 0 if own_k is not None else PAGE
+    if WINDOW == 0:
+        full = first + tl.maximum(before + 1 - first, 0) // BN * BN
+        acc, top, total = attend(
+            q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, k_unit, first, full, full,
+            NUM_KV_HEADS, D, DV, BD, BDV, IN, BN, SCALE, SOFTCAP, 0, False,
         )  # fmt: skip
         first = full
     acc, top, total = attend(
         q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, k_unit, first, end, end,
-        NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, WINDOW, True,
+        NUM_KV_HEADS, D, DV, BD, BDV, IN, BN, SCALE, SOFTCAP, WINDOW, True,
     )  # fmt: skip
     out = finish(acc, top, total, v_unit, sinks, head, inside, SINKS)
     at = (at * NUM_HEADS + head)[:, None] * DV + dv[None, :]

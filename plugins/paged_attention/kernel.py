@@ -11,7 +11,7 @@ Pages of 8 bits have scales, which kernels take behind all other pointers; those
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
@@ -36,6 +36,7 @@ STEP_NAMES = (
     "v_pages",
     "sinks",
 )
+COPIES = "own_k", "own_v"  # of kernels that write, or attend prompts, in front of the scales
 SCALE_NAMES = ("k_scale", "v_scale")  # of all kernels, behind their other pointers
 FP8_FROM = 89  # compute capability that converts fp8
 
@@ -86,9 +87,15 @@ def tactics(site: Site, rotation: Rotation | None = None) -> list[Tactic]:
         return found
     chunks = [c for c in (SMALL_CHUNK if small else CHUNK) if shape.fits(max(c[0], shape.bg), *c[1:])]
     named = [("chunk {}x{} warps{} stages{}".format(*c), c) for c in chunks]
-    found = [Tactic(name, (shape.write(), shape.chunk(*c, skip_decode=False))) for name, c in named]
+    _, room = copies(site)
+    found = [Tactic(name, (shape.write(), shape.chunk(*c, skip_decode=False)), room) for name, c in named]
     d = decodes[0]
     launch, workspace, zeros = shape.decode(*d, shape.programs(d[0])[0], own=False)
+    launch = replace(launch, arguments=tuple(
+        Operand("workspace", room + a.index) if isinstance(a, Operand) and a.kind == "workspace" else a
+        for a in launch.arguments
+    ))  # fmt: skip
+    workspace += room
     for name, c in named[:APART]:
         launches = (shape.write(), shape.chunk(*c, skip_decode=True), launch)
         found.append(Tactic(f"{name}, decode {d[0]}", launches, workspace, zeros))
@@ -178,8 +185,10 @@ class _Shape:
         """Whether the operands of a program fit its shared memory, and its accumulator the registers."""
         bd, bdv = _block(self.d), _block(self.dv)
         needed = rows * max(bd, bn) * self.itemsize + stages * bn * (bd + bdv) * DTYPES[self.stored].itemsize
-        if self.quantised:  # a block of keys and values that are converted
+        if self.quantised:  # a block of keys and values that are converted, or stages of those of the step
             needed += bn * (bd + bdv) * self.itemsize
+            if copies(self.site)[0]:
+                needed = max(needed, rows * max(bd, bn) * self.itemsize + stages * bn * (bd + bdv) * self.itemsize)
         return needed <= shared_memory(self.site.device.capability) and rows * bdv <= 128 * 32 * warps
 
     @property
@@ -216,6 +225,7 @@ class _Shape:
         types |= {"parts": "*fp32", "tops": "*fp32", "totals": "*fp32", "sequences": "i32"}
         types |= {"table": POINTERS[self.rotation.table]} if self.rotation else {}
         types |= {"k_scale": "*fp32", "v_scale": "*fp32"}
+        types |= dict.fromkeys(COPIES, copy_pointer(self.dtype))
         types |= {"k_pages": POINTERS[self.stored], "v_pages": POINTERS[self.stored]}
         return tuple((name, types.get(name, POINTERS[self.dtype])) for name in names)
 
@@ -224,7 +234,7 @@ class _Shape:
     ) -> Kernel:
         """Activations, pools and workspace start at multiples of 16 bytes; step tensors may start anywhere."""
         names += SCALE_NAMES if self.quantised else ()
-        aligned = {"query", "key", "value", "k_pages", "v_pages", "y", "parts", "tops", "totals"}
+        aligned = {"query", "key", "value", "k_pages", "v_pages", "y", "parts", "tops", "totals", *COPIES}
         divisible = tuple(name for name in names if name in aligned)
         return Kernel(
             f"paged_attention.{function}", self.signature(*names), tuple(constants.items()), warps, stages, divisible
@@ -242,14 +252,16 @@ class _Shape:
     def write(self) -> Launch:
         """K and V to their slots."""
         k_width, v_width = self.kv_heads * self.d, self.kv_heads * self.dv
-        places = {name: number for name, number in self.strides().items() if name != "STRIDE"}
-        constants = places | {
+        strides = {name: number for name, number in self.strides().items() if name != "STRIDE"}
+        constants = strides | {
             "K_WIDTH": k_width, "V_WIDTH": v_width, "BLOCK": triton.next_power_of_2(max(k_width, v_width)),
-            "D": self.d, "DV": self.dv, **scale_constants(self.site),
+            "D": self.d, "DV": self.dv, **copy_constants(self.site), **scale_constants(self.site),
         }  # fmt: skip
-        names = ("key", "value", "slots", "k_pages", "v_pages")
+        places, _ = copies(self.site)
+        names = ("key", "value", "slots", "k_pages", "v_pages", *places)
         kernel = self.kernel("write:write_kernel", names, constants, 4, 1)
-        arguments = (*self.inputs(KEY, VALUE, SLOTS, K_PAGES, V_PAGES), *self.scale_inputs())
+        pools = self.inputs(KEY, VALUE, SLOTS, K_PAGES, V_PAGES)
+        arguments = (*pools, *places.values(), *self.scale_inputs())
         return Launch(kernel, (self.tokens, 1, 1), arguments)
 
     def chunk(self, rows: int, bn: int, warps: int, stages: int, *, skip_decode: bool) -> Launch:
@@ -258,11 +270,12 @@ class _Shape:
             tokens = 16 // self.bg
         constants = {
             "S": self.sequences, "BS": triton.next_power_of_2(self.sequences), **self.constants(), "BG": self.bg,
-            "TOKENS": tokens, "BN": bn, "SKIP_DECODE": skip_decode,
+            "TOKENS": tokens, "BN": bn, "SKIP_DECODE": skip_decode, **copy_constants(self.site),
         }  # fmt: skip
-        names = ("query", "query_start", "kv_len", "pages", "k_pages", "v_pages", "sinks", "y")
+        places, _ = copies(self.site)
+        names = ("query", "query_start", "kv_len", "pages", "k_pages", "v_pages", "sinks", "y", *places)
         step = self.inputs(QUERY, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS)
-        arguments = (*step, Operand("output", 0), *self.scale_inputs())
+        arguments = (*step, Operand("output", 0), *places.values(), *self.scale_inputs())
         kernel = self.kernel("chunk:chunk_kernel", names, constants, warps, stages)
         return Launch(kernel, (self.kv_heads, self.tokens // tokens + self.sequences, 1), arguments)
 
@@ -300,6 +313,29 @@ class _Shape:
             *self.scale_inputs(),
         )  # fmt: skip
         return Launch(kernel, (self.kv_heads, programs, 1), arguments), at_totals + _aligned(4 * parts), 4 * counters
+
+
+def copies(site: Site) -> tuple[dict[str, Operand], int]:
+    """Where, in the workspace, tiles of prompts find keys and values of the step as they are multiplied, besides their
+    places in pages of 8 bits: in the order of tokens, [tokens, kv_heads, head_dim] each; and how many bytes they take.
+    ({}, 0) with plain pages, and in buckets for few query tokens of a sequence."""
+    query, k_pages, a = site.inputs[QUERY], site.inputs[K_PAGES], site.attributes
+    assert query is not None and k_pages is not None
+    if k_pages.dtype == query.dtype or site.max_query:
+        return {}, 0
+    itemsize = 4 if query.dtype == "float32" else 2
+    sizes = [_aligned(query.shape[0] * a["num_kv_heads"] * a[d] * itemsize) for d in ("head_dim", "v_head_dim")]
+    return {"own_k": Operand("workspace", 0), "own_v": Operand("workspace", sizes[0])}, sum(sizes)
+
+
+def copy_constants(site: Site) -> dict[str, Any]:
+    """Where there are none."""
+    return {} if copies(site)[0] else dict.fromkeys(COPIES)
+
+
+def copy_pointer(dtype: str) -> str:
+    """They are in fp16, which `stored.py: factors` makes of queries in bf16, too."""
+    return POINTERS["float32" if dtype == "float32" else "float16"]
 
 
 def stored_type(site: Site) -> str:

@@ -56,5 +56,21 @@ def numbers(x, T: tl.constexpr):
         size = x.to(tl.int16) & 0x7F
         half = tl.where(size == 0x7F, 0x7E00, size << 7) | ((x.to(tl.int16) & 0x80) << 8)
         return (half.to(tl.int16).to(tl.float16, bitcast=True) * 256.0).to(T)
+    elif x.dtype == tl.int8 and T == tl.float16:  # number + 128 in the mantissa of 1024
+        return ((x.to(tl.int16) & 0xFF ^ 0x80) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
     else:
         return x.to(T)
+
+
+@triton.jit
+def factors(q, pages):
+    """Queries in the type in which they are multiplied with what `pages` hold: their own, but fp16 where they are bf16
+    and keys are numbers of 8 bits, or were.
+
+    From fp8 to fp16 is one instruction for two numbers, to bf16 five. A query has more bits there than in bf16, and
+    none is as large as fp16's largest number; one that were would be cut off at it.
+    """
+    if pages.dtype.element_ty != tl.bfloat16 and q.dtype == tl.bfloat16:
+        return tl.clamp(q.to(tl.float32), -65504.0, 65504.0).to(tl.float16)
+    else:
+        return q

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ..pdl import begin
 from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic
-from .store import rounded, scale_of
+from .store import over, rounded, scale_of
 
 BLOCK = 1024  # numbers of a program where groups have scales of their own
 ELEMENTS = "int8", "float8_e4m3fn"
@@ -30,7 +30,7 @@ def quantise_tokens_kernel(
     v = tl.load(x + row * K + k, mask=inside, other=0.0).to(tl.float32)
     s = scale_of(tl.max(tl.abs(v), 1), REACH)
     tl.store(scale + row * ((K + GROUP - 1) // GROUP) + g, s, mask=g * GROUP < K)
-    tl.store(values + row * K + k, rounded(tl.div_rn(v, tl.broadcast_to(s[:, None], v.shape)), DTYPE), mask=inside)
+    tl.store(values + row * K + k, rounded(over(v, s[:, None]), DTYPE), mask=inside)
 
 
 @triton.jit
@@ -39,8 +39,8 @@ def quantize_kernel(x, scale, values, SIZE, BLOCK: tl.constexpr, PDL: tl.constex
     begin(PDL)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     v = tl.load(x + i, mask=i < SIZE, other=0.0).to(tl.float32)
-    s = tl.zeros_like(v) + tl.load(scale).to(tl.float32)
-    tl.store(values + i, rounded(tl.div_rn(v, s), values.dtype.element_ty), mask=i < SIZE)
+    s = tl.load(scale).to(tl.float32)
+    tl.store(values + i, rounded(over(v, s), values.dtype.element_ty), mask=i < SIZE)
 
 
 def tactics(site: Site) -> list[Tactic]:
@@ -59,7 +59,7 @@ def tactics(site: Site) -> list[Tactic]:
     aligned = ("x", "values") if depth % 16 == 0 else ()
     grid = (rows, -(-depth // (group * count)), 1)
     arguments = (Operand("input", 0), Operand("output", 0), Operand("output", 1))
-    choices = (8, 16) if width * count > 8192 else (8, 4) if width * count >= 2048 else (4, 2)
+    choices = (32, 16) if width * count > 8192 else (8, 4) if width * count >= 2048 else (4, 2)
     return [
         Tactic(f"warps{warps}", (Launch(Kernel("quantise_tokens.kernel:quantise_tokens_kernel", names, constants,
                                                num_warps=warps, divisible=aligned), grid, arguments),))

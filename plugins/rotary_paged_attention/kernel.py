@@ -10,10 +10,19 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
-from ..paged_attention.kernel import SCALE_NAMES, VALUE, Rotation, scale_constants, stored_type
+from ..paged_attention.kernel import (
+    SCALE_NAMES,
+    VALUE,
+    Rotation,
+    copies,
+    copy_constants,
+    copy_pointer,
+    scale_constants,
+    stored_type,
+)
 from ..paged_attention.kernel import TABLE as ROTATION_TABLE
 from ..paged_attention.kernel import tactics as attentions
-from ..paged_attention.stored import stored, unit_of
+from ..paged_attention.stored import numbers, stored, unit_of
 from ..pdl import begin
 from ..rope.kernel import rotated
 from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic, Tensor
@@ -24,7 +33,7 @@ X, TABLE, SLOTS, K_PAGES, V_PAGES, K_SCALE, V_SCALE = 0, 1, 2, 6, 7, 9, 10
 
 @triton.jit
 def rotate_kernel(
-    x, table, slots, query, k_pages, v_pages, k_scale, v_scale,
+    x, table, slots, query, k_pages, v_pages, own_k, own_v, k_scale, v_scale,
     WIDTH: tl.constexpr, Q_WIDTH: tl.constexpr, K_WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr,
     OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, DV: tl.constexpr, K_STEP: tl.constexpr,
     V_STEP: tl.constexpr,
@@ -43,8 +52,13 @@ def rotate_kernel(
     v_head = (tl.minimum(tl.maximum(column, KEYS), WIDTH - 1) - KEYS) // DV
     k = stored(value, unit_of(k_scale, k_head, K_STEP), k_pages)
     v = stored(value, unit_of(v_scale, v_head, V_STEP), v_pages)
-    tl.store(k_pages + slot * K_WIDTH + column - Q_WIDTH, k, mask=(column >= Q_WIDTH) & (column < KEYS))
-    tl.store(v_pages + slot * (WIDTH - KEYS) + column - KEYS, v, mask=(column >= KEYS) & (column < WIDTH))
+    is_key, is_value = (column >= Q_WIDTH) & (column < KEYS), (column >= KEYS) & (column < WIDTH)
+    tl.store(k_pages + slot * K_WIDTH + column - Q_WIDTH, k, mask=is_key)
+    tl.store(v_pages + slot * (WIDTH - KEYS) + column - KEYS, v, mask=is_value)
+    if own_k is not None:
+        T: tl.constexpr = own_k.dtype.element_ty
+        tl.store(own_k + token * K_WIDTH + column - Q_WIDTH, numbers(k, T), mask=is_key)
+        tl.store(own_v + token * (WIDTH - KEYS) + column - KEYS, numbers(v, T), mask=is_value)
 
 
 def tactics(site: Site) -> list[Tactic]:
@@ -86,7 +100,7 @@ def _rotated_first(site: Site) -> list[Tactic]:
             return operand
         return Operand("workspace", 0) if operand.index <= VALUE else Operand("input", operand.index - 1)
 
-    rotate = _rotate(site, inner)
+    rotate = _rotate(site, inner, size)
     return [
         replace(found, launches=(rotate, *found.launches), workspace=size + tactic.workspace)
         for tactic in attentions(inner)
@@ -102,8 +116,8 @@ def _with(tactic: Tactic, launches: Sequence[Launch], moved: Callable[[Operand],
     ))  # fmt: skip
 
 
-def _rotate(site: Site, inner: Site) -> Launch:
-    """inner: PagedAttention's site of what it writes."""
+def _rotate(site: Site, inner: Site, room: int) -> Launch:
+    """inner: PagedAttention's site of what it writes, whose workspace begins behind `room` bytes of rotated queries."""
     x, table = site.inputs[:2]
     assert x is not None and table is not None
     a, (tokens, width) = site.attributes, x.shape
@@ -112,21 +126,22 @@ def _rotate(site: Site, inner: Site) -> Launch:
         "WIDTH": width, "Q_WIDTH": a["num_heads"] * a["head_dim"], "K_WIDTH": a["num_kv_heads"] * a["head_dim"],
         "HEAD_DIM": a["head_dim"], "ROTARY": table.shape[1], "OFFSET": a["rotary_offset"],
         "INTERLEAVED": bool(a["interleaved"]), "BLOCK": block, "DV": a["v_head_dim"],
-        **scale_constants(inner),
+        **copy_constants(inner), **scale_constants(inner),
     }  # fmt: skip
+    places = {name: Operand("workspace", room + place.index) for name, place in copies(inner)[0].items()}
     pointer, pages, quantised = POINTERS[x.dtype], POINTERS[stored_type(inner)], "k_scale" not in constants
     scales = SCALE_NAMES if quantised else ()
     signature = (
         ("x", pointer), ("table", POINTERS[table.dtype]), ("slots", "*i32"), ("query", pointer), ("k_pages", pages),
-        ("v_pages", pages), *((name, "*fp32") for name in scales),
+        ("v_pages", pages), *((name, copy_pointer(x.dtype)) for name in places), *((name, "*fp32") for name in scales),
     )  # fmt: skip
     kernel = Kernel(
         "rotary_paged_attention.kernel:rotate_kernel",
         signature,
         tuple(constants.items()),
-        divisible=("x", "table", "query", "k_pages", "v_pages"),
+        divisible=("x", "table", "query", "k_pages", "v_pages", *places),
     )
     inputs = (Operand("input", i) for i in (X, TABLE, SLOTS))
-    pools = (Operand("input", i) for i in (K_PAGES, V_PAGES, *((K_SCALE, V_SCALE) if quantised else ())))
-    arguments = (*inputs, Operand("workspace", 0), *pools)
+    pools, units = ([Operand("input", i) for i in pair] for pair in ((K_PAGES, V_PAGES), (K_SCALE, V_SCALE)))
+    arguments = (*inputs, Operand("workspace", 0), *pools, *places.values(), *(units if quantised else ()))
     return Launch(kernel, (tokens, triton.cdiv(width, block), 1), arguments)

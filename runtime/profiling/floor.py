@@ -8,7 +8,7 @@ operations are those of its products.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -33,7 +33,7 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes moved and floating-point operations, an addition and a multiplication each counted."""
+    """Bytes moved and operations, an addition and a multiplication each counted; of 8-bit operands as one."""
 
     num_bytes: float
     flops: float = 0.0
@@ -80,7 +80,8 @@ def cost(site: Site, part: str, load: Load) -> Cost:
     weight = weight_of(site)
     if weight is None or site.inputs[0] is None:
         return Cost(inputs + outputs)
-    return Cost(inputs + outputs, 2.0 * min(site.inputs[0].shape[0], most) * weight[0] * weight[1])
+    each = 1.0 if DTYPES[site.inputs[0].dtype].itemsize == 1 else 2.0  # 8-bit operands: twice as many a second
+    return Cost(inputs + outputs, each * min(site.inputs[0].shape[0], most) * weight[0] * weight[1])
 
 
 def weight_of(site: Site) -> tuple[int, int] | None:
@@ -135,4 +136,4 @@ def _num_bytes(tensor: Tensor, most: int) -> int:
     shape = tensor.shape
     if shape and not tensor.cold:
         shape = (min(shape[0], most), *shape[1:])
-    return prod(shape) * DTYPES[tensor.dtype].itemsize
+    return replace(tensor, shape=shape).num_bytes

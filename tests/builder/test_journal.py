@@ -169,7 +169,7 @@ def test_on_a_gpu(graph, whole):
     found = [logits for logits in run(graph, text().held_out, device="cuda")]
     for ours, theirs in zip(found, run(graph, text().held_out), strict=True):
         assert ours.device.type == "cpu"
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+        assert (ours - theirs).norm() / theirs.norm() < 2e-2  # the model is in bf16, and sums are in another order
     _, accuracy = calibrate(graph, RECIPE, text(), device="cuda")
     assert accuracy.kl == pytest.approx(whole[1].kl, rel=0.2)
     assert [asdict(layer)["name"] for layer in accuracy.layers] == [layer.name for layer in whole[1].layers]

@@ -54,6 +54,14 @@ def test_a_linear_of_a_padded_bucket():
     assert head == Cost(128 + 12800 + 200 + 200, 2 * 1 * 100 * 64), "the head works on rows of logits"
 
 
+def test_weights_of_four_bits_and_operands_of_eight():
+    scales, y = cold((100, 2), "float32"), [Tensor((8, 100), "bfloat16")]
+    int4 = site("QuantisedLinear", [Tensor((8, 64), "bfloat16"), cold((100, 64), "int4"), scales], y)
+    assert cost(int4, "body", DECODE) == Cost(384 + 3200 + 800 + 600, 2 * 3 * 100 * 64)
+    fp8 = site("QuantisedLinear", [Tensor((8, 64), "float8_e4m3fn"), cold((100, 64), "float8_e4m3fn"), scales], y)
+    assert cost(fp8, "body", DECODE) == Cost(192 + 6400 + 800 + 600, 3 * 100 * 64), "two of them where one of bf16 is"
+
+
 def test_a_product_of_onnx_is_depth_by_width():
     product = site("MatMul", [Tensor((3, 64), "float32"), cold((64, 10), "float32")], [Tensor((3, 10), "float32")])
     assert label(product) == "MatMul 10x64"
