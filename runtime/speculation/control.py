@@ -24,7 +24,6 @@ MEMORY, MEMORY_OF_ALL = 0.95, 0.998  # what is left of a count after one token m
 PAUSE = 8  # steps without speculation between two looks at whether it would pay
 HORIZON = 32  # steps in which speculation has to earn what a draft engine must catch up with
 TRIAL, LOOKS, WORTH = 4, 32, 0.6  # steps of a trial, after so many looks, where at least that speed is expected
-PRICE = 0.01  # of the time since the last trial, what a trial may lose, with what a draft engine must catch up with
 LASTING, MOST_PATIENCE = 64, 16  # steps with drafts that show that they pay; how much rarer tries get
 WATCHED = 4  # requests of a step whose drafts are only looked at: looking all of them up took 4% at 64 requests
 OVERHEAD = 1.1  # of steps that are not overlapped, before that is known
@@ -241,11 +240,6 @@ class Speculation:
         if best < plain * (WORTH if self._trial else 1.0 if self._on else ADVANTAGE):
             self._trial = 0
             return False
-        if self._trial and not self._on and best < plain * ADVANTAGE:
-            lost = TRIAL * max(0.0, 1 - best / plain) * num / plain + factor * lag * HORIZON
-            if lost > PRICE * LOOKS * self._patience * PAUSE * num / plain:  # it gets cheaper the longer it has waited
-                self._patience, self._trial = min(MOST_PATIENCE, 2 * self._patience), 0
-                return False
         size = num + at * sum(outlook.hits for outlook in outlooks)
         price = target(size + 1) - target(size) + (draft(len(some)) / len(some) if draft else 0.0)
         least = min(1.0, best * factor * price)  # a token that is likelier earns more than the average
