@@ -57,11 +57,11 @@ def check_plan(plan: Plan, engine: Engine, gpu: Gpu, config: ServeConfig) -> Non
                 f"{name} is {asked}, but {folder} was built for at most {most}; ask for less, or {mend} {option}."
             )
     if config.speculate and config.num_draft_tokens > plan.max_draft_tokens:
-        holds = f"at most {plan.max_draft_tokens}" if plan.max_draft_tokens else "none"
-        raise EngineError(
-            f"num_draft_tokens is {config.num_draft_tokens}, but {folder} was built to verify {holds}; ask for fewer, "
-            f"or {mend} --max-draft-tokens {config.num_draft_tokens}."
-        )
+        found = f"num_draft_tokens is {config.num_draft_tokens}, but {folder} was built to verify"
+        again = f"{mend} --max-draft-tokens {config.num_draft_tokens}"
+        if not plan.max_draft_tokens:
+            raise EngineError(f"{found} none; {again}.")
+        raise EngineError(f"{found} at most {plan.max_draft_tokens}; ask for fewer, or {again}.")
     if config.page_size not in (None, plan.page_size):
         raise EngineError(
             f"page_size is {config.page_size}, but {folder} was built for pages of {plan.page_size}; leave it out."
