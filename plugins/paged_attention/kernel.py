@@ -103,9 +103,10 @@ def tactics(site: Site, rotation: Rotation | None = None) -> list[Tactic]:
 
 
 def _verifications(shape: "_Shape", queries: int) -> list[Tactic]:
-    """Up to `queries` tokens of each sequence; [] where so many do not fit a program."""
+    """Up to `queries` tokens of each sequence; [] where so many do not fit a program. Likeliest is no split where
+    contexts are short and sequences enough to occupy half of the GPU."""
     small, rows = shape.itemsize == 4, _block(queries * shape.bg)
-    found = []
+    found, wholes = [], []
     for d in SMALL_DECODE if small else VERIFY:
         if not shape.fits(rows, *d):
             continue
@@ -116,8 +117,9 @@ def _verifications(shape: "_Shape", queries: int) -> list[Tactic]:
     for w in SMALL_DECODE if small else VERIFY_WHOLE:
         if shape.fits(rows, *w):
             launches = (shape.write(), shape.chunk(rows, *w, skip_decode=False))
-            found.append(Tactic("verify whole {} warps{} stages{}".format(*w), launches))
-    return found
+            wholes.append(Tactic("verify whole {} warps{} stages{}".format(*w), launches))
+    enough = 2 * shape.tokens // queries * shape.kv_heads >= shape.site.device.num_sms
+    return wholes + found if shape.site.max_context and enough else found + wholes
 
 
 def shared_memory(capability: int) -> int:
