@@ -53,6 +53,9 @@ def build(
     max_num_batched_tokens: Annotated[
         int, typer.Option(min=1, help="cuda, tensorrt: tokens of a step at most.")
     ] = 4096,
+    max_draft_tokens: Annotated[
+        int, typer.Option(help="cuda: drafts of a sequence that a step can verify; 0: no speculation.")
+    ] = 7,
     tune: Annotated[bool, typer.Option(help="cuda: time the kernels on the GPU at hand.")] = True,
     gpu_arch: Annotated[
         int | None,
@@ -77,7 +80,8 @@ def build(
     config = BuildConfig(
         model or "", str(out), target, dtype, force, quant, kv_cache, calibration_data, calibration_tokens,
         calibration_width, calibration_device, hidden_states, draft_for, scales, accept_accuracy,
-        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, tune=tune, gpu_arch=gpu_arch,
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, max_draft_tokens=max_draft_tokens,
+        tune=tune, gpu_arch=gpu_arch,
         tensorrt_plugins=tensorrt_plugins,
     )  # fmt: skip
     manifest = _build_with_progress(config, verbose)

@@ -16,6 +16,9 @@ from typing import Any
 
 FOLDER = "cuda"
 PLAN_FILE = "plan.json"
+# in the place of staging in steps of a draft engine: FIRST takes what the target sampled, NEXT what was guessed last
+FIRST, NEXT = "first", "next"
+TARGET = "target."  # before the names of the target's buffers
 ZEROS = "zeros"  # a buffer of `Plan.zeros` bytes, zero before and after every launch
 
 
@@ -82,7 +85,8 @@ class Launch:
 class Bucket:
     """Launches for at most `tokens` tokens of `sequences` sequences and `rows` rows of logits.
 
-    max_query: most query tokens of a sequence, 1 in a bucket for decoding, else 0 (any number).
+    max_query: most query tokens of a sequence: 1 in a bucket for decoding, some where drafts are verified, else 0 (any
+    number).
     max_context: most keys of a sequence, 0: any number.
     arena: bytes needed; logits: offset of [rows, vocab] in it.
     """
@@ -94,7 +98,8 @@ class Bucket:
     max_context: int
     arena: int
     logits: int
-    parts: dict[str, tuple[Launch, ...]]  # stage, body, head (neither for TensorRT), and sample.KIND
+    # stage, body, head (neither for TensorRT), sample.KIND, and FIRST or NEXT
+    parts: dict[str, tuple[Launch, ...]]
 
 
 @dataclass(frozen=True)
@@ -126,15 +131,26 @@ class Plan:
         """Tokens that a step may have."""
         return max(bucket.tokens for bucket in self.buckets)
 
-    def bucket(self, num_tokens: int, num_sequences: int, max_context: int, apart: bool = True) -> int:
-        """Number of the smallest bucket for a step whose longest sequence has `max_context` keys.
+    @property
+    def max_draft_tokens(self) -> int:
+        """Drafts of a sequence that a step can verify."""
+        return max(bucket.max_query for bucket in self.buckets) - 1
 
-        Every sequence of a step has a token at least; of equal buckets the one for shorter contexts comes first.
-        apart: no sequence reads what another one writes in this step, which buckets for decoding rely on.
+    def bucket(
+        self, num_tokens: int, num_sequences: int, max_context: int, apart: bool = True, max_query: int | None = None
+    ) -> int:
+        """Number of the first bucket that holds a step whose longest sequence has `max_context` keys.
+
+        Every sequence of a step has a token at least. Buckets for decoding come first, then those for verification,
+        each from the smallest; of equal ones the one for shorter contexts.
+        apart: no sequence reads what another one writes in this step, which all but those for any step rely on.
+        max_query: most tokens of a sequence; None: any number, unless each has one.
         """
-        decoding = apart and num_tokens == num_sequences
+        longest = max_query or (1 if num_tokens == num_sequences else num_tokens)
         for i, bucket in enumerate(self.buckets):
-            if (bucket.max_query == 1) != decoding or bucket.tokens < num_tokens:
+            if bucket.tokens < num_tokens or bucket.sequences < num_sequences:
+                continue
+            if bucket.max_query and (not apart or bucket.max_query < longest):
                 continue
             if not bucket.max_context or bucket.max_context >= max_context:
                 return i

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 PACKED = "packed"  # the step as the host packed it, int32
 SAMPLE_ROWS = "sample_rows"  # [R] int32: the scheduler's row that a row of logits is sampled for, -1: none
 SAMPLE_POSITIONS = "sample_positions"  # [R] int32: positions of the new tokens
+MASKS = "masks"
 LAST_TOKEN = "last_token"  # [rows] int32: the token sampled last in each row
 
 MAX_BIAS, MAX_STOP, MAX_LOGPROBS = 1024, 64, 20  # entries of one request
@@ -29,7 +30,9 @@ TABLES: dict[str, tuple[str, int]] = {
     "bias_values": ("float32", MAX_BIAS),
     "stop_ids": ("int32", MAX_STOP),
     "min_length": ("int32", 0),
-    "masks": ("int32", BITS),  # a bit for each token, the lowest first: 0, it may not be sampled
+    # a bit for each token, the lowest first: 0, it may not be sampled; all rows once more for each number of drafts
+    # that may be before a sample
+    MASKS: ("int32", BITS),
     LAST_TOKEN: ("int32", 0),
 }
 IN_PROMPT = 1 << 30  # this bit of a count: the token is in the prompt; the bits below: times in the output

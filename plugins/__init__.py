@@ -24,6 +24,7 @@ _KERNELS = {
     "Cast": "elementwise",
     "DequantizeLinear": "dequantise",
     "Div": "elementwise",
+    "Draft": "draft",
     "Experts": "experts",
     "GatedActivation": "gated_activation",
     "GatedLinear": "gated_linear",

@@ -27,6 +27,13 @@ class Scored(NamedTuple):
     num_logprobs: int
 
 
+class Ahead(NamedTuple):
+    """The M works of a step after which the executor is to draft; everything of them is known when the step is made."""
+
+    table: np.ndarray  # [3, M] int32 behind the packed step: index into it, row of logits of the first sample, samples
+    known: list[list[int]]  # the tokens of each request, to be read before anything more is committed
+
+
 class Batch(NamedTuple):
     """What an executor needs to run a step. S sequences, T tokens, R logits rows, N samples; all arrays are int32."""
 
@@ -38,6 +45,8 @@ class Batch(NamedTuple):
     sample_works: np.ndarray  # [N] index into the step
     drafts: np.ndarray | None  # [N] what was guessed for each sample, -1 for the last of a work; None: no guesses
     num_ahead: np.ndarray | None  # [S] tokens to draft when this step's are known; None: nothing
+    ahead: Ahead | None  # of the works that have some of them
+    columns: np.ndarray  # [2, R] of the logits rows: row of the scheduler or -1, position of the new token
     rows: np.ndarray  # [S] of the scheduler
     num_works: int
     placements: list[Placement]  # rows with a new request, before anything is sampled
@@ -45,12 +54,12 @@ class Batch(NamedTuple):
     scored: list[Scored]
 
 
-HEADER = 8  # numbers in front of the packed arrays: T, S, width, R and four to spare
+HEADER = 8  # numbers in front of the packed arrays: T, S, width, R, M of `Ahead`, and three to spare
 
 
 def packed_size(max_num_seqs: int, max_num_batched_tokens: int, width: int) -> int:
     """Numbers that the packed arrays of a step have at most; every token may want logits."""
-    return HEADER + 6 * max_num_batched_tokens + (width + 5) * max_num_seqs + 8
+    return HEADER + 6 * max_num_batched_tokens + (width + 8) * max_num_seqs + 8
 
 
 class Arena:
@@ -124,7 +133,13 @@ class Arena:
         columns = cut(2 * len(logit_rows)).reshape(2, -1)
         columns[0], columns[1] = -1, 0
         columns[:, sample_index] = rows[samples], sample_positions
-        header[:] = num_tokens, num_works, width, len(logit_rows), 0, 0, 0, 0
+        ahead = None
+        if num_ahead is not None:
+            works = np.flatnonzero(num_ahead * num_samples)
+            table = cut(3 * len(works)).reshape(3, -1)
+            table[:] = works, logit_ends[works] - num_samples[works], num_samples[works]
+            ahead = Ahead(table, [step[i].request.tokens for i in works])
+        header[:] = num_tokens, num_works, width, len(logit_rows), len(ahead.known) if ahead else 0, 0, 0, 0
         return Batch(
             inputs={
                 names.TOKENS: tokens, names.POSITIONS: positions, names.SLOTS: slots, names.QUERY_START: query_start,
@@ -137,6 +152,8 @@ class Arena:
             sample_works=samples,
             drafts=drafts,
             num_ahead=num_ahead,
+            ahead=ahead,
+            columns=columns,
             rows=rows,
             num_works=num_works,
             placements=_placements(step),

@@ -65,15 +65,15 @@ class Executor(Protocol):
 def open_executor(engine: Engine, config: ServeConfig) -> Executor:
     """The executor of the engine's target, KV pool allocated. EngineError: it does not fit, or cannot run here."""
     if engine.manifest.target == "cuda":
-        if config.speculate is not None:
-            raise EngineError(
-                f"speculate is {config.speculate!r}, but {engine.folder} is an engine for the cuda target, which cannot"
-                " verify drafts yet; leave it out, or build the engine for the cpu target."
-            )
         from .cuda.executor import CudaExecutor
 
         return CudaExecutor(engine, config)
     if engine.manifest.target == "tensorrt":
+        if config.speculate is not None:
+            raise EngineError(
+                f"speculate is {config.speculate!r}, but {engine.folder} is an engine for the tensorrt target, which"
+                " cannot verify drafts; leave it out, or build the engine for the cuda target."
+            )
         from .tensorrt.executor import TensorRTExecutor
 
         return TensorRTExecutor(engine, config)

@@ -17,7 +17,7 @@ import torch
 from .distribution import cutoffs, draw, penalise, uniforms
 from .placement import Placement, needs_history
 from .request import Logprob
-from .speculation.verify import holding
+from .speculation.verify import depths, holding
 
 RANDOM, TRUNCATE, PENALTY, BIAS, MIN_TOKENS, LOGPROBS = (1 << i for i in range(6))
 
@@ -146,9 +146,7 @@ class Sampler:
         index = torch.from_numpy(rows.astype(np.int64))
         counts = self._counts[index]  # a copy [R, V]
         if drafts is not None:
-            at = np.arange(len(drafts))
-            first = np.concatenate(([True], drafts[:-1] < 0))
-            depth = at - np.maximum.accumulate(np.where(first, at, 0))  # drafts before each sample, which it counts
+            depth = depths(drafts)  # a sample counts the drafts before it
             for back in range(1, int(depth.max(initial=0)) + 1):
                 deep = np.flatnonzero(depth >= back)
                 counts[deep, drafts[deep - back]] += 1

@@ -15,7 +15,7 @@ from ingot.engines.plan import FOLDER, Plan
 pytest.importorskip("triton")
 
 DEMO = Path(ingot.__file__).parent / "engines/demo"
-SIZES = dict(target="cuda", max_num_seqs=8, max_num_batched_tokens=64)
+SIZES = dict(target="cuda", max_num_seqs=8, max_num_batched_tokens=64, max_draft_tokens=0)
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
 PROMPTS = ["def add(a, b):\n", "import os\n\n\nclass Path", "for i in range(10):\n    ", "# A comment\n" * 30, "x"] * 3
 GPU = torch.cuda.is_available()

@@ -36,12 +36,19 @@ LISTED = ("GatedQuantisedLinear", "QuantiseTokens", "QuantisedGatedActivation", 
 SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}  # multiprocessors of the best-known GPU of each kind
 
 
+MOST_DRAFTS = 16  # of a sequence in a step
+
 HARDWARE_FP8 = 89  # compute capability from which GPUs multiply FP8
 
 
 @contextmanager
 def begin(config: BuildConfig, audience: Audience = NOBODY) -> Iterator[Compile]:
     """Looks for a GPU first, so that a build that cannot be made ends before the export."""
+    if not 0 <= config.max_draft_tokens <= MOST_DRAFTS:
+        raise BuildError(
+            f"max_draft_tokens is {config.max_draft_tokens}, expected 0 (no speculation) to {MOST_DRAFTS}; ask for "
+            "fewer."
+        )
     gpu, device, how = _device(config)
     if config.quant:
         rules = Recipe.open(config.quant).rules
@@ -56,7 +63,8 @@ def begin(config: BuildConfig, audience: Audience = NOBODY) -> Iterator[Compile]
         return {
             "capability": device.capability, "gpu": gpu.name if gpu else None, "tactics": how + ordered + cached,
             "max_num_seqs": plan.max_num_seqs, "max_num_batched_tokens": plan.max_num_batched_tokens,
-            "page_size": plan.page_size, "buckets": len(plan.buckets), "cubins": len(plan.cubins),
+            "max_draft_tokens": plan.max_draft_tokens, "page_size": plan.page_size, "buckets": len(plan.buckets),
+            "cubins": len(plan.cubins),
         }  # fmt: skip
 
     yield compile
@@ -72,11 +80,12 @@ def make_plan(
     check_fp8(any(_multiplies_fp8(node) for node in fused), device.capability)
     planner = Planner(
         fused, device, config.page_size, -(-max_model_len // config.page_size), config.max_num_seqs,
-        lambda site: choices[key_of(site)].tactic,
+        lambda site: choices[key_of(site)].tactic, max_draft_tokens=config.max_draft_tokens,
     )  # fmt: skip
     sizes = bucket_sizes(
-        config.max_num_seqs, min(config.max_num_batched_tokens, max_model_len * config.max_num_seqs), max_model_len
-    )
+        config.max_num_seqs, min(config.max_num_batched_tokens, max_model_len * config.max_num_seqs), max_model_len,
+        config.max_draft_tokens,
+    )  # fmt: skip
     found = candidates(planner, sizes)
     choices |= timed(found, gpu, cache) if gpu else likeliest(found, device, default_table(device.capability))
     buckets = tuple(planner.plan(each) for each in sizes)

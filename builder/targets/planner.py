@@ -10,10 +10,11 @@ import onnx_ir as ir
 
 from ...engines.dtypes import DTYPES
 from ...engines.errors import BuildError
-from ...engines.plan import ZEROS, Argument, Bucket, Launch
+from ...engines.plan import FIRST, NEXT, TARGET, ZEROS, Argument, Bucket, Launch
 from ...engines.sampling import (
     KINDS,
     LAST_TOKEN,
+    MASKS,
     MAX_BIAS,
     MAX_LOGPROBS,
     MAX_STOP,
@@ -21,6 +22,7 @@ from ...engines.sampling import (
     RESULTS,
     SAMPLE_POSITIONS,
     SAMPLE_ROWS,
+    SAMPLED,
     TABLES,
     Kind,
     width,
@@ -37,7 +39,8 @@ STAGING, SAMPLING = -2, -1  # in the place of a node's number
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a bucket holds at most; `max_query` is 1 for decoding, 0 for any step; `max_context` is 0 for any."""
+    """What a bucket holds at most; `max_query` is 1 for decoding, more where drafts are verified, 0 for any step;
+    `max_context` is 0 for any."""
 
     tokens: int
     sequences: int
@@ -49,12 +52,25 @@ class Sizes:
 SHORT = 1024  # keys of a sequence: decoding has buckets for contexts up to it, and others
 
 
-def bucket_sizes(max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> list[Sizes]:
-    """Decoding by powers of two up to 16, then in steps that waste a quarter at most; steps with prompts likewise."""
+MOST_VERIFIED = 512  # tokens of a step that verifies drafts; with more, a step's time is that of its products
+
+
+def bucket_sizes(
+    max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, max_draft_tokens: int = 0
+) -> list[Sizes]:
+    """Decoding by powers of two up to 16, then in steps that waste a quarter at most; steps with prompts likewise.
+
+    max_draft_tokens: of a sequence; buckets for verification are for so many and for any fewer. They have the sizes of
+    others, so that attention is all of them that is new: a step of n tokens reads the weights as n rows of decoding do.
+    """
     contexts = [SHORT, 0] if max_model_len > 2 * SHORT else [0]
     decode = [Sizes(n, n, n, 1, context) for n in _ladder(1, max_num_seqs) for context in contexts]
-    mixed = [Sizes(n, max_num_seqs, max_num_seqs, 0) for n in _ladder(16, max_num_batched_tokens)]
-    return decode + mixed
+    each = 1 + max_draft_tokens
+    most = min(MOST_VERIFIED, max_num_seqs * each, max_num_batched_tokens) if max_draft_tokens else 0
+    verify = [Sizes(n, min(n, max_num_seqs), n, each, c) for n in _ladder(4, most) for c in contexts if n > 1]
+    rows = max(max_num_seqs, each)
+    mixed = [Sizes(n, max_num_seqs, rows, 0) for n in _ladder(16, max_num_batched_tokens)]
+    return decode + verify + mixed
 
 
 def _ladder(first: int, last: int) -> list[int]:
@@ -98,6 +114,7 @@ class Planner:
     planned: dict[Hashable, int] = field(default_factory=dict)
     zeros: int = 0  # bytes that the tactics of any bucket want to be zero
     runs: Callable[[ir.Node], bool] = lambda node: True  # the nodes that are planned
+    max_draft_tokens: int = 0  # of a sequence that are verified in a step
 
     def __post_init__(self) -> None:
         self.nodes = tuple(node.name or f"{node.op_type}.{i}" for i, node in enumerate(self.graph))
@@ -131,7 +148,19 @@ class Planner:
             if any(value is not None and value.name == PAGES for value in inputs):
                 site = replace(site, max_query=sizes.max_query or None, max_context=sizes.max_context or None)
             work.append(Work(part, i, site, inputs, tuple(node.outputs)))
-        return work + [self._sampling(name, kind, sizes) for name, kind in KINDS.items()]
+        work += [self._sampling(name, kind, sizes) for name, kind in KINDS.items()]
+        return work + ([self._drafting(sizes)] if self.max_draft_tokens and sizes.max_query else [])
+
+    def _drafting(self, sizes: Sizes) -> Work:
+        """Staging of a step in which this engine drafts for another one."""
+        part = NEXT if sizes.max_query == 1 else FIRST
+        stage = self._staging(sizes)
+        names = (PACKED, TOKENS, QUERY_START, KV_LEN, PAGES, SAMPLED)
+        inputs = (*(TARGET + name for name in names), LAST_TOKEN)
+        attributes = {"page_size": self.page_size, "vocab_size": self.vocab_size, "first": part == FIRST}
+        shapes = (*[Tensor((1,), "int32")] * len(names), Tensor((self.max_num_seqs,), "int32"))
+        site = Site("Draft", attributes, shapes, stage.site.outputs, self.device)
+        return Work(part, STAGING, site, inputs, stage.outputs)
 
     def _staging(self, sizes: Sizes) -> Work:
         values = {value.name: value for value in self._inputs}
@@ -148,9 +177,12 @@ class Planner:
         tables: dict[str, Tensor] = {}
         for table, (dtype, _) in TABLES.items():
             columns = width(table, vocab)
-            tables[table] = Tensor((self.max_num_seqs, columns) if columns else (self.max_num_seqs,), dtype)
+            rows = self.max_num_seqs * (1 + self.max_draft_tokens if table == MASKS else 1)
+            tables[table] = Tensor((rows, columns) if columns else (rows,), dtype)
         shapes = [tables[table] if table in kind.tables else None for table in TABLES]
         row = Tensor((sizes.rows,), "int32")
+        drafts = sizes.max_query - 1 if sizes.max_query else self.max_draft_tokens
+        verified = (Tensor((sizes.tokens,), "int32"), row) if drafts else (None, None)
         outputs = tuple(
             Tensor((sizes.rows, num_logprobs) if columns else (sizes.rows,), dtype)
             for dtype, columns in (RESULTS[result] for result in kind.results)
@@ -158,9 +190,12 @@ class Planner:
         attributes = {
             "num_rows": self.max_num_seqs, "num_bias": MAX_BIAS, "num_stop": MAX_STOP, "random": kind.random,
             "num_logprobs": num_logprobs if kind.logprobs else 0, "truncate": kind.truncate, "extras": kind.extras,
+            "drafts": drafts,
         }  # fmt: skip
-        site = Site("Sample", attributes, (logits, row, row, *shapes), outputs, self.device)
-        inputs: tuple[ir.Value | str, ...] = (self.logits, SAMPLE_ROWS, SAMPLE_POSITIONS, *TABLES)
+        site = Site("Sample", attributes, (logits, row, row, *shapes, *verified), outputs, self.device)
+        inputs: tuple[ir.Value | str, ...] = (
+            self.logits, SAMPLE_ROWS, SAMPLE_POSITIONS, *TABLES, TOKENS, LOGIT_ROWS
+        )  # fmt: skip
         return Work(f"sample.{name}", SAMPLING, site, inputs, kind.results)
 
     def tensor(self, value: ir.Value, sizes: Sizes) -> Tensor:

@@ -21,7 +21,7 @@ from .table import Table
 from .timing import Timer
 from .timing_cache import Times, TimingCache
 
-UNTIMED = ("Unpack", "Sample")  # microseconds that depend on what the host packed and requests ask for
+UNTIMED = ("Unpack", "Draft", "Sample")  # microseconds that depend on what the host packed and requests ask for
 LONG_US = 150.0  # from here on the best are timed under load, too
 CONTENDERS, CLOSE = 8, 1.4  # as many at most, and none that takes so much longer than the fastest
 MOST_DESCRIBED = 4  # of the times of a site in the plan

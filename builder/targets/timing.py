@@ -199,8 +199,8 @@ def steps(site: Site) -> list[Step | None]:
     """The steps to time a site on; None where the op reads no step.
 
     Attention: decode rows of CONTEXTS; where contexts may be long, all of them long, and one long one among short ones;
-    where there may be prompts, one that fills the bucket, and one that fills half of it behind a long context and short
-    ones.
+    the same with some queries of each sequence where drafts are verified; where there may be prompts, one that fills
+    the bucket, and one that fills half of it behind a long context and short ones.
     """
     if site.op not in SLOTS:
         return [None]
@@ -208,15 +208,18 @@ def steps(site: Site) -> list[Step | None]:
     assert table is not None and query is not None
     tokens, (sequences, width) = query.shape[0], table.shape
     longest = min(width * _pool(site).shape[1], site.max_context or LONGEST)
+    each = min(tokens, site.max_query // 2 + 1) if site.max_query else 1  # queries: rarely as many as there may be
+    num = min(sequences, max(1, tokens // each))
 
     def lengths_about(context: int) -> tuple[int, ...]:
-        return tuple(max(1, min(context, longest) - 29 * i % SPREAD) for i in range(sequences))
+        return tuple(max(each, min(context, longest) - 29 * i % SPREAD) for i in range(num))
 
     short = lengths_about(CONTEXTS[0])
     skewed = (longest, *short[1:])
-    if site.max_query == 1:
-        several = [*map(lengths_about, CONTEXTS)] if site.max_context else [lengths_about(LONG // sequences), skewed]
-        return [Step((1,) * sequences, lengths) for lengths in several]
+    if site.max_query:
+        several = [*map(lengths_about, CONTEXTS)] if site.max_context else [lengths_about(LONG // num), skewed]
+        padding = (0,) * (sequences - num)
+        return [Step((each,) * num + padding, lengths + padding) for lengths in several]
     half = tokens // 2
     return [_prompts(tokens, longest, sequences), _prompts(half, longest, sequences, skewed[: tokens - half])]
 

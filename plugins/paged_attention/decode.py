@@ -84,7 +84,7 @@ def decode_kernel(
     """Grid (key heads, programs).
 
     STRIDE: elements of a query row; WIDTH: of a row of the page table; BS: at least `sequences`; LEAST: units of a
-    share. OWN: the newest key is not in the pool yet (`own.py`). QUERIES: most query tokens of a sequence that is attended.
+    share. OWN: the newest key is not in the pool yet (`own.py`). QUERIES: of a sequence at most, else it is left out.
 
     What a program leaves lies in place 2 * program, + 1 if the sequence begins in its share; `arrived` counts, for each
     program, the shares of the sequence that begins in its share and ends in another's, and is zero again in the end.
@@ -112,7 +112,7 @@ def decode_kernel(
     d = tl.arange(0, BD)
     dv = tl.arange(0, BDV)
     EDGE: tl.constexpr = WINDOW if QUERIES > 1 else 0  # a single query sees all keys from `first` on
-    token = 0  # of the sequence's queries, for each row of the block
+    token = tl.zeros([BM], tl.int32)  # of the sequence's queries, for each row of the block
     if QUERIES > 1:
         token, g = g // BG, g % BG
     head = kv_head * GROUP + g

@@ -3,9 +3,9 @@
 In a bucket for decoding one launch writes the new keys and values and attends: either the keys of all sequences are
 split over programs (`decode.py`), or each sequence has its own (`whole.py`). In any other bucket every K and V of the
 step is written to its slot first; launches of a stream are ordered, so all later reads see them. Then tiles of prompt
-tokens are attended (`chunk.py`), and rows of decoding either with them or, split, in a launch of their own. Where drafts
-are verified all sequences have a few query tokens: split as in decoding, or a tile for each. The number of splits is a
-guess at what fills the GPU and part of what the builder times.
+tokens are attended (`chunk.py`), and rows of decoding either with them or, split, in a launch of their own. Where
+drafts are verified all sequences have a few query tokens: split as in decoding, or a tile for each. The number of
+splits is a guess at what fills the GPU and part of what the builder times.
 
 Pages of 8 bits have scales, which kernels take behind all other pointers; those of plain pages are compiled without.
 """
@@ -103,9 +103,10 @@ def tactics(site: Site, rotation: Rotation | None = None) -> list[Tactic]:
 
 
 def _verifications(shape: "_Shape", queries: int) -> list[Tactic]:
-    """Up to `queries` tokens of each sequence; [] where so many do not fit a program."""
+    """Up to `queries` tokens of each sequence; [] where so many do not fit a program. Likeliest is no split where
+    contexts are short and sequences enough to occupy half of the GPU."""
     small, rows = shape.itemsize == 4, _block(queries * shape.bg)
-    found = []
+    found, wholes = [], []
     for d in SMALL_DECODE if small else VERIFY:
         if not shape.fits(rows, *d):
             continue
@@ -116,8 +117,9 @@ def _verifications(shape: "_Shape", queries: int) -> list[Tactic]:
     for w in SMALL_DECODE if small else VERIFY_WHOLE:
         if shape.fits(rows, *w):
             launches = (shape.write(), shape.chunk(rows, *w, skip_decode=False))
-            found.append(Tactic("verify whole {} warps{} stages{}".format(*w), launches))
-    return found
+            wholes.append(Tactic("verify whole {} warps{} stages{}".format(*w), launches))
+    enough = 2 * shape.tokens // queries * shape.kv_heads >= shape.site.device.num_sms
+    return wholes + found if shape.site.max_context and enough else found + wholes
 
 
 def shared_memory(capability: int) -> int:

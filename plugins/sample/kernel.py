@@ -19,8 +19,8 @@ row of the scheduler:
     13 min_length int32: stop ids are masked at positions below
     14 masks [.., ceil(V / 32)] int32: a bit for each token, the lowest first, 0: it may not be    15 last_token int32
        (written)
-    16 step_tokens [T] int32 and 17 logit_rows [R] int32, where drafts are verified: the tokens of the step, drafts among
-       them, and the one that each sample follows. masks then has `num_rows` rows for each number of drafts before it
+    16 step_tokens [T] int32 and 17 logit_rows [R] int32, where drafts are verified: the tokens of the step, drafts
+       among them, and the one that each sample follows. masks has `num_rows` rows for each number of drafts before it
 
 Outputs: 0 tokens [R] int32, -1 for padding; with L > 0 also 1 chosen_logprob [R] fp32, 2 chosen_rank [R] int32 (tokens
 strictly more likely, plus one), 3 top_ids [R, L] int32, 4 top_logprobs [R, L] fp32, all of the raw logits; those of

@@ -7,28 +7,33 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
 
 from ...engines.dtypes import DTYPES
-from ...engines.errors import EngineError
-from ...engines.plan import FOLDER, ZEROS, Plan
+from ...engines.plan import FOLDER, Plan
 from ...engines.sampling import KINDS, MAX_LOGPROBS, PACKED, RESULTS, SAMPLE_POSITIONS, SAMPLE_ROWS
-from ...engines.step import KV_LEN, LOGIT_ROWS, STEP_INPUTS, TOKENS, k_pages, v_pages
+from ...engines.step import KV_LEN, LOGIT_ROWS, QUERY_START, TOKENS
 from ...plugins.gpu import Gpu, GpuFault, opening
 from ..batch import Batch, packed_size
-from ..capacity import ServeConfig, model_len
+from ..capacity import ServeConfig
 from ..engine import Engine
 from ..executor import Logprobs, Result, by_work
 from ..request import Logprob, SamplingParams
-from ..speculation.costs import Costs
+from ..speculation.costs import Costs, Curve
+from ..speculation.verify import depths
+from .drafting import Drafting, Guesses
 from .graphs import Graphs, Replays, arena_bytes, logits_of
 from .logprobs import top_logprobs
+from .memory import check_plan, kv_pools, pages_of_pool, step_buffers
 from .sampling import SamplingTables, check_params
 from .weights import Weights
 
-GRAPH_RESERVE = 64 << 20  # bytes left for graphs and for what the driver loads with kernels
+MANY = 1 << 30  # query tokens of a sequence: more than any bucket is made for
+BEYOND = 3.0  # what a step costs that no bucket for verification holds, of what the largest costs: too much
+MEASURING = 1.0  # seconds, at most, of finding out what steps cost
 
 
 class Results(NamedTuple):
@@ -41,11 +46,13 @@ class Results(NamedTuple):
 class CudaExecutor:
     """Runs the plan of `engine` on the GPU at hand. opened: seconds that each part of opening took, weight bytes.
 
-    Raises EngineError: no GPU, one of another architecture, a plan for other sizes, too little memory, damaged weights.
+    Raises EngineError: no GPU, one of another architecture, a plan for other sizes, too little memory, damaged weights,
+    a draft engine of no use.
     """
 
-    costs: Costs | None = None  # it verifies no drafts yet
+    costs: Costs | None = None
     _graphs: Replays
+    _drafting: Drafting | None = None
 
     def __init__(self, engine: Engine, config: ServeConfig):
         began = time.perf_counter()
@@ -62,23 +69,34 @@ class CudaExecutor:
         """Everything is prepared while the weights arrive."""
         gpu, began, folder = self._gpu, time.perf_counter(), engine.folder / FOLDER
         self._stream = gpu.stream()
-        with Weights(gpu, engine, dummy=config.load_format == "dummy") as weights:
+        with ExitStack() as arriving:
+            weights = arriving.enter_context(Weights(gpu, engine, dummy=config.load_format == "dummy"))
             self._plan = plan = Plan.open(folder)
             check_plan(plan, engine, gpu, config)
             self.config = config = config.with_defaults(plan.max_num_seqs, plan.max_num_batched_tokens, plan.page_size)
+            draft = Drafting(gpu, engine, plan, config, self._stream) if config.speculate == "draft" else None
+            if draft:
+                arriving.enter_context(draft.weights)
             planned = time.perf_counter()
-            self._tables = SamplingTables(gpu, plan.max_num_seqs, plan.vocab_size, self._stream)
+            self._tables = SamplingTables(gpu, plan.max_num_seqs, plan.vocab_size, self._stream, plan.max_draft_tokens)
             self._tables.reserve(KINDS["greedy"])
-            self._buffers = self._tables.addresses | self._allocate_buffers(plan)
-            self._arena = gpu.allocate(arena_bytes(plan), "the activations")
-            self.num_pages = pages_of_pool(engine, gpu, config, plan, self._tables.bytes_of(KINDS["logprobs"]))
-            self._buffers |= self._allocate_pools(engine, self.num_pages)
+            self._buffers = self._tables.addresses | step_buffers(gpu, plan, self._stream)
+            self._arena = gpu.allocate(max(arena_bytes(plan), draft.arena_bytes if draft else 0), "the activations")
+            later = self._tables.bytes_of(KINDS["logprobs"]) + (draft.buffer_bytes if draft else 0)
+            self.num_pages = pages_of_pool(engine, gpu, config, plan, later, draft.engine if draft else None)
+            self._buffers |= kv_pools(gpu, engine, plan.page_size, self.num_pages)
             self._graphs = Graphs(gpu, plan, folder, weights.addresses, self._buffers, self._arena, self._stream)
             self._results = [self._allocate_results(plan) for _ in range(2)]
-            for bucket in range(len(plan.buckets)):
-                self._graphs.capture(bucket, "stage", "body", "head", "sample.greedy")
+            for number, bucket in enumerate(plan.buckets):
+                if bucket.max_query <= 1 or config.speculate:
+                    self._graphs.capture(number, "stage", "body", "head", "sample.greedy")
+            if draft:
+                draft.prepare(self._buffers, self._arena, self.num_pages)
+            self._drafting = draft
             gpu.synchronise(self._stream)
             captured = time.perf_counter()
+        if config.speculate:
+            self.costs = self._measure()
         self.opened |= {
             "plan": planned - began, "graphs": captured - planned, "weights": time.perf_counter() - began,
             "weight_bytes": weights.num_bytes,
@@ -94,13 +112,18 @@ class CudaExecutor:
         for placement in batch.placements:
             self._tables.place(placement)
         for i, bits in batch.masks:
-            self._tables.mask(int(batch.sample_rows[i]), bits)
+            before = 0 if batch.drafts is None else int(depths(batch.drafts)[i])
+            self._tables.mask(int(batch.sample_rows[i]), before, bits)
         self._buffers |= self._tables.addresses
+        batch.packed[5] = self._plan.max_pages  # where a draft engine finds a row of the page table
         self._gpu.upload(self._buffers[PACKED], batch.packed, self._stream)
-        longest = int(batch.inputs[KV_LEN].max())
+        longest = int(np.diff(batch.inputs[QUERY_START]).max())
+        if longest > 1 and not self.config.speculate:
+            longest = MANY  # buckets for verification are not captured
         # a request that was just admitted may have got pages that another one fills in this very step
-        apart = not batch.placements
-        bucket = self._plan.bucket(len(batch.inputs[TOKENS]), batch.num_works, longest, apart)
+        bucket = self._plan.bucket(
+            len(batch.inputs[TOKENS]), batch.num_works, int(batch.inputs[KV_LEN].max()), not batch.placements, longest
+        )
         sample = f"sample.{self._tables.kind_of(batch.sample_rows)}"
         self._results.reverse()
         results = self._results[0]
@@ -108,7 +131,9 @@ class CudaExecutor:
         if not batch.scored and len(batch.inputs[LOGIT_ROWS]) <= rows:
             self._graphs.replay(bucket, "stage", "body", "head", sample)
             self._download(results, sample, rows)
-            return Pending(self, batch, results, sample)
+            guesses = self._drafting.launch(batch) if self._drafting else None
+            self._gpu.record(results.event, self._stream)
+            return Pending(self, batch, results, sample, guesses=guesses)
         return self._launch_scored(batch, bucket, sample, results)
 
     def check(self, params: SamplingParams, num_stop_ids: int) -> None:
@@ -129,8 +154,15 @@ class CudaExecutor:
         self._gpu.use()
         self._gpu.wait(event)
 
-    def result(self, batch: Batch, arrays: dict[str, np.ndarray], sample: str) -> Result:
-        """Tokens and log-probabilities of a step that is done, by work."""
+    def result(self, batch: Batch, arrays: dict[str, np.ndarray], sample: str, guesses: Guesses | None) -> Result:
+        """Tokens, log-probabilities and guesses of a step that is done, by work."""
+        result = self._sampled(batch, arrays, sample)
+        if self._drafting:
+            drafts = self._drafting.settle(batch, arrays["sampled"][batch.sample_index], guesses)
+            result = result._replace(drafts=drafts)
+        return result
+
+    def _sampled(self, batch: Batch, arrays: dict[str, np.ndarray], sample: str) -> Result:
         index = batch.sample_index
         tokens = arrays["sampled"][index].tolist()
         if not KINDS[sample.removeprefix("sample.")].logprobs:
@@ -151,18 +183,23 @@ class CudaExecutor:
     def _download(self, results: Results, sample: str, rows: int) -> None:
         for name in KINDS[sample.removeprefix("sample.")].results:
             self._gpu.download(results.arrays[name][:rows], self._buffers[name], self._stream)
-        self._gpu.record(results.event, self._stream)
 
     def _launch_scored(self, batch: Batch, bucket: int, sample: str, results: Results) -> Pending:
         """The head again and again, a bucket's rows at a time; logits of scored rows are read on the host."""
         rows, all_rows = self._plan.buckets[bucket].rows, batch.inputs[LOGIT_ROWS]
-        columns = batch.packed[-2 * len(all_rows) :].reshape(2, -1)  # sample_rows, sample_positions
+        columns = batch.columns
+        if self._drafting:
+            self._drafting.follow(batch)
         prompt_logprobs: list[list[Logprobs] | None] = [None] * batch.num_works
         arrays = {name: np.zeros((len(all_rows), *array.shape[1:]), array.dtype)
                   for name, array in results.arrays.items()}  # fmt: skip
         self._graphs.replay(bucket, "stage", "body")
-        for begin in range(0, len(all_rows), rows):
-            count = min(rows, len(all_rows) - begin)
+        begin = 0
+        while begin < len(all_rows):
+            end = min(begin + rows, len(all_rows))
+            while end < len(all_rows) and columns[0, end] >= 0 and columns[0, end] == columns[0, end - 1]:
+                end -= 1  # the samples of a request look at each other
+            count = end - begin
             for name, values, padding in ((LOGIT_ROWS, all_rows, 0), (SAMPLE_ROWS, columns[0], -1),
                                           (SAMPLE_POSITIONS, columns[1], 0)):  # fmt: skip
                 window = np.full(rows, padding, np.int32)
@@ -170,10 +207,12 @@ class CudaExecutor:
                 self._gpu.upload(self._buffers[name], window, self._stream)
             self._graphs.replay(bucket, "head", sample)
             self._download(results, sample, rows)
+            self._gpu.record(results.event, self._stream)
             self.wait(results.event)
             for name in KINDS[sample.removeprefix("sample.")].results:
                 arrays[name][begin : begin + count] = results.arrays[name][:count]
             self._score(batch, bucket, begin, count, prompt_logprobs)
+            begin = end
         return Pending(self, batch, Results(arrays, results.event), sample, prompt_logprobs)
 
     def _score(
@@ -192,31 +231,34 @@ class CudaExecutor:
             found = top_logprobs(logits, token_ids[low - first : high - first], number)
             prompt_logprobs[work] = (prompt_logprobs[work] or []) + found
 
-    # -- memory --------------------------------------------------------------------------------------------------------
+    # -- opening -------------------------------------------------------------------------------------------------------
 
-    def _allocate_buffers(self, plan: Plan) -> dict[str, int]:
-        """Step tensors and results, for the largest bucket."""
-        sequences, tokens = plan.max_num_seqs, plan.max_num_batched_tokens
-        rows = max(bucket.rows for bucket in plan.buckets)
-        sizes = dict.fromkeys(STEP_INPUTS, tokens)
-        sizes |= {"query_start": sequences + 1, "kv_len": sequences, "pages": sequences * plan.max_pages}
-        sizes |= {LOGIT_ROWS: rows, SAMPLE_ROWS: rows, SAMPLE_POSITIONS: rows}
-        sizes |= {PACKED: packed_size(sequences, tokens, plan.max_pages)}
-        sizes |= {name: rows * (MAX_LOGPROBS if columns else 1) for name, (_, columns) in RESULTS.items()}
-        sizes |= {ZEROS: -(-plan.zeros // 4)}
-        buffers = {name: self._gpu.allocate(4 * size, "the tensors of a step") for name, size in sizes.items() if size}
-        if ZEROS in buffers:
-            self._gpu.fill(buffers[ZEROS], plan.zeros, 0, self._stream)
-        return buffers
+    def _measure(self) -> Costs:
+        """What steps cost, up to the largest that drafts can make: all of it on the scratch page."""
+        plan, draft, config = self._plan, self._drafting, self.config
+        assert config.max_num_seqs is not None
+        packed = self._gpu.pinned(4 * packed_size(plan.max_num_seqs, plan.max_num_batched_tokens, 1)).view(np.int32)
 
-    def _allocate_pools(self, engine: Engine, num_pages: int) -> dict[str, int]:
-        manifest, pools = engine.manifest, {}
-        for i, layer in enumerate(manifest.kv_layers):
-            itemsize = manifest.kv_dtype(layer).itemsize
-            for name, dim in ((k_pages(i), layer.head_dim), (v_pages(i), layer.v_head_dim)):
-                size = num_pages * self._plan.page_size * layer.kv_heads * dim * itemsize
-                pools[name] = self._gpu.allocate(size, "the KV pages")
-        return pools
+        def run(size: int) -> None:
+            num = min(-(-size // 2), plan.max_num_seqs)
+            starts = np.arange(num + 1) * size // num
+            nothing = np.zeros(size, np.int64)
+            header = [size, num, 1, 1, 0, 0, 0, 0]
+            flat = np.concatenate(
+                (header, starts, nothing, nothing, nothing, np.diff(starts), nothing[:num], [0, -1, 0])
+            )
+            packed[: len(flat)] = flat
+            self._gpu.upload(self._buffers[PACKED], packed[: len(flat)], self._stream)
+            bucket = plan.bucket(size, num, longest := -(-size // num), max_query=longest)
+            self._graphs.replay(bucket, "stage", "body", "head", "sample.greedy")
+            self._gpu.synchronise(self._stream)
+
+        held = max(bucket.tokens for bucket in plan.buckets if bucket.max_query)
+        most = config.max_num_seqs * (1 + config.num_draft_tokens)
+        target = Curve.measure(run, min(held, most), MEASURING)
+        if most > held:  # the logits of larger steps come in pieces, with the host in between
+            target = target.then(held + 1, BEYOND * target(held))
+        return Costs(target, Curve.measure(draft.scratch, config.max_num_seqs, MEASURING) if draft else None)
 
     def _allocate_results(self, plan: Plan) -> Results:
         rows = max(bucket.rows for bucket in plan.buckets)
@@ -233,65 +275,12 @@ class Pending:
 
     def __init__(
         self, executor: CudaExecutor, batch: Batch, results: Results, sample: str,
-        prompt_logprobs: list[list[Logprobs] | None] | None = None,
+        prompt_logprobs: list[list[Logprobs] | None] | None = None, guesses: Guesses | None = None,
     ):  # fmt: skip
         self._executor, self._batch, self._results, self._sample = executor, batch, results, sample
-        self._prompt_logprobs = prompt_logprobs
+        self._prompt_logprobs, self._guesses = prompt_logprobs, guesses
 
     def wait(self) -> Result:
         self._executor.wait(self._results.event)
-        result = self._executor.result(self._batch, self._results.arrays, self._sample)
+        result = self._executor.result(self._batch, self._results.arrays, self._sample, self._guesses)
         return result._replace(prompt_logprobs=self._prompt_logprobs)
-
-
-def check_plan(plan: Plan, engine: Engine, gpu: Gpu, config: ServeConfig) -> None:
-    """Raises EngineError where the plan cannot serve this GPU or this configuration."""
-    folder, have = engine.folder, gpu.device.capability
-    mend = f"build it again for this GPU with `ingot build {engine.manifest.model.source} -o {folder} --target cuda`"
-    if plan.capability // 10 != have // 10 or plan.capability > have:  # cubins run on later GPUs of their generation
-        raise EngineError(
-            f"{folder} was compiled for compute capability {plan.capability / 10}, but {gpu.name} has {have / 10}; "
-            f"{mend}."
-        )
-    for name, most in (("max_num_seqs", plan.max_num_seqs), ("max_num_batched_tokens", plan.max_num_batched_tokens)):
-        asked = getattr(config, name)
-        if asked is not None and asked > most:
-            option = f"--{name.replace('_', '-')} {asked}"
-            raise EngineError(
-                f"{name} is {asked}, but {folder} was built for at most {most}; ask for less, or {mend} {option}."
-            )
-    if config.page_size not in (None, plan.page_size):
-        raise EngineError(
-            f"page_size is {config.page_size}, but {folder} was built for pages of {plan.page_size}; leave it out."
-        )
-
-
-def pages_of_pool(engine: Engine, gpu: Gpu, config: ServeConfig, plan: Plan, later: int) -> int:
-    """Pages of the pool; `later` bytes will be allocated while serving, besides what graphs and the driver take.
-
-    Raises EngineError if a request of full length would not fit, with the numbers.
-    """
-    manifest, reserve = engine.manifest, GRAPH_RESERVE + later
-    page_bytes = manifest.kv_bytes_per_token * plan.page_size
-    free, total = gpu.memory()
-    room = min(free, int(total * config.gpu_memory_utilization) - (total - free)) - reserve
-    if config.num_kv_pages is not None:
-        num = config.num_kv_pages
-    elif config.kv_cache_memory is not None:
-        num = config.kv_cache_memory // page_bytes
-    else:
-        num = max(0, room) // page_bytes
-    full = -(-model_len(manifest, config) // plan.page_size)
-    needed = full + 1 if config.max_model_len is not None else 2
-    numbers = (
-        f"{gpu.name} has {total / 2**30:.1f} GiB, {free / 2**30:.1f} free after the weights; at "
-        f"gpu_memory_utilization={config.gpu_memory_utilization:g} {max(0, room) / 2**30:.2f} GiB are left for KV pages"
-    )
-    if num < needed:
-        raise EngineError(
-            f"The KV pool would have {num} pages of {page_bytes / 2**20:.2f} MiB, but {needed} are needed: {numbers}; "
-            "ask for more, for a smaller max_model_len, or free some memory."
-        )
-    if num * page_bytes > free - reserve:
-        raise EngineError(f"{num} KV pages need {num * page_bytes / 2**30:.2f} GiB: {numbers}; ask for fewer.")
-    return num

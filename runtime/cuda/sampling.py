@@ -7,32 +7,52 @@ from collections.abc import Mapping
 import numpy as np
 
 from ...engines.errors import RequestError
-from ...engines.sampling import IN_PROMPT, KINDS, MAX_BIAS, MAX_LOGPROBS, MAX_STOP, TABLES, VOCABULARY, Kind, width
+from ...engines.sampling import (
+    IN_PROMPT,
+    KINDS,
+    MASKS,
+    MAX_BIAS,
+    MAX_LOGPROBS,
+    MAX_STOP,
+    TABLES,
+    VOCABULARY,
+    Kind,
+    width,
+)
 from ...plugins.gpu import Gpu
 from ..placement import Placement, needs_history
 from ..request import SamplingParams
+
+FIELDS = tuple(Kind.__dataclass_fields__)
+CHEAPEST = tuple(  # name of the cheapest kind that serves a set of needs, by their bits
+    next(name for name, kind in KINDS.items() if kind.serves(Kind(*(bool(bits >> i & 1) for i in range(len(FIELDS))))))
+    for bits in range(1 << len(FIELDS))
+)
 
 
 class SamplingTables:
     """The tables of `engines/sampling.py` on `gpu`, and the kind of sampling that each row needs.
 
     A table is allocated when a request first needs it; the mirrors on the host know what is in all rows of it by then.
+    max_drafts: of a row that a step may verify, each with a mask of its own.
     """
 
-    def __init__(self, gpu: Gpu, num_rows: int, vocab_size: int, stream: int):
+    def __init__(self, gpu: Gpu, num_rows: int, vocab_size: int, stream: int, max_drafts: int = 0):
         self._gpu, self._num_rows, self._vocab_size, self._stream = gpu, num_rows, vocab_size, stream
-        self._kinds = [Kind()] * num_rows
-        self._num_logprobs = [0] * num_rows
+        self._max_drafts = max_drafts
+        self._masked = [0] * num_rows  # masks of a row that may forbid something
+        self._needs = np.zeros(num_rows, np.int64)  # what each row asks of sampling, a bit for each field of `Kind`
+        self._num_logprobs: list[int | None] = [None] * num_rows
         self.addresses: dict[str, int] = {}
         self._mirrors = {
-            name: np.zeros((num_rows, max(1, width(name, vocab_size))), dtype)
+            name: np.zeros((self._rows(name), max(1, width(name, vocab_size))), dtype)
             for name, (dtype, columns) in TABLES.items()
             if columns != VOCABULARY
         }
         self._mirrors["top_p"][:] = 1
         self._mirrors["penalties"][:, 0] = 1
         self._mirrors["bias_ids"][:] = self._mirrors["stop_ids"][:] = -1
-        self._mirrors["masks"][:] = -1  # every token may be
+        self._mirrors[MASKS][:] = -1  # every token may be
 
     def bytes_of(self, kind: Kind) -> int:
         """Bytes of the tables that `kind` needs and that are not there yet."""
@@ -50,12 +70,11 @@ class SamplingTables:
 
     def kind_of(self, rows: np.ndarray) -> str:
         """Name of the cheapest kind that serves all of these rows."""
-        needed = {self._kinds[row] for row in rows.tolist()}
-        return next(name for name, kind in KINDS.items() if all(kind.serves(other) for other in needed))
+        return CHEAPEST[int(np.bitwise_or.reduce(self._needs[rows], initial=0))]
 
     def num_logprobs(self, row: int) -> int | None:
         """How many were asked for; None: none."""
-        return self._num_logprobs[row] if self._kinds[row].logprobs else None
+        return self._num_logprobs[row]
 
     def place(self, placement: Placement) -> None:
         """A row gets a new request, or one that comes back after preemption."""
@@ -66,7 +85,8 @@ class SamplingTables:
         bound = params.structured_outputs is not None
         extras = needs_history(params) or bool(params.logit_bias) or masked or bound
         kind = Kind(random, truncate, extras, params.logprobs is not None)
-        self._kinds[row], self._num_logprobs[row] = kind, params.logprobs or 0
+        self._needs[row] = sum(getattr(kind, name) << bit for bit, name in enumerate(FIELDS))
+        self._num_logprobs[row] = params.logprobs
         # a step takes the kind that serves all of its rows, so a row is written for any kind there has been
         self.reserve(next(each for each in KINDS.values() if each.serves(kind)))
         bias = params.logit_bias or {}
@@ -81,19 +101,28 @@ class SamplingTables:
             "bias_values": _padded(list(bias.values()), MAX_BIAS),
             "stop_ids": _padded(sorted(placement.stop_ids) if masked else [], MAX_STOP),
             "min_length": placement.num_prompt + params.min_tokens if masked else 0,
-            "masks": -1,
         }
         for name, value in values.items():
             self._mirrors[name][row] = value
             if name in self.addresses:
                 self._write(name, row, self._mirrors[name][row])
+        for depth in range(self._masked[row]):
+            self._mask(row, depth, -1)
+        self._masked[row] = 0
         if "counts" in self.addresses and needs_history(params):
             self._write("counts", row, self._count(placement))
 
-    def mask(self, row: int, bits: np.ndarray) -> None:
-        """The tokens that this row may sample in the next step; bits [ceil(vocabulary / 32)] int32."""
-        self._mirrors["masks"][row] = bits
-        self._write("masks", row, self._mirrors["masks"][row])
+    def mask(self, row: int, depth: int, bits: np.ndarray) -> None:
+        """The tokens that this row may sample in the next step after `depth` drafts; bits [ceil(vocabulary / 32)]
+        int32."""
+        self._masked[row] = max(self._masked[row], 1 + depth)
+        self._mask(row, depth, bits)
+
+    def _mask(self, row: int, depth: int, bits: np.ndarray | int) -> None:
+        place = depth * self._num_rows + row
+        self._mirrors[MASKS][place] = bits
+        if MASKS in self.addresses:
+            self._write(MASKS, place, self._mirrors[MASKS][place])
 
     def _count(self, placement: Placement) -> np.ndarray:
         prompt, output = placement.tokens[: placement.num_prompt], placement.tokens[placement.num_prompt :]
@@ -106,7 +135,10 @@ class SamplingTables:
 
     def _size(self, name: str) -> int:
         columns = max(1, width(name, self._vocab_size))
-        return self._num_rows * columns * np.dtype(TABLES[name][0]).itemsize
+        return self._rows(name) * columns * np.dtype(TABLES[name][0]).itemsize
+
+    def _rows(self, name: str) -> int:
+        return self._num_rows * (1 + self._max_drafts if name == MASKS else 1)
 
 
 def check_params(params: SamplingParams, num_stop_ids: int) -> None:

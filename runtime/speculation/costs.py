@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
 from ...engines import step as names
+
+if TYPE_CHECKING:
+    import torch  # which engines for a GPU are served without
 
 BUDGET = 0.5  # seconds of measuring: larger sizes are taken to cost as much a token as the largest measured
 REPEATS = 8  # the quickest counts: what is slower was disturbed
@@ -36,6 +38,10 @@ class Curve:
             return seconds[0]
         share = (size - sizes[i - 1]) / (sizes[i] - sizes[i - 1])
         return seconds[i - 1] + share * (seconds[i] - seconds[i - 1])
+
+    def then(self, size: int, seconds: float) -> Curve:
+        """The same with one point more, behind the others."""
+        return Curve([*self._sizes, size], [*self._seconds, seconds])
 
     @classmethod
     def measure(cls, run: Callable[[int], object], most: int, budget: float = BUDGET) -> Curve:
@@ -64,6 +70,8 @@ class Costs(NamedTuple):
 
 def scratch_step(size: int, width: int) -> dict[str, torch.Tensor]:
     """The inputs of a step of `size` sequences with a token each and `width` pages, all of them the scratch page."""
+    import torch
+
     arrays = {
         names.TOKENS: np.zeros(size), names.POSITIONS: np.zeros(size), names.SLOTS: np.zeros(size),
         names.QUERY_START: np.arange(size + 1), names.KV_LEN: np.full(size, width),

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ...engines import step as names
 from ...engines.errors import EngineError
@@ -20,7 +20,10 @@ from ..engine import Engine
 from .costs import scratch_step
 from .verify import holding
 
-Graph = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+if TYPE_CHECKING:
+    import torch  # which engines for a GPU are served without
+
+    Graph = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
 
 class DraftEngine:
@@ -117,6 +120,8 @@ class DraftEngine:
     ) -> tuple[np.ndarray, torch.Tensor | None]:
         """A step over positions `begin .. begin + count` of each sequence -> the likeliest token after each [S], and
         what the next step is to have as `state` [S, width], which a head goes on from."""
+        import torch
+
         query_start = np.zeros(len(counts) + 1, np.int32)
         np.cumsum(counts, out=query_start[1:])
         sequences = np.repeat(np.arange(len(counts)), counts)

@@ -19,3 +19,10 @@ def holding(tokens: np.ndarray, drafts: np.ndarray) -> np.ndarray:
     before = np.cumsum(wrong) - wrong  # wrong guesses before each sample, of all requests
     first = np.concatenate(([True], last[:-1]))
     return before == np.maximum.accumulate(np.where(first, before, 0))
+
+
+def depths(drafts: np.ndarray) -> np.ndarray:
+    """drafts [N], see `holding` -> [N]: how many drafts of its request are before each sample."""
+    at = np.arange(len(drafts))
+    first = np.concatenate(([True], drafts[:-1] < 0))
+    return at - np.maximum.accumulate(np.where(first, at, 0))

@@ -17,8 +17,9 @@ from ...plugins.gpu import GpuFault
 from ...plugins.tensorrt import flavour
 from ...plugins.tensorrt.launcher import Launcher
 from ..capacity import ServeConfig
-from ..cuda.executor import CudaExecutor, check_plan, pages_of_pool
+from ..cuda.executor import CudaExecutor
 from ..cuda.graphs import Graphs, arena_bytes
+from ..cuda.memory import check_plan, kv_pools, pages_of_pool, step_buffers
 from ..cuda.sampling import SamplingTables
 from ..engine import Engine
 from .graphs import StepGraphs
@@ -50,11 +51,11 @@ class TensorRTExecutor(CudaExecutor):
         loaded = time.perf_counter()
         self._tables = SamplingTables(gpu, plan.max_num_seqs, plan.vocab_size, self._stream)
         self._tables.reserve(KINDS["greedy"])
-        self._buffers = self._tables.addresses | self._allocate_buffers(plan)
+        self._buffers = self._tables.addresses | step_buffers(gpu, plan, self._stream)
         gpu.fill(self._buffers[PACKED], EMPTY_STEP, 0, self._stream)  # what each context runs before it is captured
         self._arena = gpu.allocate(arena_bytes(plan), "the logits")
         self.num_pages = pages_of_pool(engine, gpu, self.config, plan, self._tables.bytes_of(KINDS["logprobs"]))
-        self._buffers |= self._allocate_pools(engine, self.num_pages)
+        self._buffers |= kv_pools(gpu, engine, plan.page_size, self.num_pages)
         own = Graphs(gpu, plan, folder, {}, self._buffers, self._arena, self._stream)
         shapes = _pool_shapes(engine, plan, self.num_pages)
         self._graphs = StepGraphs(

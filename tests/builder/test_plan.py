@@ -1,5 +1,7 @@
 """Plans: what they launch computes what the graph computes, places never overlap, and the file brings it all back."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families import FAMILIES
@@ -12,6 +14,7 @@ from ingot.builder import gate
 from ingot.builder.export import export
 from ingot.builder.kv_cache import quantise_pools
 from ingot.builder.passes import optimise
+from ingot.builder.targets import timing
 from ingot.builder.targets.arena import ALIGNMENT, Interval, place
 from ingot.builder.targets.planner import Planner, Sizes, bucket_sizes
 from ingot.builder.weights import attach
@@ -20,7 +23,7 @@ from ingot.engines.plan import Plan
 from ingot.plugins import tactics_of
 from ingot.plugins.dtypes import TORCH_DTYPES, to_torch
 from ingot.plugins.interpreter import Program
-from ingot.plugins.tactic import Device
+from ingot.plugins.tactic import Device, Site, Tensor
 from plan_run import PlanRun, padded, step_inputs
 
 PAGE_SIZE, WIDTH = 4, 16
@@ -125,3 +128,26 @@ def test_buckets_hold_every_step(max_num_seqs, max_num_batched_tokens, max_model
     assert mixed == sorted(set(mixed)) and mixed[-1] == max_num_batched_tokens
     assert all(2 * small >= large for small, large in zip(mixed, mixed[1:], strict=False))
     assert all(s.tokens == s.sequences == s.rows for s in sizes if s.max_query == 1)
+
+
+@given(st.integers(1, 600), st.integers(1, 9000), st.integers(16, 9000), st.integers(1, 16))
+def test_buckets_for_verification(max_num_seqs, max_num_batched_tokens, max_model_len, drafts):
+    """Up to 512 tokens of sequences with 1 + drafts each, on steps that fit; other buckets stay as they are."""
+    sizes = bucket_sizes(max_num_seqs, max_num_batched_tokens, max_model_len, drafts)
+    verify = [s for s in sizes if s.max_query > 1]
+    others = [s for s in sizes if s.max_query <= 1]
+    without = bucket_sizes(max_num_seqs, max_num_batched_tokens, max_model_len)
+    assert [replace(s, rows=0) for s in others] == [replace(s, rows=0) for s in without]
+    assert all(s.rows > drafts for s in others if not s.max_query), "a request's samples fit into any step's rows"
+    most = min(512, max_num_seqs * (1 + drafts), max_num_batched_tokens)
+    if most > 1:
+        assert max(s.tokens for s in verify if not s.max_context) == most
+    for each in verify:
+        assert each.max_query == 1 + drafts and each.rows == each.tokens and each.sequences <= max_num_seqs
+        table, pool = Tensor((each.sequences, -(-max_model_len // 16)), "int32"), Tensor((1, 16, 1, 16), "float32")
+        inputs = (Tensor((each.tokens, 48), "float32"), None, None, *[Tensor((1,), "int32")] * 3, table, pool, pool)
+        site = Site("PagedAttention", {}, inputs, (), Device(), each.max_query, each.max_context or None)
+        for timed in timing.steps(site):
+            assert len(timed.queries) == len(timed.lengths) == each.sequences and sum(timed.queries) <= each.tokens
+            assert 0 < max(timed.queries) <= each.max_query and max(timed.lengths) <= max_model_len + 15
+            assert all(n <= length for n, length in zip(timed.queries, timed.lengths, strict=True))

@@ -12,6 +12,7 @@ from ingot.runtime.step import Work
 def test_a_curve_is_straight_between_what_was_measured():
     curve = Curve([1, 2, 8], [2.0, 1.0, 8.0])
     assert [curve(n) for n in (0.5, 1, 2, 5, 8, 16)] == [2.0, 2.0, 2.0, 5.0, 8.0, 16.0]
+    assert [curve.then(9, 30.0)(n) for n in (5, 8, 9, 18)] == [5.0, 8.0, 30.0, 60.0]
 
 
 def test_measuring_ends_in_time_and_at_the_largest():

@@ -1,0 +1,138 @@
+"""Draft on the GPU: no host is asked between what the target samples and the last guess of the draft engine.
+
+Site: op `Draft`; attributes `page_size`, `vocab_size` (of the draft engine), `first`. Inputs, all int32:
+
+    0 packed: the target's step (`plugins/unpack`), with the N requests to draft for behind it, [3, N]: their places in
+      the step, the rows of logits of their first samples, how many samples they have; N is the header's fifth number,
+      columns of `pages` its sixth
+    1 tokens [T']    2 query_start [S'+1]    3 kv_len [S']    4 pages [S', width']    5 sampled [R'] of that step
+    6 last_token: the token that the draft engine guessed last for each of the N
+
+Outputs: those of `Unpack`, for a step of N sequences: the first has two tokens each, the last one sampled and the one
+before it; the next ones have the token guessed last, and take `kv_len` and `pages` as the step before left them.
+Tokens past the vocabulary become its last. What is past the page table goes to slot 0, as padding does.
+"""
+
+import triton
+import triton.language as tl
+
+from ..pdl import begin
+from ..tactic import Kernel, Launch, Operand, Site, Tactic
+
+BLOCK = 256
+
+
+@triton.jit
+def slot_of(pages_at, position, columns, PAGE: tl.constexpr):
+    """Where the key of a position is written, 0 past the page table."""
+    page = position // PAGE
+    return tl.load(pages_at + page, mask=page < columns, other=0) * PAGE + tl.where(page < columns, position % PAGE, 0)
+
+
+@triton.jit
+def first_kernel(
+    packed, target_tokens, target_query_start, target_kv_len, target_pages, sampled,
+    tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions,
+    T: tl.constexpr, S: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
+    V: tl.constexpr,
+    PDL: tl.constexpr = False,
+):  # fmt: skip
+    """Grid (S + blocks of the longest array): a program for each sequence, then padding."""
+    begin(PDL)
+    t = tl.load(packed)
+    s = tl.load(packed + 1)
+    width = tl.load(packed + 2)
+    n = tl.load(packed + 4)
+    ahead = packed + 8 + s + 1 + 3 * t + s + s * width + 3 * tl.load(packed + 3)
+    program = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    if program < S:
+        if program < n:
+            work = tl.load(ahead + program)
+            row = tl.load(ahead + n + program)
+            num = tl.load(ahead + 2 * n + program)
+            at = tl.load(target_query_start + work + 1) - num  # the token that the first sample follows
+            right = 0
+            going = 1
+            for j in range(0, num - 1):
+                going = going & (tl.load(sampled + row + j) == tl.load(target_tokens + at + 1 + j)).to(tl.int32)
+                right += going
+            position = tl.load(target_kv_len + work) - num + right
+            before = tl.minimum(tl.load(target_tokens + at + right), V - 1)
+            newest = tl.minimum(tl.load(sampled + row + right), V - 1)
+            table = target_pages + work.to(tl.int64) * tl.load(packed + 5)
+            columns = tl.minimum(width, WIDTH)
+            for start in range(0, columns, BLOCK):
+                column = start + i
+                page = tl.load(table + column, mask=column < columns, other=0)
+                tl.store(pages + program.to(tl.int64) * WIDTH + column, page, mask=column < columns)
+            for start in range(columns, WIDTH, BLOCK):
+                tl.store(pages + program.to(tl.int64) * WIDTH + start + i, i * 0, mask=start + i < WIDTH)
+            first = 2 * program
+            tl.store(tokens + first, before)
+            tl.store(tokens + first + 1, newest)
+            tl.store(positions + first, position)
+            tl.store(positions + first + 1, position + 1)
+            tl.store(slots + first, slot_of(table, position, columns, PAGE))
+            tl.store(slots + first + 1, slot_of(table, position + 1, columns, PAGE))
+            tl.store(kv_len + program, position + 2)
+            tl.store(sample_positions + program, position + 2)
+        else:
+            tl.store(kv_len + program, 0)
+        return
+    i += (program - S) * BLOCK
+    padding = (i >= 2 * n) & (i < T)
+    tl.store(tokens + i, i * 0, mask=padding)
+    tl.store(positions + i, i * 0, mask=padding)
+    tl.store(slots + i, i * 0, mask=padding)
+    tl.store(query_start + i, 2 * tl.minimum(i, n), mask=i <= S)
+    tl.store(logit_rows + i, tl.where(i < n, 2 * i + 1, 0), mask=i < R)
+    tl.store(sample_rows + i, tl.where(i < n, i, -1), mask=i < R)
+    tl.store(sample_positions + i, i * 0, mask=(i >= n) & (i < R))
+
+
+@triton.jit
+def next_kernel(
+    packed, last_token,
+    tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions,
+    S: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, V: tl.constexpr,
+    PDL: tl.constexpr = False,
+):  # fmt: skip
+    """Grid (blocks of S + 1). A bucket for decoding: S sequences, tokens and rows."""
+    begin(PDL)
+    n = tl.load(packed + 4)
+    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = j < n
+    inside = j < S
+    position = tl.load(kv_len + j, mask=there, other=0)
+    position = tl.minimum(position, WIDTH * PAGE - 1)  # a guess past the longest context is no guess
+    slot = slot_of(pages + j.to(tl.int64) * WIDTH, position, tl.where(there, WIDTH, 0), PAGE)
+    token = tl.load(last_token + j, mask=there, other=0)
+    tl.store(tokens + j, tl.minimum(token, V - 1), mask=inside)
+    tl.store(positions + j, position, mask=inside)
+    tl.store(slots + j, slot, mask=inside)
+    tl.store(query_start + j, tl.minimum(j, n), mask=j <= S)
+    tl.store(kv_len + j, tl.where(there, position + 1, 0), mask=inside)
+    tl.store(logit_rows + j, tl.where(there, j, 0), mask=inside)
+    tl.store(sample_rows + j, tl.where(there, j, -1), mask=inside)
+    tl.store(sample_positions + j, tl.where(there, position + 1, 0), mask=inside)
+
+
+def tactics(site: Site) -> list[Tactic]:
+    """One launch."""
+    num_tokens, (sequences, width), rows = site.outputs[0].shape[0], site.outputs[5].shape, site.outputs[6].shape[0]
+    a = site.attributes
+    constants = {"T": num_tokens, "S": sequences, "R": rows, "WIDTH": width, "BLOCK": BLOCK, "PAGE": a["page_size"],
+                 "V": a["vocab_size"]}  # fmt: skip
+    outputs = tuple(Operand("output", i) for i in range(len(site.outputs)))
+    if a["first"]:
+        function, inputs = first_kernel, tuple(Operand("input", i) for i in range(6))
+        grid = sequences + triton.cdiv(max(num_tokens, sequences + 1, rows), BLOCK)
+    else:
+        function, inputs = next_kernel, (Operand("input", 0), Operand("input", 6))
+        constants = {name: value for name, value in constants.items() if name not in ("T", "R")}
+        grid = triton.cdiv(sequences + 1, BLOCK)
+    names = [name for name in function.arg_names if not name.isupper()]
+    signature = tuple((name, "*i32") for name in names)
+    kernel = Kernel(f"draft.kernel:{function.__name__}", signature, tuple(constants.items()))
+    return [Tactic("blocks", (Launch(kernel, (grid, 1, 1), (*inputs, *outputs)),))]

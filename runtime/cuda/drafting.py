@@ -1,0 +1,222 @@
+"""A draft engine on the target's GPU and stream: it guesses behind each of the target's steps, on the GPU alone.
+
+What the target samples goes straight into the draft engine's first step, each guess into the next one, and all guesses
+come to the host behind the tokens. Its keys and values lie in the target's pages, token by token, so prefix hits,
+preemption and rows are the scheduler's work. It may lag behind: what it has not seen of a row is computed when guesses
+are wanted, and only then. Nothing here bears on what is sampled: a wrong guess costs time, never an answer.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ...engines import step as names
+from ...engines.errors import EngineError
+from ...engines.plan import FIRST, FOLDER, NEXT, TARGET, Plan
+from ...engines.sampling import LAST_TOKEN, PACKED, SAMPLED
+from ...plugins.gpu import Gpu
+from ..batch import HEADER, Batch, packed_size
+from ..capacity import ServeConfig, model_len
+from ..engine import Engine
+from ..speculation.draft_engine import check_pair
+from ..speculation.verify import holding
+from .graphs import Graphs, arena_bytes
+from .memory import GRAPH_RESERVE, check_plan, kv_pools, step_buffers
+from .weights import Weights
+
+GREEDY = "sample.greedy"
+
+
+class Guesses(NamedTuple):
+    """On their way to the host: tokens [steps, M] for the works [M] of a batch, as many for each as `nums` says."""
+
+    works: np.ndarray
+    nums: np.ndarray
+    tokens: np.ndarray
+
+
+class Drafting:
+    """The draft engine of `config` beside `target`, whose plan is given. `prepare` is called when memory is settled.
+
+    weights: on their way from the moment this exists; to be left as a context.
+    Raises EngineError: no engine there, of no use for `target`, or too little memory.
+    """
+
+    def __init__(self, gpu: Gpu, target: Engine, plan: Plan, config: ServeConfig, stream: int):
+        assert config.draft_engine is not None and config.max_num_seqs is not None
+        dummy = config.load_format == "dummy"
+        self.engine = engine = Engine.open(config.draft_engine, dummy=dummy)
+        check_pair(target, engine, model_len(target.manifest, config))
+        self._gpu, self._stream = gpu, stream
+        self.plan = Plan.open(engine.folder / FOLDER)
+        _check_plans(self.plan, plan, engine, gpu, config)
+        self._vocab_size = min(plan.vocab_size, engine.manifest.model.vocab_size)
+        self._most = config.num_draft_tokens
+        self._most_works = max(bucket.tokens for bucket in self.plan.buckets if bucket.max_query > 1) // 2
+        self._seen = np.zeros(config.max_num_seqs, np.int64)  # leading positions of a row whose keys are right
+        self.weights = Weights(gpu, engine, dummy=dummy)
+
+    def prepare(self, buffers: dict[str, int], arena: int, num_pages: int) -> None:
+        """buffers: the target's, by name; arena: room for the activations of either; num_pages: of the pools."""
+        gpu, plan = self._gpu, self.plan
+        self._whole = np.zeros(num_pages, bool)  # pages that are full here, too: a prefix hit finds them
+        mine = step_buffers(gpu, plan, self._stream)
+        mine[LAST_TOKEN] = gpu.allocate(4 * plan.max_num_seqs, "the tensors of a step")
+        mine |= kv_pools(gpu, self.engine, plan.page_size, num_pages)
+        shared = (PACKED, names.TOKENS, names.QUERY_START, names.KV_LEN, names.PAGES, SAMPLED)
+        self._buffers = mine | {TARGET + name: buffers[name] for name in shared}
+        self._graphs = Graphs(
+            gpu, plan, self.engine.folder / FOLDER, self.weights.addresses, self._buffers, arena, self._stream
+        )
+        size = packed_size(plan.max_num_seqs, plan.max_num_batched_tokens, plan.max_pages)
+        self._packed = gpu.pinned(4 * size).view(np.int32)
+        guesses = gpu.pinned(4 * self._most * plan.max_num_seqs).view(np.int32)
+        self._guesses = guesses.reshape(self._most, plan.max_num_seqs)
+        for number, bucket in enumerate(plan.buckets):
+            if bucket.max_query:
+                self._graphs.capture(number, NEXT if bucket.max_query == 1 else FIRST, "body", "head", GREEDY)
+
+    @property
+    def arena_bytes(self) -> int:
+        """Of its activations."""
+        return arena_bytes(self.plan)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Of its step tensors, packed and unpacked, and of its graphs."""
+        plan = self.plan
+        packed = packed_size(plan.max_num_seqs, plan.max_num_batched_tokens, plan.max_pages)
+        return 8 * packed + plan.zeros + GRAPH_RESERVE
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    def follow(self, batch: Batch) -> None:
+        """The target runs this step: what is known of its rows here. `launch` asks for it, too."""
+        page_size, inputs = self.plan.page_size, batch.inputs
+        slots, positions = inputs[names.SLOTS], inputs[names.POSITIONS]
+        self._whole[slots[positions % page_size == 0] // page_size] = False
+        for placement in batch.placements:
+            work = int(np.flatnonzero(batch.rows == placement.row)[0])
+            start = positions[inputs[names.QUERY_START][work]]
+            found = self._whole[inputs[names.PAGES][work, : start // page_size]]
+            num = len(found) if found.all() else int(found.argmin())
+            self._seen[placement.row] = num * page_size
+
+    def launch(self, batch: Batch) -> Guesses | None:
+        """Enqueues the guesses behind the target's step, which has been enqueued; None where none are wanted."""
+        self.follow(batch)
+        if not batch.ahead or batch.num_ahead is None or len(batch.ahead.known) > self._most_works:
+            return None
+        self._catch_up(batch)
+        plan, works = self.plan, batch.ahead.table[0]
+        nums = np.minimum(batch.num_ahead[works], self._most)
+        steps, num = int(nums.max()), len(works)
+        longest = min(int(batch.inputs[names.KV_LEN][works].max()) + steps, plan.max_pages * plan.page_size)
+        first, later = plan.bucket(2 * num, num, longest, max_query=2), plan.bucket(num, num, longest, max_query=1)
+        for i in range(steps):
+            bucket, part = (later, NEXT) if i else (first, FIRST)
+            self._graphs.replay(bucket, part, "body", "head", GREEDY)
+            self._gpu.download(self._guesses[i, :num], self._buffers[SAMPLED], self._stream)
+        return Guesses(works.copy(), nums, self._guesses[:steps, :num])
+
+    def settle(self, batch: Batch, tokens: np.ndarray, guesses: Guesses | None) -> list[list[int]] | None:
+        """The step is done, and `tokens` [N] were sampled: the guesses of each work, and what is known of its rows."""
+        held = np.ones(len(tokens), bool) if batch.drafts is None else holding(tokens, batch.drafts)
+        works = batch.sample_works
+        last = held & np.append(~held[1:] | (works[1:] != works[:-1]), True) if len(works) else held
+        rows, newest = batch.sample_rows[last], batch.sample_positions[last]
+        self._seen[rows] = np.minimum(self._seen[rows], newest)
+        if guesses is None:
+            return None
+        row_of, newest_of = np.zeros(batch.num_works, np.int64), np.zeros(batch.num_works, np.int64)
+        row_of[works[last]], newest_of[works[last]] = rows, newest
+        self._seen[row_of[guesses.works]] = newest_of[guesses.works] + len(guesses.tokens)
+        found: list[list[int]] = [[] for _ in range(batch.num_works)]
+        columns = guesses.tokens.T.tolist()
+        for work, num, column in zip(guesses.works.tolist(), guesses.nums.tolist(), columns, strict=True):
+            some = column[:num]
+            strange = next((i for i, token in enumerate(some) if token >= self._vocab_size), num)
+            found[work] = some[:strange]
+        return found
+
+    def scratch(self, size: int) -> None:
+        """A step of so many sequences on the scratch page, waited for: to be timed."""
+        self._stage(np.zeros((size, 1), np.int32), [[0]] * size, np.zeros(size, np.int64))
+        self._graphs.replay(self.plan.bucket(size, size, 1), "stage", "body", "head", GREEDY)
+        self._gpu.synchronise(self._stream)
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _catch_up(self, batch: Batch) -> None:
+        """Computes what it has not seen of the works to draft for, up to the token before the last of the step."""
+        assert batch.ahead
+        works, _, samples = batch.ahead.table
+        kv_len, rows = batch.inputs[names.KV_LEN][works].astype(np.int64), batch.rows[works]
+        begins, ends = self._seen[rows], kv_len - 1
+        left = np.maximum(ends - begins, 0)
+        sequences = [self._text(batch, i) if left[i] else [] for i in range(len(works))]
+        pages = batch.inputs[names.PAGES][works]
+        chunk = 0
+        while left.any():
+            taken = np.diff(np.minimum(np.cumsum(left), self.plan.max_num_batched_tokens), prepend=0)
+            some = np.flatnonzero(taken)
+            if chunk:  # the buffer is still read
+                self._gpu.synchronise(self._stream)
+            parts = [sequences[i][begins[i] : begins[i] + taken[i]] for i in some]
+            self._stage(pages[some], parts, begins[some])
+            longest = int((begins + taken)[some].max())
+            bucket = self.plan.bucket(
+                int(taken.sum()), len(some), longest, apart=False, max_query=int(taken.max())
+            )  # a page may be given to two requests at once, of which one fills it in this step
+            self._graphs.replay(bucket, "stage", "body")
+            begins, left, chunk = begins + taken, left - taken, chunk + 1
+        self._seen[rows] = np.maximum(self._seen[rows], ends)
+        page_size = self.plan.page_size
+        full = (kv_len - samples) // page_size  # pages of tokens that stay
+        self._whole[pages[np.arange(pages.shape[1]) < full[:, None]]] = True
+
+    def _text(self, batch: Batch, i: int) -> list[int]:
+        """The tokens of work number i of those to draft for, the drafts of the step behind what is known."""
+        assert batch.ahead
+        work = batch.ahead.table[0][i]
+        known, end = batch.ahead.known[i], int(batch.inputs[names.KV_LEN][work])
+        drafts = end - len(known)
+        if drafts <= 0:
+            return known
+        stop = int(batch.inputs[names.QUERY_START][work + 1])
+        return known + batch.inputs[names.TOKENS][stop - drafts : stop].tolist()
+
+    def _stage(self, pages: np.ndarray, parts: list[list[int]], begins: np.ndarray) -> None:
+        """Packs and uploads a step without logits: pages [S, width], tokens of each sequence from `begins` on."""
+        counts = np.array([len(part) for part in parts])
+        starts = np.concatenate(([0], np.cumsum(counts)))
+        owner = np.repeat(np.arange(len(parts)), counts)
+        positions = np.arange(starts[-1]) + np.repeat(begins - starts[:-1], counts)
+        kv_len = begins + counts
+        width = -(-int(kv_len.max()) // self.plan.page_size)
+        slots = pages[owner, positions // self.plan.page_size] * self.plan.page_size + positions % self.plan.page_size
+        tokens = np.minimum(np.concatenate(parts), self.engine.manifest.model.vocab_size - 1)
+        last = starts[1:] - 1
+        header = [starts[-1], len(parts), width, len(parts), 0, 0, 0, 0]
+        assert len(header) == HEADER
+        arrays = (header, starts, tokens, positions, slots, kv_len, pages[:, :width].reshape(-1), last,
+                  np.arange(len(parts)), kv_len)  # fmt: skip
+        flat = np.concatenate(arrays)
+        self._packed[: len(flat)] = flat
+        self._gpu.upload(self._buffers[PACKED], self._packed[: len(flat)], self._stream)
+
+
+def _check_plans(plan: Plan, target: Plan, engine: Engine, gpu: Gpu, config: ServeConfig) -> None:
+    check_plan(plan, engine, gpu, ServeConfig(max_num_seqs=config.max_num_seqs))
+    if plan.page_size != target.page_size:
+        raise EngineError(
+            f"The draft engine {engine.folder} was built for pages of {plan.page_size} tokens, the target for pages of"
+            f" {target.page_size}; build one of them again."
+        )
+    if not plan.max_draft_tokens:
+        raise EngineError(
+            f"The draft engine {engine.folder} was built with --max-draft-tokens 0, so it cannot draft; build it again"
+            " without that."
+        )
