@@ -74,16 +74,17 @@ def one_export_of_a_config():
     """What an export gives depends on class, config and dtype alone: each is traced, for seconds, once a worker."""
     from ingot.builder import export as module
 
-    trace, kept = module._trace, {}
+    trace, kept = module.trace, {}
 
-    def once(model):
-        key = type(model), model.config.to_json_string(use_diff=False), model.dtype
+    def once(step, kind, outputs, *rest, **options):
+        model = step.model
+        key = type(model), model.config.to_json_string(use_diff=False), model.dtype, tuple(outputs)
         if key not in kept:
-            kept[key] = trace(model)
+            kept[key] = trace(step, kind, outputs, *rest, **options)
         return kept[key].clone()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_trace", once)
+        patch.setattr(module, "trace", once)
         yield
 
 

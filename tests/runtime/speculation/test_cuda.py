@@ -112,6 +112,11 @@ def test_what_cannot_work_is_refused(engines, tmp_path):
                 "--max-draft-tokens 0, so it cannot",
             ),
             (cuda, dict(speculate="draft", draft_engine=cpu, num_draft_tokens=1), "is for the cpu target"),
+            (
+                cuda,
+                dict(speculate="eagle", draft_engine=cpu, num_draft_tokens=1),
+                "where heads do not run yet; use draft",
+            ),
         ):
             with pytest.raises(EngineError, match=words):
                 LLM(target, **options, **ROOMY)

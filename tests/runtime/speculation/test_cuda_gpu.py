@@ -1,6 +1,6 @@
 """Drafts on a GPU: answers with every drafter are those without, for whatever a request may ask for."""
 
-import os
+import fcntl
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from answers import PARAMS, PROMPTS
-from filelock import FileLock
 from hand_made import DEMO
 from ingot import LLM, SamplingParams, build_engine
 from ingot.builder import BuildConfig
@@ -22,23 +21,23 @@ ROOMY = {"num_kv_pages": 400}
 TIGHT = {"num_kv_pages": 32}  # requests are thrown out
 
 
-def built(tmp_path_factory, name: str, checkpoint) -> Path:
+def built(shared: Path, name: str, checkpoint) -> Path:
     """The engine of what `checkpoint` gives a folder for; made once, by whichever of pytest's workers comes first."""
-    folder = tmp_path_factory.getbasetemp()
-    out = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / f"speculation-{name}"
-    with FileLock(f"{out}.lock"):
+    out = shared / f"speculation-{name}"
+    with open(f"{out}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if not out.exists():
             build_engine(BuildConfig(str(checkpoint()), str(out), **SIZES))
     return out
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    return built(tmp_path_factory, "target", lambda: DEMO / "pycoder-draft-2m")
+def engine(shared):
+    return built(shared, "target", lambda: DEMO / "pycoder-draft-2m")
 
 
 @pytest.fixture(scope="module")
-def draft(tmp_path_factory):
+def draft(shared, tmp_path_factory):
     """A draft engine that is right often, though not always: the small model with its last layer's MLP left out."""
 
     def checkpoint():
@@ -51,7 +50,7 @@ def draft(tmp_path_factory):
         save_file(weights, folder / "model.safetensors")
         return folder
 
-    return built(tmp_path_factory, "draft", checkpoint)
+    return built(shared, "draft", checkpoint)
 
 
 def answers(llm):
