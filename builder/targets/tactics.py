@@ -161,7 +161,7 @@ def _times(timer: Timer, each: Candidates, compiled: Compiled) -> list[float | N
 
 def _compile(tactics: Iterable[Tactic], capability: int, done: Collection[Source] = ()) -> dict[Source, Any]:
     """What the tactics launch, compiled; a cubin that asks for more memory than a program has there is an error."""
-    from ...plugins.paged_attention.kernel import shared_memory
+    from ...plugins.paged_attention.launches import shared_memory
 
     sources = dict.fromkeys(launch.kernel for tactic in tactics for launch in tactic.launches)
     compiled = compile_all([source for source in sources if source not in done], capability)

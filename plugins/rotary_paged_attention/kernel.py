@@ -10,7 +10,8 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
-from ..paged_attention.kernel import (
+from ..paged_attention.kernel import tactics as attentions
+from ..paged_attention.launches import (
     SCALE_NAMES,
     VALUE,
     Rotation,
@@ -20,8 +21,7 @@ from ..paged_attention.kernel import (
     scale_constants,
     stored_type,
 )
-from ..paged_attention.kernel import TABLE as ROTATION_TABLE
-from ..paged_attention.kernel import tactics as attentions
+from ..paged_attention.launches import TABLE as ROTATION_TABLE
 from ..paged_attention.stored import numbers, stored, unit_of
 from ..pdl import begin
 from ..rope.kernel import rotated

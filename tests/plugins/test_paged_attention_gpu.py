@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 
 from ingot.builder.targets.cubin import Cubin, compile_all
 from ingot.plugins import OPS, tactics_of
-from ingot.plugins.paged_attention.kernel import shared_memory, tactics
+from ingot.plugins.paged_attention.kernel import tactics
+from ingot.plugins.paged_attention.launches import shared_memory
 from ingot.plugins.tactic import Device, Site, Tensor
 from triton_run import DEVICE, described, run_tactic
 
