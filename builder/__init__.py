@@ -47,7 +47,7 @@ class BuildConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 4096
     page_size: int = 16
-    max_draft_tokens: int = 7  # of the cuda target: drafts of a sequence that a step can verify; 0: no speculation
+    max_draft_tokens: int = 0  # of the cuda target: drafts of a sequence that a step can verify; 0: no speculation
     tune: bool = True  # time tactics where there is a GPU
     tensorrt_plugins: str = (
         "Rope"  # of the tensorrt target: ops that ingot's kernels run although it has a form of its own

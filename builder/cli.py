@@ -55,7 +55,7 @@ def build(
     ] = 4096,
     max_draft_tokens: Annotated[
         int, typer.Option(help="cuda: drafts of a sequence that a step can verify; 0: no speculation.")
-    ] = 7,
+    ] = 0,
     tune: Annotated[bool, typer.Option(help="cuda: time the kernels on the GPU at hand.")] = True,
     gpu_arch: Annotated[
         int | None,
