@@ -41,7 +41,7 @@ def build(model: Path, out: Path, **options: Any) -> Path:
     """The engine in `out`, built in a process of its own unless it is there."""
     if not (out / "engine.json").exists():
         start = time.perf_counter()
-        config = json.dumps({"model": str(model), "out": str(out), "target": "cuda", **options})
+        config = json.dumps({"model": str(model), "out": str(out), "target": "cuda", "max_draft_tokens": 7, **options})
         subprocess.run([sys.executable, "-c", BUILD, config], check=True, stdout=subprocess.DEVNULL)
         print(f"built {out.name} in {time.perf_counter() - start:.0f} s", flush=True)
     return out
