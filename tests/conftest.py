@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import signal
 from pathlib import Path
 
 # OpenMP threads beyond the processors spin while they wait for each other: workers of pytest and the servers that
@@ -17,6 +18,10 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "engines" / "demo"
+
+# a shell starts what it runs in the background without Ctrl-C, and tests send that to processes which inherit it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is imported

@@ -4,7 +4,7 @@ import pytest
 import torch
 from ingot.builder.calibrate import calibrate
 from ingot.builder.calibration_text import Text
-from ingot.builder.gate import _packed
+from ingot.builder.gate import packed
 from ingot.builder.node_major import run
 from ingot.builder.passes import drop_dead
 from ingot.builder.passes.graph import nodes, operand
@@ -16,6 +16,7 @@ from ingot.calibration.formats import Format, round_to_nearest
 from ingot.calibration.recipe import Recipe, parse, recipes
 from ingot.calibration.scales import Scales
 from ingot.engines.errors import BuildError
+from ingot.engines.step import LOGITS
 from ingot.engines.weights import random_weights
 from ingot.plugins.dtypes import to_torch
 from random_graph import random_graph, random_windows
@@ -75,7 +76,7 @@ def test_what_targets_run_is_the_same(name):
     lower_quantised(lowered)
     drop_dead(lowered)
     assert len(nodes(lowered, "QuantisedLinear")) == 8 and not nodes(lowered, "DequantizeLinear")
-    for expected, found in zip(_packed(graph, PROMPTS), _packed(lowered, PROMPTS), strict=True):
+    for expected, found in zip(packed(graph, PROMPTS)[LOGITS], packed(lowered, PROMPTS)[LOGITS], strict=True):
         assert float((found - expected).norm() / expected.norm()) < 0.02  # a number that rounds the other way
 
 
@@ -103,7 +104,7 @@ def test_an_embedding_is_gathered_before_it_is_taken_back(family):
     gathered = [node for node in nodes(graph, "Gather") if (operand(node).name or "").startswith(table.name)]
     assert len(gathered) == 2
     assert len(nodes(graph, "DequantizeLinear")) == (2 if family == "qwen2" else 1)
-    for a, b in zip(_packed(expected, PROMPTS), _packed(graph, PROMPTS), strict=True):
+    for a, b in zip(packed(expected, PROMPTS)[LOGITS], packed(graph, PROMPTS)[LOGITS], strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
 
 
@@ -126,7 +127,7 @@ def test_experts_in_few_bits(family, form):
         )
     quantise(graph, recipe, Scales())
     verify(graph, "quantise")
-    for a, b in zip(_packed(expected, PROMPTS), _packed(graph, PROMPTS), strict=True):
+    for a, b in zip(packed(expected, PROMPTS)[LOGITS], packed(graph, PROMPTS)[LOGITS], strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
 
 

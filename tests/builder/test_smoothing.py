@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from ingot.builder.gate import _packed
+from ingot.builder.gate import packed
 from ingot.builder.passes.graph import nodes
 from ingot.builder.passes.verify import verify
 from ingot.builder.quantise import choose, sites, smooth
 from ingot.calibration.recipe import parse
 from ingot.calibration.scales import Scales
+from ingot.engines.step import LOGITS
 from ingot.plugins.dtypes import to_torch
 from random_graph import random_graph
 
@@ -37,7 +38,7 @@ def test_the_graph_computes_what_it_did(family, num_mul):
     smooth(smoothed, recipe, scales)
     verify(smoothed, "smooth")
     assert len(nodes(smoothed, "Mul")) - len(nodes(graph, "Mul")) == num_mul
-    for before, after in zip(_packed(graph, prompts), _packed(smoothed, prompts), strict=True):
+    for before, after in zip(packed(graph, prompts)[LOGITS], packed(smoothed, prompts)[LOGITS], strict=True):
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
     for name, s in scales.smoothing.items():
         assert s.min() < 0.6 and s.max() > 1.6
