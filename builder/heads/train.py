@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from ...engines.errors import BuildError
 from ..calibration_text import Text
@@ -123,6 +124,7 @@ def write(head: Head, ids: Tensor, folder: Path) -> None:
 def _trainer(config: TrainConfig, checkpoint: Checkpoint, ids: Tensor, given: HeadCheckpoint | None) -> Trainer:
     if checkpoint.quantised:
         raise BuildError(f"{config.model} is quantised; give the checkpoint that it was made from")
+    disable_progress_bar()  # of loading: `on_phase` says what goes on
     target: Any = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype="auto").eval().requires_grad_(False)
     target.to(ids.device)
     text: Any = checkpoint.config.get_text_config()
