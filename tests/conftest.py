@@ -31,7 +31,12 @@ settings.register_profile("ingot", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("ingot")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m gpu` chooses
 def pytest_collection_modifyitems(items):
+    if not no_gpu():  # where there is one, all tests of kernels run on it
+        for item in items:
+            if item.path.stem.endswith("_gpu"):
+                item.add_marker(pytest.mark.gpu)
     for mark, lacking in (("gpu", no_gpu), ("tensorrt", no_tensorrt)):
         marked = [item for item in items if item.get_closest_marker(mark)]
         if marked and (reason := lacking()):
