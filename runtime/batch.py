@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..engines import step as names
 from .placement import Placement, needs_history
@@ -60,6 +61,17 @@ HEADER = 8  # numbers in front of the packed arrays: T, S, width, R, M of `Ahead
 def packed_size(max_num_seqs: int, max_num_batched_tokens: int, width: int) -> int:
     """Numbers that the packed arrays of a step have at most; every token may want logits."""
     return HEADER + 6 * max_num_batched_tokens + (width + 8) * max_num_seqs + 8
+
+
+def packed_step(
+    query_start: ArrayLike, tokens: ArrayLike, positions: ArrayLike, slots: ArrayLike, kv_len: ArrayLike,
+    pages: np.ndarray, logit_rows: ArrayLike, sample_rows: ArrayLike, sample_positions: ArrayLike,
+) -> np.ndarray:  # fmt: skip
+    """A step that an executor makes for itself, packed as `Arena` packs those of the scheduler. pages: [S, width]."""
+    arrays = query_start, tokens, positions, slots, kv_len, pages, logit_rows, sample_rows, sample_positions
+    header = np.zeros(HEADER, np.int32)
+    header[:4] = np.size(tokens), len(pages), pages.shape[1], np.size(logit_rows)
+    return np.concatenate([header, *map(np.ravel, arrays)]).astype(np.int32)
 
 
 class Arena:

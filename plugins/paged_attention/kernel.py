@@ -8,9 +8,7 @@ drafts are verified all sequences have a few query tokens: split as in decoding,
 splits is a guess at what fills the GPU and part of what the builder times.
 """
 
-from dataclasses import replace
-
-from ..tactic import Operand, Site, Tactic
+from ..tactic import Site, Tactic
 from .launches import Rotation, Shape, block, copies
 
 # (BN, warps, stages) of decode; BN keys are in flight per stage
@@ -53,12 +51,7 @@ def tactics(site: Site, rotation: Rotation | None = None) -> list[Tactic]:
     _, room = copies(site)
     found = [Tactic(name, (shape.write(), shape.chunk(*c, skip_decode=False)), room) for name, c in named]
     d = decodes[0]
-    launch, workspace, zeros = shape.decode(*d, shape.programs(d[0])[0], own=False)
-    launch = replace(launch, arguments=tuple(
-        Operand("workspace", room + a.index) if isinstance(a, Operand) and a.kind == "workspace" else a
-        for a in launch.arguments
-    ))  # fmt: skip
-    workspace += room
+    launch, workspace, zeros = shape.decode(*d, shape.programs(d[0])[0], own=False, room=room)
     for name, c in named[:APART]:
         launches = (shape.write(), shape.chunk(*c, skip_decode=True), launch)
         found.append(Tactic(f"{name}, decode {d[0]}", launches, workspace, zeros))

@@ -216,12 +216,12 @@ class Shape:
         return Launch(kernel, (self.kv_heads, self.sequences, 1), arguments)
 
     def decode(
-        self, bn: int, warps: int, stages: int, programs: int, *, own: bool, queries: int = 1
+        self, bn: int, warps: int, stages: int, programs: int, *, own: bool, queries: int = 1, room: int = 0
     ) -> tuple[Launch, int, int]:
-        """(launch, bytes of workspace, bytes of zeros)."""
+        """(launch, bytes of workspace, bytes of zeros). room: bytes of the workspace that others have, in front."""
         counters = self.kv_heads * programs
         parts = 2 * counters * queries * self.group
-        at_tops = _aligned(4 * parts * self.dv)
+        at_tops = room + _aligned(4 * parts * self.dv)
         at_totals = at_tops + _aligned(4 * parts)
         constants = {
             "BS": max(256, triton.next_power_of_2(self.sequences)), **self.own_constants(), "OWN": own,
@@ -233,7 +233,7 @@ class Shape:
         kernel = self.kernel("decode:decode_kernel", names, constants, warps, stages)
         arguments: tuple[Operand | int, ...] = (
             *self.inputs(*STEP_INPUTS), Operand("output", 0),
-            *(Operand("workspace", at) for at in (0, at_tops, at_totals)), Operand("zeros", 0), self.sequences,
+            *(Operand("workspace", at) for at in (room, at_tops, at_totals)), Operand("zeros", 0), self.sequences,
             *self.scale_inputs(),
         )  # fmt: skip
         return Launch(kernel, (self.kv_heads, programs, 1), arguments), at_totals + _aligned(4 * parts), 4 * counters

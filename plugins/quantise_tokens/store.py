@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # by Triton's, which knows no PTX and rounds otherwise
 NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken away, it rounds to the nearest integer, ties to even
 
 

@@ -8,8 +8,9 @@ E4M3 is read by the hardware from compute capability 8.9 on; before, its bits ar
 import triton
 import triton.language as tl
 
+from ..quantise_tokens.store import INTERPRETED
+
 HARDWARE_FP8 = 89  # compute capability
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # Triton's interpreter knows no PTX
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from ...engines.errors import EngineError
 from ...engines.plan import FIRST, FOLDER, NEXT, TARGET, Plan
 from ...engines.sampling import LAST_TOKEN, PACKED, SAMPLED
 from ...plugins.gpu import Gpu
-from ..batch import HEADER, Batch, packed_size
+from ..batch import Batch, packed_size, packed_step
 from ..capacity import ServeConfig, model_len
 from ..engine import Engine
 from ..speculation.draft_engine import check_pair
@@ -198,12 +198,8 @@ class Drafting:
         width = -(-int(kv_len.max()) // self.plan.page_size)
         slots = pages[owner, positions // self.plan.page_size] * self.plan.page_size + positions % self.plan.page_size
         tokens = np.minimum(np.concatenate(parts), self.engine.manifest.model.vocab_size - 1)
-        last = starts[1:] - 1
-        header = [starts[-1], len(parts), width, len(parts), 0, 0, 0, 0]
-        assert len(header) == HEADER
-        arrays = (header, starts, tokens, positions, slots, kv_len, pages[:, :width].reshape(-1), last,
-                  np.arange(len(parts)), kv_len)  # fmt: skip
-        flat = np.concatenate(arrays)
+        rows = np.arange(len(parts))
+        flat = packed_step(starts, tokens, positions, slots, kv_len, pages[:, :width], starts[1:] - 1, rows, kv_len)
         self._packed[: len(flat)] = flat
         self._gpu.upload(self._buffers[PACKED], self._packed[: len(flat)], self._stream)
 
@@ -218,5 +214,5 @@ def _check_plans(plan: Plan, target: Plan, engine: Engine, gpu: Gpu, config: Ser
     if not plan.max_draft_tokens:
         raise EngineError(
             f"The draft engine {engine.folder} was built with --max-draft-tokens 0, so it cannot draft; build it again"
-            " without that."
+            f" with --max-draft-tokens {config.num_draft_tokens}."
         )

@@ -17,7 +17,7 @@ from ...engines.plan import FOLDER, Plan
 from ...engines.sampling import KINDS, MAX_LOGPROBS, PACKED, RESULTS, SAMPLE_POSITIONS, SAMPLE_ROWS
 from ...engines.step import KV_LEN, LOGIT_ROWS, QUERY_START, TOKENS
 from ...plugins.gpu import Gpu, GpuFault, opening
-from ..batch import Batch, packed_size
+from ..batch import Batch, packed_size, packed_step
 from ..capacity import ServeConfig
 from ..engine import Engine
 from ..executor import Logprobs, Result, by_work
@@ -242,10 +242,9 @@ class CudaExecutor:
         def run(size: int) -> None:
             num = min(-(-size // 2), plan.max_num_seqs)
             starts = np.arange(num + 1) * size // num
-            nothing = np.zeros(size, np.int64)
-            header = [size, num, 1, 1, 0, 0, 0, 0]
-            flat = np.concatenate(
-                (header, starts, nothing, nothing, nothing, np.diff(starts), nothing[:num], [0, -1, 0])
+            nothing = np.zeros(size, np.int32)
+            flat = packed_step(
+                starts, nothing, nothing, nothing, np.diff(starts), np.zeros((num, 1), np.int32), [0], [-1], [0]
             )
             packed[: len(flat)] = flat
             self._gpu.upload(self._buffers[PACKED], packed[: len(flat)], self._stream)

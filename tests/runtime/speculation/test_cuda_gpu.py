@@ -1,17 +1,14 @@
 """Drafts on a GPU: answers with every drafter are those without, for whatever a request may ask for."""
 
-import fcntl
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from answers import PARAMS, PROMPTS
+from answers import PARAMS, PROMPTS, half_right, told
 from hand_made import DEMO
 from ingot import LLM, SamplingParams, build_engine
 from ingot.builder import BuildConfig
-from safetensors.torch import load_file, save_file
+from made_once import made_once
 
 pytestmark = pytest.mark.gpu
 # few buckets: they are compiled while all other tests run
@@ -23,12 +20,11 @@ TIGHT = {"num_kv_pages": 32}  # requests are thrown out
 
 def built(shared: Path, name: str, checkpoint) -> Path:
     """The engine of what `checkpoint` gives a folder for; made once, by whichever of pytest's workers comes first."""
-    out = shared / f"speculation-{name}"
-    with open(f"{out}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not out.exists():
-            build_engine(BuildConfig(str(checkpoint()), str(out), **SIZES))
-    return out
+
+    def make(out: Path) -> None:
+        build_engine(BuildConfig(str(checkpoint()), str(out), **SIZES))
+
+    return made_once(shared / f"speculation-{name}", make)
 
 
 @pytest.fixture(scope="module")
@@ -38,37 +34,13 @@ def engine(shared):
 
 @pytest.fixture(scope="module")
 def draft(shared, tmp_path_factory):
-    """A draft engine that is right often, though not always: the small model with its last layer's MLP left out."""
-
-    def checkpoint():
-        folder = tmp_path_factory.mktemp("checkpoints") / "draft"
-        shutil.copytree(DEMO / "pycoder-draft-2m", folder)
-        weights = load_file(folder / "model.safetensors")
-        weights["model.layers.1.mlp.down_proj.weight"] = torch.zeros_like(
-            weights["model.layers.1.mlp.down_proj.weight"]
-        )
-        save_file(weights, folder / "model.safetensors")
-        return folder
-
-    return built(shared, "draft", checkpoint)
-
-
-def answers(llm):
-    """Everything that a user sees but times, of a batch of all kinds; twice, so that prefixes are found."""
-    found, logprobs = [], []
-    for _ in range(2):
-        for output in llm.generate(PROMPTS, PARAMS, progress=False):
-            for answer in output.outputs:
-                found.append((answer.token_ids, answer.text, answer.finish_reason, answer.stop_reason))
-                logprobs += [{t: p.logprob for t, p in entry.items()} for entry in answer.logprobs or ()]
-            logprobs += [e and {t: p.logprob for t, p in e.items()} for e in output.prompt_logprobs or ()]
-    return found, logprobs
+    return built(shared, "draft", lambda: half_right(tmp_path_factory.mktemp("checkpoints") / "draft"))
 
 
 @pytest.fixture(scope="module")
 def wanted(engine):
     with LLM(engine, **ROOMY) as llm:
-        return answers(llm)
+        return told(llm)
 
 
 @pytest.mark.parametrize("room", [ROOMY, TIGHT], ids=["roomy", "tight"])
@@ -76,7 +48,7 @@ def wanted(engine):
 def test_answers_are_those_without_drafts(engine, draft, wanted, speculate, room):
     options = {"draft_engine": draft} if speculate == "draft" else {}
     with LLM(engine, speculate=speculate, adapt_drafts=False, num_draft_tokens=3, **options, **room) as llm:
-        found, logprobs = answers(llm)
+        found, logprobs = told(llm)
         metrics = llm.metrics()
     assert found == wanted[0]
     for one, two in zip(logprobs, wanted[1], strict=True):
@@ -101,7 +73,7 @@ def test_an_engine_that_drafts_for_itself_is_nearly_always_right(engine, room):
 def test_adaptation_and_other_numbers_of_drafts_change_no_answer(engine, draft, wanted):
     for options in ({"num_draft_tokens": 3}, {"num_draft_tokens": 1, "adapt_drafts": False}):
         with LLM(engine, speculate="draft", draft_engine=draft, **options, **ROOMY) as llm:
-            assert answers(llm)[0] == wanted[0], options
+            assert told(llm)[0] == wanted[0], options
 
 
 def test_answers_alone_are_those_in_a_batch(engine, draft, wanted):

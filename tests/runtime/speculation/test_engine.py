@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from answers import PROMPTS, ROOMY, TIGHT, answers
+from answers import PROMPTS, ROOMY, TIGHT, answers, half_right
 from hand_made import DEMO, cast_llama
 from ingot import LLM, SamplingParams
 from ingot.engines.errors import EngineError
@@ -21,15 +21,7 @@ def engine(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def draft(engine, tmp_path_factory):
-    """A draft engine that is right often, though not always: the small model with its last layer's MLP left out."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    checkpoint = tmp_path_factory.mktemp("checkpoints") / "draft"
-    shutil.copytree(DEMO / "pycoder-draft-2m", checkpoint)
-    weights = load_file(checkpoint / "model.safetensors")
-    weights["model.layers.1.mlp.down_proj.weight"] = torch.zeros_like(weights["model.layers.1.mlp.down_proj.weight"])
-    save_file(weights, checkpoint / "model.safetensors")
+    checkpoint = half_right(tmp_path_factory.mktemp("checkpoints") / "draft")
     return cast_llama(checkpoint, tmp_path_factory.mktemp("engines") / "draft")
 
 
