@@ -32,6 +32,7 @@ STEP_NAMES = (
 COPIES = "own_k", "own_v"  # of kernels that write, or attend prompts, in front of the scales
 SCALE_NAMES = ("k_scale", "v_scale")  # of all kernels, behind their other pointers
 FP8_FROM = 89  # compute capability that converts fp8
+LEAST_COPIED = 64  # columns of a head
 
 
 @dataclass(frozen=True)
@@ -242,10 +243,11 @@ class Shape:
 def copies(site: Site) -> tuple[dict[str, Operand], int]:
     """Where, in the workspace, tiles of prompts find keys and values of the step as they are multiplied, besides their
     places in pages of 8 bits: in the order of tokens, [tokens, kv_heads, head_dim] each; and how many bytes they take.
-    ({}, 0) with plain pages, and in buckets for few query tokens of a sequence."""
+    ({}, 0) with plain pages, in buckets for few query tokens of a sequence, and with heads of few columns: for those
+    ptxas 12.8 loses the address of a matrix operand between the two loops (its uniform register is never set)."""
     query, k_pages, a = site.inputs[QUERY], site.inputs[K_PAGES], site.attributes
     assert query is not None and k_pages is not None
-    if k_pages.dtype == query.dtype or site.max_query:
+    if k_pages.dtype == query.dtype or site.max_query or min(a["head_dim"], a["v_head_dim"]) < LEAST_COPIED:
         return {}, 0
     itemsize = 4 if query.dtype == "float32" else 2
     sizes = [_aligned(query.shape[0] * a["num_kv_heads"] * a[d] * itemsize) for d in ("head_dim", "v_head_dim")]
