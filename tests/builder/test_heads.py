@@ -135,7 +135,9 @@ def test_training_that_was_stopped_comes_to_the_same_head(tmp_path, monkeypatch)
     assert 0 < max(float((later[n] - whole[n]).abs().max()) for n in whole if "proj" in n) < 0.01, (
         "it goes on from there"
     )
-    with pytest.raises(BuildError, match="is no EAGLE-3 head of this target's sizes and draft vocabulary"):
+    with pytest.raises(
+        BuildError, match="is no EAGLE-3 head of this target's sizes, hidden states and draft vocabulary"
+    ):
         run("other", begin_with=str(tmp_path / "whole"), draft_vocab=63)
     with pytest.raises(BuildError, match="the device is 'tpu'; expected auto, cpu or cuda"):
         run("device", device="tpu")
