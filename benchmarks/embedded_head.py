@@ -29,9 +29,12 @@ DRAFT_VOCAB = 32000  # of the published heads for Llama-3.1-8B (yuhuili/EAGLE3-L
 class HeadEmbedding(Embedding):
     """Tensors of the large head: those of `small` inside noise."""
 
-    def __init__(self, small: dict[str, np.ndarray], config: Any, large: Shape, num_reads: int, draft_vocab: int):
+    def __init__(
+        self, small: dict[str, np.ndarray], config: Any, large: Shape, reads: tuple[int, ...], draft_vocab: int
+    ):
         super().__init__(small, config, large)
-        self._num_reads, self._rows = num_reads, max(draft_vocab, len(small["lm_head.weight"]))
+        self._num_reads, self._rows = len(reads), max(draft_vocab, len(small["lm_head.weight"]))
+        self._quiet = reads.index(min(reads)) * large.hidden_size  # where a state begins that is not normed, and loud
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         h = self.new.hidden_size
@@ -53,7 +56,7 @@ class HeadEmbedding(Embedding):
             x[:, h::width] = 0  # the constant of each state
             x[:h, places] = self.weights[name]
             x[h] = 0
-            x[h, h] = 1  # goes on to the output head
+            x[h, self._quiet + h] = 1  # goes on to the output head
             return x
         if kind == "lm_head":
             x, known = np.resize(noise, shape), self.weights[name]
@@ -79,7 +82,7 @@ def embed_head(
     reads = given.layers_read(small)
     large = tuple(i if i < old.num_hidden_layers else shape.num_hidden_layers for i in reads)
     weights = {name: w.float().numpy() for name, w in given.tensors.items() if name.endswith(".weight")}
-    embedding = HeadEmbedding(weights, config, shape, len(reads), draft_vocab)
+    embedding = HeadEmbedding(weights, config, shape, reads, draft_vocab)
     element = DTYPES[dtype][0]
     noise = embedding.noise.astype(element)
     tensors = {name: _torch(embedding.make(name, dims, noise)) for name, dims in embedding.tensors()}
