@@ -108,7 +108,7 @@ def rate(llm: LLM, prompts: list[list[int]], num: int) -> tuple[float, list[list
 
 
 def speed(args: argparse.Namespace, end: float) -> dict[str, Any]:
-    engines = args.engines.large(args.shape, [args.draft_shape])
+    engines = args.engines.large(args.shape, args.draft_shape)
     target = engines.pop("")
     levels = [int(level) for level in args.levels.split(",")]
     pages = 1 + max(levels) * -(-(160 + args.output + 20) // 16)
@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--drafters", default="draft,eagle", help="to measure the speed of")
     parser.add_argument("--drafts", type=int, default=4)
-    parser.add_argument("--head-drafts", type=int, default=5)
+    parser.add_argument("--head-drafts", type=int, default=7)
     parser.add_argument("--always", action="store_true", help="draft in every step, whether it pays or not")
     parser.add_argument("--target", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--shape", default="llama-8b", choices=SHAPES | TINY)
@@ -229,7 +229,7 @@ def main() -> None:
     args.engines = Engines(args.work, args.target, args.head, args.tune)
     result: dict[str, Any] = {}
     if args.part in ("all", "build"):
-        args.engines.large(args.shape, [args.draft_shape, *(["llama-68m"] if args.target == "cuda" else [])])
+        args.engines.large(args.shape, args.draft_shape)
     if args.part in ("all", "exact"):
         result["exact"] = exact(args, end if args.part == "exact" else time.monotonic() + args.seconds / 3)
     if args.part in ("all", "speed"):

@@ -49,12 +49,10 @@ class Engines:
             found["eagle"] = self.build(self.head, out, draft_for=str(DEMO / TARGET), **options)
         return found
 
-    def large(self, shape: str, draft_shapes: list[str]) -> dict[str, Path]:
-        """By drafter, and "" the target's: in these shapes, the first of the draft models' being "draft"'s."""
-        found: dict[str, Path] = {}
-        for each in dict.fromkeys(draft_shapes):
-            found.setdefault("draft", self._in_shape(DRAFT, each, self._name(f"{DRAFT}-{each}", {}), {}))
-        states = {}
+    def large(self, shape: str, draft_shape: str) -> dict[str, Path]:
+        """By drafter, and "" the target's: in these shapes."""
+        out, states = self._name(f"{DRAFT}-{draft_shape}", {}), {}
+        found = {"draft": self._in_shape(DRAFT, draft_shape, out, {})}
         if self.head:
             reads = tuple(i if i < self._layers else shape_of(shape).num_hidden_layers for i in self.reads)
             states = self._states(reads)
