@@ -20,7 +20,7 @@ from ingot.builder.heads.checkpoint import HeadCheckpoint
 
 PAGE = 8  # tokens, of the engines in float32: the small pool of `speculation.py` wants it
 TARGET, DRAFT = "pycoder-14m", "pycoder-draft-2m"
-TINY = {"tiny": Shape(512, 1280, 10, 8, 2, 64, 4608, False), "tiny-draft": Shape(256, 640, 3, 4, 2, 64, 4608, True)}
+TINY = {"tiny": Shape(512, 4608, 10, 8, 2, 64, 4608, False), "tiny-draft": Shape(256, 640, 3, 4, 2, 64, 4608, True)}
 BUILD = "import json, sys; from ingot import *; build_engine(BuildConfig(**json.loads(sys.argv[1])))"
 
 
