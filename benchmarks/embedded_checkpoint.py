@@ -94,20 +94,29 @@ class Embedding:
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes, in the order of the file."""
-        new = self.new
-        h, q, kv = new.hidden_size, *(n * new.head_dim for n in (new.num_attention_heads, new.num_key_value_heads))
+        new, h = self.new, self.new.hidden_size
         yield "model.embed_tokens.weight", (new.vocab_size, h)
         for i in range(new.num_hidden_layers):
-            for name, shape in (
-                ("input_layernorm", (h,)), ("self_attn.q_proj", (q, h)), ("self_attn.k_proj", (kv, h)),
-                ("self_attn.v_proj", (kv, h)), ("self_attn.o_proj", (h, q)), ("post_attention_layernorm", (h,)),
-                ("mlp.gate_proj", (new.intermediate_size, h)), ("mlp.up_proj", (new.intermediate_size, h)),
-                ("mlp.down_proj", (h, new.intermediate_size)),
-            ):  # fmt: skip
-                yield f"model.layers.{i}.{name}.weight", shape
+            yield from self.layer(f"model.layers.{i}", h)
         yield "model.norm.weight", (h,)
         if not new.tie_word_embeddings:
             yield "lm_head.weight", (new.vocab_size, h)
+
+    def layer(self, prefix: str, read: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Those of a layer whose attention reads so many values."""
+        new, h = self.new, self.new.hidden_size
+        q, kv = new.num_attention_heads * new.head_dim, new.num_key_value_heads * new.head_dim
+        for name, shape in (
+            ("input_layernorm", (h,)), ("self_attn.q_proj", (q, read)), ("self_attn.k_proj", (kv, read)),
+            ("self_attn.v_proj", (kv, read)), ("self_attn.o_proj", (h, q)), ("post_attention_layernorm", (h,)),
+            ("mlp.gate_proj", (new.intermediate_size, h)), ("mlp.up_proj", (new.intermediate_size, h)),
+            ("mlp.down_proj", (h, new.intermediate_size)),
+        ):  # fmt: skip
+            yield f"{prefix}.{name}.weight", shape
+
+    def reading(self, kind: str) -> np.ndarray:
+        """The columns of a matrix that the small one's are put in."""
+        return np.arange(self.old.hidden_size)
 
     def make(self, name: str, shape: tuple[int, ...], noise: np.ndarray) -> np.ndarray:
         """One of them, of noise's type."""
@@ -123,7 +132,7 @@ class Embedding:
                     x[: len(words), h + 1 :] = 0
             case "norm":
                 x[:], x[:h], x[h] = 1, w * self.norm, LOUDNESS
-            case "input_layernorm" | "post_attention_layernorm":
+            case "input_layernorm" | "hidden_norm" | "post_attention_layernorm":
                 x[:], x[h] = 1, 0
                 if w is not None:
                     x[:h] = w * self.norm
@@ -142,9 +151,9 @@ class Embedding:
         return x
 
     def _attention(self, kind: str, w: np.ndarray | None, x: np.ndarray) -> None:
-        old, new, h = self.old, self.new, self.old.hidden_size
+        old, new, h, places = self.old, self.new, self.old.hidden_size, self.reading(kind)
         if kind == "v_proj":
-            x[:, :h] = 0
+            x[:, places] = 0
         if w is None:
             return
         if kind == "o_proj":
@@ -155,12 +164,12 @@ class Embedding:
             for head, place in self.places.items():
                 columns[:h, place, self.columns] = values[:, head]
             return
-        rows, given = x.reshape(-1, new.head_dim, new.hidden_size), w.reshape(-1, old.head_dim, h)
+        rows, given = x.reshape(-1, new.head_dim, x.shape[1]), w.reshape(-1, old.head_dim, len(places))
         scale = math.sqrt(new.head_dim / old.head_dim) if kind == "q_proj" else 1.0
         for head, place in self.places.items():
             source, target = (head, place) if kind == "q_proj" else (head // old.group, place // new.group)
-            rows[target, :, :h] = 0
-            rows[target, self.columns, :h] = given[source] * scale
+            rows[target][:, places] = 0
+            rows[target][np.ix_(self.columns, places)] = given[source] * scale
 
 
 def embed(checkpoint: Path, out: Path, shape: Shape, dtype: str = "bfloat16") -> int:
@@ -191,6 +200,11 @@ def embed(checkpoint: Path, out: Path, shape: Shape, dtype: str = "bfloat16") ->
     return end
 
 
+def checkpoint_of(name: str) -> Path:
+    """Of the demo, or a folder."""
+    return DEMO / name if (DEMO / name).is_dir() else Path(name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
@@ -198,8 +212,7 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-8b", choices=SHAPES)
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     args = parser.parse_args()
-    checkpoint = DEMO / args.checkpoint if (DEMO / args.checkpoint).is_dir() else Path(args.checkpoint)
-    num_bytes = embed(checkpoint, args.folder, SHAPES[args.shape], args.dtype)
+    num_bytes = embed(checkpoint_of(args.checkpoint), args.folder, SHAPES[args.shape], args.dtype)
     print(f"{args.folder}: {num_bytes / 1e9:.2f} GB")
 
 

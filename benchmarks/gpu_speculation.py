@@ -1,23 +1,23 @@
 """Speculation on a GPU: is it exact, and what does it gain at the cost of an 8B model?
 
-    python benchmarks/gpu_speculation.py TEXT [--part all|build|exact|speed] [--seconds 540] [--work DIR] [--json FILE]
+    python benchmarks/gpu_speculation.py TEXT [--head HEAD] [--part all|build|exact|speed] [--seconds 540] [--work DIR]
 
-TEXT: documents separated by a line `<|endoftext|>`, which prompts are cut from. Models and engines are made in DIR
-(`build`: the large ones, and nothing else) and found there by the next run.
-exact: pycoder-14m and its draft in float32, every drafter, alone, in a batch (twice, so that prefixes are found) and in
-a pool so small that requests are thrown out: greedy answers to 200 prompts against those without drafts. Where they
-part, the gap between the two likeliest tokens: other shapes of a step sum in another order, so near ties may differ.
-speed: the same pair inside the shapes of Llama-3.1-8B and of a draft model (`embedded_checkpoint.py`), bf16. Both an
-engine without speculation (opened as one) and one with it answer the same prompts in turn; the former twice, which says
-what the machine's noise is (A/A). The exit status is the number of findings: an answer that parts at a gap beyond
-rounding, a batch below 0.97x, or batch 1 below 2x.
+TEXT: documents separated by a line `<|endoftext|>`, which prompts are cut from. HEAD: the checkpoint of an EAGLE-3 head
+of pycoder-14m (`ingot train-head`), to measure as drafter `eagle`. Models and engines are made in DIR (`build`: the
+large ones, and nothing else; what was cut off goes on with the next call) and found there by the next run.
+exact: pycoder-14m and its drafters in float32, alone, in a batch (twice, so that prefixes are found) and in a pool so
+small that requests are thrown out: greedy answers to 200 prompts against those without drafts. Where they part, the
+gap between the two likeliest tokens: other shapes of a step sum in another order, so near ties may differ.
+speed: the same inside the shapes of Llama-3.1-8B, of a draft model (`embedded_checkpoint.py`) and of a head for it
+(`embedded_head.py`), bf16. Both an engine without speculation (opened as one) and one with it answer the same prompts
+in turn; the former twice, which says what the machine's noise is (A/A). The exit status is the number of findings: an
+answer that parts at a gap beyond rounding, a batch below 0.97x, or batch 1 below 2x (draft) and 2.3x (eagle).
+`--target cpu --shape tiny --draft-shape tiny-draft` goes through it all without a GPU; its times say nothing.
 """
 
 import argparse
 import json
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,45 +25,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from embedded_checkpoint import DEMO, SHAPES, embed
+from embedded_checkpoint import SHAPES
 from ingot import LLM, SamplingParams
 from speculation import DRAFTERS, SETTINGS, answers, gap, prompts_of
+from speculation_engines import TINY, Engines
 
-PAGE = 8  # tokens, of the engines in float32: the small pool wants it
 ROUNDING = {"float32": 1e-3, "bfloat16": 0.25}  # nats between two tokens of which either may come out
-LEAST, WANTED = 0.97, 2.0
-
-
-BUILD = "import json, sys; from ingot import *; build_engine(BuildConfig(**json.loads(sys.argv[1])))"
-
-
-def build(model: Path, out: Path, **options: Any) -> Path:
-    """The engine in `out`, built in a process of its own unless it is there."""
-    if not (out / "engine.json").exists():
-        start = time.perf_counter()
-        config = json.dumps({"model": str(model), "out": str(out), "target": "cuda", "max_draft_tokens": 7, **options})
-        subprocess.run([sys.executable, "-c", BUILD, config], check=True, stdout=subprocess.DEVNULL)
-        print(f"built {out.name} in {time.perf_counter() - start:.0f} s", flush=True)
-    return out
-
-
-def small(args: argparse.Namespace) -> list[Path]:
-    """The engines of the demo checkpoints in float32."""
-    options = dict(dtype="float32", tune=False, max_num_seqs=16, max_num_batched_tokens=512, page_size=PAGE)
-    names = ("pycoder-14m", "pycoder-draft-2m")
-    return [build(DEMO / name, args.work / f"{name}-fp32.engine", **options) for name in names]
-
-
-def large(checkpoint: str, shape: str, work: Path, tune: bool) -> Path:
-    """The engine of a demo checkpoint inside a larger shape."""
-    folder, out = work / f"{checkpoint}-{shape}", work / f"{checkpoint}-{shape}.engine"
-    if not (out / "engine.json").exists() and not folder.exists():
-        start = time.perf_counter()
-        num_bytes = embed(DEMO / checkpoint, folder, SHAPES[shape])
-        print(f"{folder.name}: {num_bytes / 1e9:.1f} GB in {time.perf_counter() - start:.0f} s", flush=True)
-    build(folder, out, max_num_batched_tokens=1024, tune=tune)  # prompts are short here
-    shutil.rmtree(folder, ignore_errors=True)
-    return out
+LEAST, WANTED = 0.97, {"draft": 2.0, "eagle": 2.3}
 
 
 def parted(one: Sequence[int], two: Sequence[int]) -> int | None:
@@ -78,8 +46,9 @@ def compare(llm: LLM, prompts: Sequence[list[int]], found: list[Any], wanted: li
 
 
 def exact(args: argparse.Namespace, end: float) -> dict[str, Any]:
-    target, draft = small(args)
-    DRAFTERS["draft"] = {"draft_engine": draft}
+    engines = args.engines.small()
+    target = engines.pop("")
+    DRAFTERS.update({name: {"draft_engine": engine} for name, engine in engines.items()})
     with LLM(target, num_kv_pages=4000) as llm:
         prompts = prompts_of(llm, args.text, args.prompts)
         wanted = answers(llm, prompts, args.max_tokens)
@@ -119,9 +88,11 @@ def exact(args: argparse.Namespace, end: float) -> dict[str, Any]:
 
 
 @contextmanager
-def opened(engine: Path, pages: int, **options: Any) -> Iterator[LLM]:
+def opened(engine: Path, pages: int, target: str, **options: Any) -> Iterator[LLM]:
     start = time.perf_counter()
-    with LLM(engine, num_kv_pages=pages, prefix_cache=False, gpu_memory_utilization=0.95, **options) as llm:
+    if target == "cuda":
+        options["gpu_memory_utilization"] = 0.95
+    with LLM(engine, num_kv_pages=pages, prefix_cache=False, **options) as llm:
         what = options.get("speculate", "none")
         print(f"opened {engine.name} (speculate: {what}) in {time.perf_counter() - start:.1f} s", flush=True)
         yield llm
@@ -137,42 +108,54 @@ def rate(llm: LLM, prompts: list[list[int]], num: int) -> tuple[float, list[list
 
 
 def speed(args: argparse.Namespace, end: float) -> dict[str, Any]:
-    target = large("pycoder-14m", args.shape, args.work, args.tune)
-    draft = large("pycoder-draft-2m", args.draft_shape, args.work, args.tune)
+    engines = args.engines.large(args.shape, args.draft_shape)
+    target = engines.pop("")
     levels = [int(level) for level in args.levels.split(",")]
     pages = 1 + max(levels) * -(-(160 + args.output + 20) // 16)
-    result: dict[str, Any] = {"target": args.shape, "draft": args.draft_shape, "drafts": args.drafts, "levels": []}
-    with (
-        opened(target, pages) as plain,
-        opened(target, pages, speculate="draft", draft_engine=draft, num_draft_tokens=args.drafts) as drafting,
-    ):
-        costs = drafting._session.executor.costs
-        assert costs is not None and costs.draft is not None
-        sizes = [1, 2, 4, 5, 8, 16, 32, 64, 128, 256, 512]
-        result["target_ms"] = {n: round(1000 * costs.target(n), 3) for n in sizes}
-        result["draft_ms"] = {n: round(1000 * costs.draft(n), 3) for n in sizes[:-1]}
-        print("a step of the target, ms by tokens: ", result["target_ms"], flush=True)
-        print("a step of the draft engine, ms by sequences: ", result["draft_ms"], flush=True)
+    result: dict[str, Any] = {"target": args.shape, "draft": args.draft_shape, "head": str(args.head), "levels": []}
+    names = [name for name in args.drafters.split(",") if name in engines]
+    with opened(target, pages, args.target) as plain:
         prompts = prompts_of(plain, args.text, args.prompts)
-        for llm in (plain, drafting):
-            rate(llm, prompts[: max(levels)], 8)
-        print("batch  plain tok/s  drafting  speed-up   A/A  tokens/verification  ms a step  drafting in  differ (gap)")
-        for level in levels:
-            budget = (end - time.monotonic()) / (len(levels) - len(result["levels"]))
-            entry = one_level(plain, drafting, prompts, level, args, budget)
-            result["levels"].append(entry)
-            save(args, {"speed": result})
-            gaps = f" ({max(entry['gaps']):.3f})" if entry["gaps"] else ""
-            print(f"{level:5} {entry['plain']:12.0f} {entry['drafting']:9.0f} {entry['speedup']:8.2f}x "
-                  f"{entry['aa']:5.2f} {entry['mean_length']:20.2f} {entry['step_ms']:10.2f} {entry['share']:12.0%}  "
-                  f"{len(entry['gaps'])} of {entry['compared']}{gaps}", flush=True)  # fmt: skip
+        rate(plain, prompts[: max(levels)], 8)
+        for i, name in enumerate(names):
+            until = time.monotonic() + (end - time.monotonic()) / (len(names) - i)
+            num = args.head_drafts if name == "eagle" else args.drafts
+            how = dict(speculate=name, draft_engine=engines[name], num_draft_tokens=num, adapt_drafts=not args.always)
+            with opened(target, pages, args.target, **how) as drafting:
+                result[name] = {"drafts": num} | steps_of(drafting)
+                print(f"{name}: a step of the target, ms by tokens: ", result[name]["target_ms"], flush=True)
+                print(f"{name}: a step of the drafter, ms by sequences: ", result[name]["draft_ms"], flush=True)
+                rate(drafting, prompts[: max(levels)], 8)
+                print("drafter batch  plain tok/s  drafting  speed-up   A/A  tokens/verification  ms a step  "
+                      "drafting in  differ (gap)")  # fmt: skip
+                for j, level in enumerate(levels):
+                    budget = (until - time.monotonic()) / (len(levels) - j)
+                    entry = {"drafter": name, **one_level(plain, drafting, prompts, level, args, budget)}
+                    result["levels"].append(entry)
+                    save(args, {"speed": result})
+                    gaps = f" ({max(entry['gaps']):.3f})" if entry["gaps"] else ""
+                    print(f"{name:7} {level:5} {entry['plain']:12.0f} {entry['drafting']:9.0f} "
+                          f"{entry['speedup']:8.2f}x {entry['aa']:5.2f} {entry['mean_length']:20.2f} "
+                          f"{entry['step_ms']:10.2f} {entry['share']:12.0%}  {len(entry['gaps'])} of "
+                          f"{entry['compared']}{gaps}", flush=True)  # fmt: skip
     return result
+
+
+def steps_of(drafting: LLM) -> dict[str, Any]:
+    """What steps of the target and of the drafter cost, as they were measured when it was opened."""
+    costs = drafting._session.executor.costs
+    assert costs is not None and costs.draft is not None
+    sizes = [1, 2, 4, 5, 8, 16, 32, 64, 128, 256, 512]
+    return {
+        "target_ms": {n: round(1000 * costs.target(n), 3) for n in sizes},
+        "draft_ms": {n: round(1000 * costs.draft(n), 3) for n in sizes[:-1]},
+    }
 
 
 def one_level(
     plain: LLM, drafting: LLM, prompts: list[list[int]], level: int, args: argparse.Namespace, budget: float
 ) -> dict[str, Any]:
-    """So many requests at a time: medians over rounds, each of which has its own prompts."""
+    """So many requests at a time, in rounds of which each has its own prompts: rates over all of them, and A/A."""
     began, pairs, gaps = time.monotonic(), [], []
     before = drafting.metrics().speculation
     while not pairs or (time.monotonic() - began < 0.9 * budget and len(pairs) < args.rounds):
@@ -186,11 +169,12 @@ def one_level(
     after = drafting.metrics().speculation
     num_drafts, accepted = after.drafts - before.drafts, after.accepted - before.accepted
     steps, all_steps = after.steps - before.steps, after.all_steps - before.all_steps
+    num_tokens = len(pairs) * level * args.output
     seconds = sum(level * args.output / mine for *_, mine in pairs)
+    without = sum(level * args.output * (1 / a + 1 / b) / 2 for a, b, _ in pairs)
     return {
-        "batch": level, "rounds": len(pairs), "plain": statistics.median((a + b) / 2 for a, b, _ in pairs),
-        "drafting": statistics.median(mine for *_, mine in pairs),
-        "speedup": statistics.median(2 * mine / (a + b) for a, b, mine in pairs),
+        "batch": level, "rounds": len(pairs), "plain": num_tokens / without, "drafting": num_tokens / seconds,
+        "speedup": without / seconds, "speedups": [round(2 * mine / (a + b), 3) for a, b, mine in pairs],
         "aa": statistics.median(b / a for a, b, _ in pairs), "mean_length": 1 + accepted / max(1, num_drafts),
         "step_ms": 1000 * seconds / max(1, all_steps), "share": steps / max(1, all_steps),
         "compared": min(2, len(pairs)) * level, "gaps": gaps,
@@ -210,37 +194,42 @@ def findings(result: dict[str, Any]) -> list[str]:
         if max(entry["gaps"], default=0.0) > ROUNDING["float32"]
     ]
     for entry in result.get("speed", {}).get("levels", ()):
-        if entry["speedup"] < (WANTED if entry["batch"] == 1 else LEAST):
-            found.append(f"batch {entry['batch']}: {entry['speedup']:.2f}x")
+        where = f"{entry['drafter']}, batch {entry['batch']}"
+        if entry["speedup"] < (WANTED[entry["drafter"]] if entry["batch"] == 1 else LEAST):
+            found.append(f"{where}: {entry['speedup']:.2f}x")
         if max(entry["gaps"], default=0.0) > ROUNDING["bfloat16"]:
-            found.append(f"batch {entry['batch']}: answers part where the gap is {max(entry['gaps']):.2f} nats")
+            found.append(f"{where}: answers part where the gap is {max(entry['gaps']):.2f} nats")
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
+    parser.add_argument("--head", type=Path)
     parser.add_argument("--part", default="all", choices=("all", "build", "exact", "speed"))
     parser.add_argument("--seconds", type=float, default=540, help="engines are built first if they are not there")
     parser.add_argument("--work", type=Path, default=Path("/tmp/ingot-speculation"))
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--max-tokens", type=int, default=48)
+    parser.add_argument("--drafters", default="draft,eagle", help="to measure the speed of")
     parser.add_argument("--drafts", type=int, default=4)
-    parser.add_argument("--shape", default="llama-8b", choices=SHAPES)
-    parser.add_argument("--draft-shape", default="llama-160m", choices=SHAPES)
+    parser.add_argument("--head-drafts", type=int, default=7)
+    parser.add_argument("--always", action="store_true", help="draft in every step, whether it pays or not")
+    parser.add_argument("--target", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--shape", default="llama-8b", choices=SHAPES | TINY)
+    parser.add_argument("--draft-shape", default="llama-160m", choices=SHAPES | TINY)
     parser.add_argument("--levels", default="1,4,16,64,256")
     parser.add_argument("--output", type=int, default=128, help="tokens of an answer, where speed is measured")
-    parser.add_argument("--rounds", type=int, default=8, help="at most, for each batch")
+    parser.add_argument("--rounds", type=int, default=32, help="at most, for each batch")
     parser.add_argument("--tune", action="store_true", help="time the tactics of the large engines: minutes more")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     end = time.monotonic() + args.seconds
     args.work.mkdir(parents=True, exist_ok=True)
+    args.engines = Engines(args.work, args.target, args.head, args.tune)
     result: dict[str, Any] = {}
     if args.part in ("all", "build"):
-        for shape in {args.draft_shape, "llama-68m"}:
-            large("pycoder-draft-2m", shape, args.work, args.tune)
-        large("pycoder-14m", args.shape, args.work, args.tune)
+        args.engines.large(args.shape, args.draft_shape)
     if args.part in ("all", "exact"):
         result["exact"] = exact(args, end if args.part == "exact" else time.monotonic() + args.seconds / 3)
     if args.part in ("all", "speed"):

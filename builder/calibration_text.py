@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from .node_major import Windows
 NUM_TOKENS, WIDTH = 1 << 15, 512  # tokens to calibrate with (a quarter as many again to check with), and of a window
 FEWEST = 2048  # tokens of text that say anything
 BATCH = 2048  # tokens of a step: bounds the logits in memory
-LONGEST = 32 << 20  # characters of a source that are read
+LONGEST = 32 << 20  # characters of a source that are read, or more where more tokens are wanted
+SOME = 1 << 20  # characters of documents that are encoded at once, on all cores
 FILES = {".txt", ".jsonl", ".json", ".md", ".py"}  # what ends so is meant to be a file, there or not
 _DATASET = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>[\w.+%\[\]:-]+))?")
 
@@ -50,7 +51,7 @@ class Text:
         longest = checkpoint.config.get_text_config().max_position_embeddings
         if width is not None and not 2 <= width <= longest:
             raise BuildError(f"calibration windows of {width} tokens were asked for; expected 2 to {longest}.")
-        ids = list(islice(_token_ids(str(source), checkpoint, 20 * num_tokens), LONGEST))
+        ids = list(islice(_token_ids(str(source), checkpoint, 20 * num_tokens), max(LONGEST, 2 * num_tokens)))
         if len(ids) < FEWEST:
             raise BuildError(f"{source} has {len(ids)} tokens of text; calibration needs at least {FEWEST}.")
         width = width or min(WIDTH, len(ids) // 10, longest)
@@ -93,13 +94,28 @@ def _token_ids(source: str, checkpoint: Checkpoint, num_characters: int) -> Iter
     tokenizer.no_truncation()
     tokenizer.no_padding()
     some, template = False, _ChatTemplate(checkpoint)
-    for document in _documents(source, num_characters):
-        text = template(document) if isinstance(document, list) else document
-        if text.strip():
-            some = True
-            yield from tokenizer.encode(text, add_special_tokens=text is document).ids
+    for documents in _by_size(_documents(source, num_characters)):
+        for chat, group in groupby(documents, lambda document: isinstance(document, list)):
+            texts = [template(document) if isinstance(document, list) else document for document in group]
+            for encoding in tokenizer.encode_batch([t for t in texts if t.strip()], add_special_tokens=not chat):
+                some = True
+                yield from encoding.ids
     if not some:
         raise BuildError(f"the calibration text {source} is empty; give it some {FEWEST} tokens or more.")
+
+
+def _by_size(documents: Iterable[str | list[Any]]) -> Iterator[list[str | list[Any]]]:
+    """Documents of some `SOME` characters at a time."""
+    held: list[str | list[Any]] = []
+    room = SOME
+    for document in documents:
+        held.append(document)
+        room -= len(document) if isinstance(document, str) else len(str(document))
+        if room <= 0:
+            yield held
+            held, room = [], SOME
+    if held:
+        yield held
 
 
 def _documents(source: str, num_characters: int) -> Iterator[str | list[Any]]:
@@ -112,9 +128,9 @@ def _documents(source: str, num_characters: int) -> Iterator[str | list[Any]]:
     try:
         with path.open(encoding="utf-8") as file:
             if path.suffix.lower() == ".jsonl":
-                yield from _enough(_lines(file, path), LONGEST)
+                yield from _enough(_lines(file, path), max(LONGEST, num_characters // 2))
             else:
-                yield file.read(LONGEST)
+                yield file.read(max(LONGEST, num_characters // 2))
     except (OSError, UnicodeDecodeError) as error:
         raise BuildError(f"the calibration text {path} cannot be read: {error}.") from error
 

@@ -36,10 +36,15 @@ def states_of(config: BuildConfig, checkpoint: Checkpoint) -> tuple[int, ...]:
     num = checkpoint.config.get_text_config().num_hidden_layers
     if config.hidden_states in (EAGLE, EAGLE3, MEDUSA):
         return tuple(sorted(set(read_by(config.hidden_states, num))))
-    parts = config.hidden_states.split(",")
-    if not all(part.strip().isdecimal() and int(part) <= num for part in parts):
+    return tuple(sorted(set(parse(config.hidden_states, num))))
+
+
+def parse(text: str, num_layers: int) -> tuple[int, ...]:
+    """Numbers with commas between. Raises BuildError: the model has none such."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) <= num_layers for part in parts):
         raise BuildError(
-            f"the hidden states asked for are {config.hidden_states!r}; expected eagle, eagle3, medusa, or numbers "
-            f"from 0 to {num} with commas between"
+            f"the hidden states asked for are {text!r}; expected eagle, eagle3, medusa, or numbers "
+            f"from 0 to {num_layers} with commas between"
         )
-    return tuple(sorted({int(part) for part in parts}))
+    return tuple(int(part) for part in parts)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from .training import Agreement
 
 
 def train_head(
@@ -27,6 +30,14 @@ def train_head(
     ] = 2e-3,
     seed: Annotated[int, typer.Option(help="Of the order of the text and of first weights.")] = 0,
     begin_with: Annotated[str, typer.Option(metavar="HEAD", help="Train this head on, instead of a new one.")] = "",
+    reads: Annotated[
+        str, typer.Option(metavar="LAYERS", help="Hidden states that it reads, as --hidden-states; EAGLE-3's if none.")
+    ] = "",
+    mlp_width: Annotated[int, typer.Option(min=0, help="Of its MLP; 0: as the target's.")] = 0,
+    written: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the windows that the target goes on with itself.")
+    ] = 0.0,
+    seconds: Annotated[float, typer.Option(min=0, help="Of training at most, if the tokens last; 0: any.")] = 0.0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU if there is one.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace what is already there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -58,6 +69,10 @@ def train_head(
         learning_rate,
         seed,
         begin_with,
+        reads,
+        mlp_width,
+        written,
+        seconds,
         device,
         force,
     )
@@ -70,10 +85,19 @@ def train_head(
         def on_step(done: int, total: int, loss: float) -> None:
             bar.update(task, completed=done, total=total, description=f"train, loss {loss:.3f}")
 
-        found = train(config, lambda name: bar.update(task, description=name), on_step)
+        def on_check(share: float, found: Agreement) -> None:
+            console.print(f"{share:4.0%}: {_agreement(found)}", highlight=False, soft_wrap=True)
+
+        found = train(config, lambda name: bar.update(task, description=name), on_step, on_check)
     if as_json:
         print(json.dumps({"out": str(out), **asdict(found)}, indent=1))
         return
+    print(f"{out}: on {'prompts' if written else 'text'} held out, {_agreement(found)}")
+
+
+def _agreement(found: Agreement) -> str:
     shares = " ".join(f"{share:.2f}" for share in found.by_step)
-    print(f"{out}: on text held out, {shares} of the tokens agree with the target's by drafting step, "
-          f"{found.mean_length:.2f} tokens a verification")  # fmt: skip
+    return (
+        f"{shares} of the tokens agree with the target's by drafting step, {found.mean_length:.2f} tokens a "
+        "verification"
+    )

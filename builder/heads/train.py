@@ -1,6 +1,7 @@
 """`ingot train-head`: reads text, trains a head for a checkpoint, writes it as EAGLE-3 heads are published.
 
-Training that was stopped goes on from `training.pt` in the folder, and comes to the same head as if it had not been.
+Training that was stopped goes on from `training.pt` in the folder, and comes to the same head as if it had not been,
+unless it was to end by the clock.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,15 @@ from transformers.utils.logging import disable_progress_bar
 from ...engines.errors import BuildError
 from ..calibration_text import Text
 from ..checkpoint import Checkpoint
-from ..hidden_states import EAGLE3, read_by
-from . import unrolled
+from ..hidden_states import EAGLE3, parse, read_by
+from . import unrolled, written
 from .checkpoint import DRAFT_TO_TARGET, TARGET_TO_DRAFT, HeadCheckpoint
 from .module import Head
 from .training import Agreement, Trainer, head_config, initialise
 
 STATE, SECONDS = "training.pt", 60.0  # where training stands, saved so often
 HELD_OUT = 1 << 14  # tokens to check with at most
+CHECKS, LOOKS = 8, 16  # in a training; steps between two looks at the loss on a GPU, which waits for it
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,9 @@ class TrainConfig:
 
     tokens: of the text to train on at most, `epochs` times. drafts: steps of drafting it is trained for. draft_vocab:
     so many tokens, the most frequent, are all that it can say; 0: any. width, batch: tokens of a window, windows of a
-    step. begin_with: an EAGLE-3 checkpoint for this target, instead of first weights.
+    step. begin_with: an EAGLE-3 checkpoint for this target, instead of first weights. reads: the target's hidden states
+    as `hidden_states` of an engine, "": those of EAGLE-3. mlp_width: of its MLP, 0: as the target's. written: share of
+    the windows that the target goes on with itself. seconds: of training at most, 0: any.
     """
 
     model: str
@@ -51,6 +56,10 @@ class TrainConfig:
     learning_rate: float = 2e-3
     seed: int = 0
     begin_with: str = ""
+    reads: str = ""
+    mlp_width: int = 0
+    written: float = 0.0
+    seconds: float = 0.0
     device: str = "auto"
     force: bool = False
 
@@ -59,10 +68,13 @@ def train_head(
     config: TrainConfig,
     on_phase: Callable[[str], None] = lambda name: None,
     on_step: Callable[[int, int, float], None] = lambda done, total, loss: None,
+    on_check: Callable[[float, Agreement], None] = lambda share, found: None,
 ) -> Agreement:
-    """Trains and writes the head; what it is worth on text held out of the training.
+    """Trains and writes the head; what it is worth on text held out of the training, on what the target writes itself
+    where it learns from that.
 
-    on_step(done, total, loss) after each step. Raises BuildError: no checkpoint or text, a folder that is in use.
+    on_step(done, total, loss) after each step, on_check(share, found) after each eighth of the training.
+    Raises BuildError: no checkpoint or text, a folder that is in use.
     """
     out, device = Path(config.out), _device(config.device)
     _check_folder(out, config)
@@ -79,24 +91,49 @@ def train_head(
     vocab_size = checkpoint.config.get_text_config().vocab_size
     ids = given.target_ids() if given else most_frequent(windows, vocab_size, config.draft_vocab)
     trainer = _trainer(config, checkpoint, ids.to(device), given)
-    generator = torch.Generator().manual_seed(config.seed)
-    order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(config.epochs)])
-    batches = order[: len(order) // config.batch * config.batch].split(config.batch)
+    windows, begin = windows.to(device), 0
+    if config.written:
+        on_phase("let the target write")
+        some = torch.linspace(0, len(windows) - 1, max(1, int(config.written * len(windows))), device=device).long()
+        windows[some] = written.go_on(trainer.target, windows[some])
+        held, begin = written.go_on(trainer.target, held), written.kept(config.width)
+    check = partial(trainer.agreement, held.split(config.batch), begin)
     out.mkdir(parents=True, exist_ok=True)
-    done = _go_on(trainer, out, config)
     on_phase("train")
-    saved = time.monotonic()
-    for i in range(done, len(batches)):
-        loss = trainer.learn(windows[batches[i]].to(device), i / len(batches))
-        on_step(i + 1, len(batches), loss)
-        if time.monotonic() - saved > SECONDS:
-            _save_state(trainer, i + 1, out, config)
-            saved = time.monotonic()
+    _train(config, trainer, windows, lambda share: on_check(share, check()), on_step)
     on_phase("check on text held out")
-    found = trainer.agreement(held.split(config.batch))
+    found = check()
     write(trainer.head, ids, out)
     (out / STATE).unlink(missing_ok=True)
     return found
+
+
+def _train(
+    config: TrainConfig, trainer: Trainer, windows: Tensor, on_check: Callable[[float], None],
+    on_step: Callable[[int, int, float], None],
+) -> None:  # fmt: skip
+    """All steps, or as many as there is time for: the learning rate falls with the one that is nearer to its end."""
+    out, generator = Path(config.out), torch.Generator().manual_seed(config.seed)
+    order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(config.epochs)])
+    batches = order[: len(order) // config.batch * config.batch].to(windows.device).split(config.batch)
+    done, spent = _go_on(trainer, out, config)
+    began = saved = time.monotonic()
+    num_checks = int(CHECKS * done / len(batches))
+    for i in range(done, len(batches)):
+        by_clock = (spent + time.monotonic() - began) / config.seconds if config.seconds else 0.0
+        if by_clock >= 1:
+            return
+        progress = max(i / len(batches), by_clock)
+        if progress * CHECKS > num_checks + 1:
+            num_checks += 1
+            on_check(progress)
+        loss = trainer.learn(windows[batches[i]], progress)
+        if i == done or i % LOOKS == 0 or not windows.is_cuda:
+            seen = float(loss)
+        on_step(i + 1, len(batches), seen)
+        if time.monotonic() - saved > SECONDS:
+            _save_state(trainer, i + 1, spent + time.monotonic() - began, out, config)
+            saved = time.monotonic()
 
 
 def most_frequent(windows: Tensor, vocab_size: int, num: int) -> Tensor:
@@ -128,26 +165,33 @@ def _trainer(config: TrainConfig, checkpoint: Checkpoint, ids: Tensor, given: He
     target: Any = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype="auto").eval().requires_grad_(False)
     target.to(ids.device)
     text: Any = checkpoint.config.get_text_config()
-    reads = read_by(EAGLE3, text.num_hidden_layers)
+    num = text.num_hidden_layers
+    reads = parse(config.reads, num) if config.reads else given and given.reads or read_by(EAGLE3, num)
     unrolled.install()
-    head = Head(
-        head_config(target, len(ids)), EAGLE3, len(reads) * text.hidden_size, len(ids), False, unrolled.ATTENTION
-    ).to(ids.device, torch.float32)
+    sizes = head_config(target, len(ids), reads, config.mlp_width)
+    head = Head(sizes, EAGLE3, len(reads) * text.hidden_size, len(ids), False, unrolled.ATTENTION).to(
+        ids.device, torch.float32
+    )
     initialise(head, target, ids)
     if given:
-        _begin_with(head, given, config.draft_vocab)
+        _begin_with(head, given, config.draft_vocab, reads, read_by(EAGLE3, num))
     return Trainer(target, head, reads, ids, config.drafts, config.learning_rate, all_at_once=given is not None)
 
 
 @torch.no_grad()
-def _begin_with(head: Head, given: HeadCheckpoint, draft_vocab: int) -> None:
+def _begin_with(
+    head: Head, given: HeadCheckpoint, draft_vocab: int, reads: tuple[int, ...], usual: tuple[int, ...]
+) -> None:
     parameters = {name: p for name, p in head.named_parameters() if not name.startswith("embed_tokens.")}
     fits = given.kind == EAGLE3 and draft_vocab in (0, head.lm_head.out_features)
-    if not fits or any(
-        name not in given.tensors or given.tensors[name].shape != p.shape for name, p in parameters.items()
+    if (
+        not fits
+        or (given.reads or usual) != reads
+        or any(name not in given.tensors or given.tensors[name].shape != p.shape for name, p in parameters.items())
     ):
         raise BuildError(
-            f"{given.path} is no EAGLE-3 head of this target's sizes and draft vocabulary; begin with another, or anew"
+            f"{given.path} is no EAGLE-3 head of this target's sizes, hidden states and draft vocabulary; begin with "
+            "another, or anew"
         )
     for name, parameter in parameters.items():
         parameter.copy_(given.tensors[name])
@@ -170,22 +214,25 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in ("out", "device", "force")}
 
 
-def _save_state(trainer: Trainer, done: int, out: Path, config: TrainConfig) -> None:
-    state = {"settings": _settings(config), "done": done, "head": trainer.head.state_dict(),
+def _save_state(trainer: Trainer, done: int, spent: float, out: Path, config: TrainConfig) -> None:
+    state = {"settings": _settings(config), "done": done, "spent": spent, "head": trainer.head.state_dict(),
              "optimiser": trainer.optimiser.state_dict()}  # fmt: skip
     torch.save(state, out / f"{STATE}.new")
     (out / f"{STATE}.new").replace(out / STATE)
 
 
-def _go_on(trainer: Trainer, out: Path, config: TrainConfig) -> int:
-    """Steps that are done. Raises BuildError: what was begun in the folder has other settings."""
+def _go_on(trainer: Trainer, out: Path, config: TrainConfig) -> tuple[int, float]:
+    """Steps that are done, and the seconds that they took.
+
+    Raises BuildError: what was begun in the folder has other settings.
+    """
     if not (out / STATE).is_file():
-        return 0
+        return 0, 0.0
     state = torch.load(out / STATE, map_location="cpu", weights_only=True)
     wanted, found = _settings(config), state["settings"]
     if found != wanted:
         if config.force:
-            return 0
+            return 0, 0.0
         name = next(name for name in wanted if found.get(name) != wanted[name])
         raise BuildError(
             f"{out} holds training that was begun with {name}={found.get(name)!r}, now it is {wanted[name]!r}; give "
@@ -193,4 +240,4 @@ def _go_on(trainer: Trainer, out: Path, config: TrainConfig) -> int:
         )
     trainer.head.load_state_dict(state["head"])
     trainer.optimiser.load_state_dict(state["optimiser"])
-    return int(state["done"])
+    return int(state["done"]), float(state["spent"])

@@ -1,20 +1,24 @@
 """Checkpoints of heads: what is refused when they are built, what a target gives, how training goes on."""
 
+import itertools
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from hand_made import DEMO, cast_llama
+from hand_made import DEMO, cast_llama, greedy, prompts_of
 from heads import write_head, write_medusa
 from ingot.builder import BuildConfig, build_engine
 from ingot.builder.checkpoint import Checkpoint
-from ingot.builder.heads import train
+from ingot.builder.heads import train, written
 from ingot.builder.heads.build import HeadBuild
+from ingot.builder.heads.training import Trainer
 from ingot.builder.hidden_states import states_of
 from ingot.builder.retarget import retarget
 from ingot.engines.errors import BuildError
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 TARGET = DEMO / "pycoder-draft-2m"
 
@@ -104,9 +108,41 @@ def test_heads_that_are_none_or_not_whole_are_refused(tmp_path):
             opened(head(name, change=change)).export()
 
 
-def test_training_that_was_stopped_comes_to_the_same_head(tmp_path, monkeypatch):
-    text = tmp_path / "text.py"
-    text.write_text("\n".join(path.read_text() for path in sorted((DEMO.parents[1] / "engines").glob("*.py"))))
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.py"
+    path.write_text("\n".join(path.read_text() for path in sorted((DEMO.parents[1] / "engines").glob("*.py"))))
+    return path
+
+
+def test_the_target_goes_on_with_a_window():
+    target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32)
+    windows = torch.tensor(prompts_of(20, 20, 3))
+    found = written.go_on(target, windows)
+    assert [row[5:] for row in found.tolist()] == [greedy(target, row[:5], 15) for row in windows.tolist()]
+    assert torch.equal(found[:, :5], windows[:, :5]) and written.kept(20) == 5
+
+
+def test_training_ends_by_the_clock_too(text, tmp_path, monkeypatch):
+    ticks, rates, checks = itertools.count(), [], []
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(ticks) / 2)  # asked for twice a step
+    learn = Trainer.learn
+    monkeypatch.setattr(Trainer, "learn", lambda self, *args: (rates.append(args[1]), learn(self, *args))[1])
+    config = train.TrainConfig(
+        str(TARGET), str(text), str(tmp_path / "head"), tokens=1 << 10, drafts=3, width=32, batch=4, epochs=9,
+        reads="2,0", mlp_width=600, written=0.5, seconds=6.0,
+    )  # fmt: skip
+    found = train.train_head(config, on_check=lambda share, now: checks.append((share, now)))
+    assert 4 <= len(rates) <= 6 and rates == sorted(rates) and rates[0] < 0.2 and 0.7 < rates[-1] < 1
+    assert len(checks) >= 3 and len(found.by_step) == 3 and not (tmp_path / "head" / train.STATE).exists()
+    built = opened(tmp_path / "head")
+    assert built.reads == (2, 0) and built.checkpoint.config.intermediate_size == 600
+    assert built.checkpoint.tensors["fc.weight"].shape == (192, 2 * 192)
+    with pytest.raises(BuildError, match="the hidden states asked for are '3'; expected .* numbers from 0 to 2"):
+        train.train_head(replace(config, reads="3", force=True))
+
+
+def test_training_that_was_stopped_comes_to_the_same_head(text, tmp_path, monkeypatch):
     options = dict(tokens=1 << 10, drafts=2, width=32, batch=4, draft_vocab=64)
 
     def run(name, on_step=lambda *args: None, **changes):
@@ -135,7 +171,9 @@ def test_training_that_was_stopped_comes_to_the_same_head(tmp_path, monkeypatch)
     assert 0 < max(float((later[n] - whole[n]).abs().max()) for n in whole if "proj" in n) < 0.01, (
         "it goes on from there"
     )
-    with pytest.raises(BuildError, match="is no EAGLE-3 head of this target's sizes and draft vocabulary"):
+    with pytest.raises(
+        BuildError, match="is no EAGLE-3 head of this target's sizes, hidden states and draft vocabulary"
+    ):
         run("other", begin_with=str(tmp_path / "whole"), draft_vocab=63)
     with pytest.raises(BuildError, match="the device is 'tpu'; expected auto, cpu or cuda"):
         run("device", device="tpu")
