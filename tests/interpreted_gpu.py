@@ -80,11 +80,16 @@ def write_target(out, weights):
     return out
 
 
-def cast_head(out, checkpoint, target, **sizes):
-    """The engine of a head for the cuda target, in fp32, without cubins."""
-    head = HeadBuild(BuildConfig(str(checkpoint), str(out), dtype="float32", draft_for=str(target)))
-    graph = head.finish(optimise(head.export()))
+def export_head(checkpoint, target):
+    """A head in fp32 and its graph."""
+    head = HeadBuild(BuildConfig(str(checkpoint), "", dtype="float32", draft_for=str(target)))
+    return head, head.finish(optimise(head.export()))
+
+
+def cast_head(out, head, graph, **sizes):
+    """Its engine for the cuda target, without cubins."""
     with engine_directory(out) as folder:
+        graph = graph.clone()
         save_graph(graph, folder)
         KERNELS[out / FOLDER] = save_plan(graph, folder / FOLDER, head.info(), **sizes)
         record = BuildRecord("2026-01-01T00:00:00Z", 0.0)
