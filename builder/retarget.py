@@ -31,7 +31,7 @@ def retarget(folder: Path, config: BuildConfig, audience: Audience = NOBODY) -> 
             if name.partition("/")[0] != manifest.target:
                 (fresh / name).parent.mkdir(parents=True, exist_ok=True)
                 os.link(folder / name, fresh / name)
-        info = compile(load_graph(fresh), manifest.model, fresh)
+        info = compile(load_graph(fresh), manifest.model, fresh, manifest.head)
         seconds = round(time.perf_counter() - start, 3)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         record = replace(manifest.build, time=now, seconds=seconds, phases={f"compile for {config.target}": seconds})

@@ -54,12 +54,16 @@ class KVLayer:
 
 @dataclass(frozen=True)
 class HeadInfo:
-    """Of an engine that drafts from a target's hidden states. `reads`: which (`step.hidden_states`), in this order."""
+    """Of an engine that drafts from a target's hidden states. `reads`: which (`step.hidden_states`), in this order.
 
-    kind: str  # eagle, eagle3
+    guesses: that a run makes for each row at once.
+    """
+
+    kind: str  # eagle, eagle3, medusa
     reads: tuple[int, ...]
     target_hidden_size: int
     target_vocab_size: int
+    guesses: int = 1
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,20 @@ PLAN_FILE = "plan.json"
 # in the place of staging in steps of a draft engine: FIRST takes what the target sampled, NEXT what was guessed last
 FIRST, NEXT = "first", "next"
 TARGET = "target."  # before the names of the target's buffers
+POOL = "states."  # before the number of a pool that a head reads, in the order of `HeadInfo.reads`
 ZEROS = "zeros"  # a buffer of `Plan.zeros` bytes, zero before and after every launch
+
+
+def keep(states: str) -> str:
+    """The part of a target's buckets that copies these hidden states [T, width] to the buffer of the same name, a pool
+    [num_slots, width]; replayed behind the body where a head reads them."""
+    return f"keep.{states}"
 
 
 @dataclass(frozen=True)
 class Argument:
     """A pointer, `offset` bytes behind a start. kind: `weight` (name: of the initialiser), `input` (name: of the graph
-    input, of a buffer of `sampling.py`, or ZEROS) or `arena`."""
+    input, of a buffer of `sampling.py`, of a pool of states, or ZEROS) or `arena`."""
 
     kind: str
     name: str = ""
@@ -98,7 +105,7 @@ class Bucket:
     max_context: int
     arena: int
     logits: int
-    # stage, body, head (neither for TensorRT), sample.KIND, and FIRST or NEXT
+    # stage, body, head (neither for TensorRT), sample.KIND, and FIRST or NEXT; `keep` of each hidden state
     parts: dict[str, tuple[Launch, ...]]
 
 

@@ -19,12 +19,14 @@ DRAFTED = "drafted"  # [T, hidden_size] what the head itself gave as HIDDEN for 
 HIDDEN = "hidden"  # [R, hidden_size], an output
 TOKEN_IDS = "token_ids"  # [vocab] of its weights: the target's token that each of the logits is of
 
+STATES = "hidden_states."  # before the number of a hidden state
+
 STEP_INPUTS = (TOKENS, POSITIONS, SLOTS, QUERY_START, KV_LEN, PAGES, LOGIT_ROWS)
 
 
 def hidden_states(layer: int) -> str:
     """Name of an output [T, hidden_size]: what enters layer `layer`, or after the last one, what the norm gives."""
-    return f"hidden_states.{layer}"
+    return f"{STATES}{layer}"
 
 
 def k_pages(layer: int) -> str:

@@ -31,7 +31,8 @@ from .request import SamplingParams
 from .sampler import Sampler, top_logprobs
 from .speculation.costs import Costs, Curve, scratch_step
 from .speculation.draft_engine import DraftEngine
-from .speculation.head import HeadEngine, MedusaEngine, check_drafter
+from .speculation.head import HeadEngine, MedusaEngine
+from .speculation.pairing import check_drafter
 
 Graph = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, PAGE_SIZE = 64, 512, 16  # what is served if nothing else is asked for

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..engines.errors import EngineError
 from .batch import Batch
-from .capacity import WITH_ENGINE, ServeConfig
+from .capacity import ServeConfig
 from .engine import Engine
 from .request import Logprob, SamplingParams
 from .speculation.costs import Costs
@@ -65,11 +65,6 @@ class Executor(Protocol):
 def open_executor(engine: Engine, config: ServeConfig) -> Executor:
     """The executor of the engine's target, KV pool allocated. EngineError: it does not fit, or cannot run here."""
     if engine.manifest.target == "cuda":
-        if config.speculate in WITH_ENGINE and config.speculate != "draft":
-            raise EngineError(
-                f"speculate is {config.speculate!r}, but {engine.folder} is an engine for the cuda target, where heads"
-                " do not run yet; use draft, ngram or suffix, or build the engine for the cpu target."
-            )
         from .cuda.executor import CudaExecutor
 
         return CudaExecutor(engine, config)

@@ -6,6 +6,7 @@ So an engine for the cuda target is served as a whole where there is no GPU: exe
 import json
 import math
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -13,8 +14,14 @@ import pytest
 import torch
 from fake_driver import FakeDriver
 from hand_made import llama_graph
+from ingot.builder import BuildConfig
+from ingot.builder.heads.build import HeadBuild
+from ingot.builder.passes import optimise
+from ingot.builder.record import kv_layers
+from ingot.builder.targets.buckets import bucket_sizes
 from ingot.builder.targets.fusion import fuse
-from ingot.builder.targets.planner import Planner, bucket_sizes
+from ingot.builder.targets.head_planner import HeadPlanner
+from ingot.builder.targets.planner import Planner
 from ingot.engines.manifest import BuildRecord, KVLayer, Manifest, ModelInfo
 from ingot.engines.plan import FOLDER, Argument, Plan
 from ingot.engines.sampling import SAMPLED
@@ -25,6 +32,7 @@ from ingot.plugins import gpu as gpus
 from ingot.plugins import jit, tactics_of
 from ingot.plugins.tactic import Device
 from ingot.runtime.cuda import drafting, executor
+from safetensors.torch import save_file
 
 CONFIG = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
               rms_norm_eps=1e-5, rope_parameters={"rope_theta": 1e4})  # fmt: skip
@@ -48,17 +56,44 @@ def random_weights(seed=0):
     return weights | {f"model.layers.0.{name}_layernorm.weight": 1 + random(32) / 4 for name in norms}
 
 
-def cast(out, weights, target, **sizes):
+def cast(out, weights, target, hidden_states=(), **sizes):
     """An engine of these weights in fp32; for the cuda target without cubins."""
     with engine_directory(out) as folder:
-        graph = typed(llama_graph(CONFIG, weights, "float32"))
+        graph = typed(llama_graph(CONFIG, weights, "float32", hidden_states))
         save_graph(graph, folder)
         (folder / "config.json").write_text(json.dumps(CONFIG))
         if target == "cuda":
             KERNELS[out / FOLDER] = save_plan(graph, folder / FOLDER, **sizes)
         model = ModelInfo("tiny", "LlamaForCausalLM", "llama", 0, "float32", VOCAB, 1, 32, LENGTH, (1,), 0)
         layers, record = (KVLayer(1, 16, 16),), BuildRecord("2026-01-01T00:00:00Z", 0.0)
-        Manifest(model, layers, target, {}, record, None, ingot_version="test").save(folder)
+        Manifest(model, layers, target, {}, record, None, hidden_states, ingot_version="test").save(folder)
+    return out
+
+
+def write_target(out, weights):
+    """The same as a checkpoint."""
+    out.mkdir()
+    more = dict(model_type="llama", architectures=["LlamaForCausalLM"], intermediate_size=WIDE, vocab_size=VOCAB,
+                max_position_embeddings=LENGTH, tie_word_embeddings=True, eos_token_id=1)  # fmt: skip
+    (out / "config.json").write_text(json.dumps(CONFIG | more))
+    save_file(weights, out / "model.safetensors")
+    return out
+
+
+def export_head(checkpoint, target):
+    """A head in fp32 and its graph."""
+    head = HeadBuild(BuildConfig(str(checkpoint), "", dtype="float32", draft_for=str(target)))
+    return head, head.finish(optimise(head.export()))
+
+
+def cast_head(out, head, graph, **sizes):
+    """Its engine for the cuda target, without cubins."""
+    with engine_directory(out) as folder:
+        graph = graph.clone()
+        save_graph(graph, folder)
+        KERNELS[out / FOLDER] = save_plan(graph, folder / FOLDER, head.info(), **sizes)
+        record = BuildRecord("2026-01-01T00:00:00Z", 0.0)
+        Manifest(head.model_info(graph), kv_layers(graph), "cuda", {}, record, head=head.info()).save(folder)
     return out
 
 
@@ -71,6 +106,8 @@ def typed(model):
         for value in node.outputs:
             value.type = ir.TensorType(ir.DataType.FLOAT)
     model.graph.outputs[0].shape = ir.Shape(("R", VOCAB))
+    for value in model.graph.outputs[1:]:
+        value.shape = ir.Shape(("T", CONFIG["hidden_size"]))
     return model
 
 
@@ -79,17 +116,26 @@ def quick(site):
     return min(tactics_of(site.op)(site), key=lambda t: sum(math.prod(launch.grid) for launch in t.launches))
 
 
-def save_plan(graph, folder, max_num_seqs=3, max_num_batched_tokens=16, max_draft_tokens=3):
+def save_plan(graph, folder, head=None, max_num_seqs=3, max_num_batched_tokens=16, max_draft_tokens=3):
     """Writes the plan and returns its kernels."""
-    planner = Planner(
+    planner = (partial(HeadPlanner, head=head) if head else Planner)(
         fuse(graph.graph), Device(90, 4), PAGE, LENGTH // PAGE, max_num_seqs, quick, max_draft_tokens=max_draft_tokens
     )
     sizes = bucket_sizes(max_num_seqs, max_num_batched_tokens, LENGTH, max_draft_tokens)
     buckets = tuple(planner.plan(each) for each in sizes)
     folder.mkdir()
-    Plan(90, VOCAB, PAGE, planner.max_pages, planner.logits_dtype, planner.nodes, (), buckets, (), planner.zeros).save(
-        folder
-    )
+    Plan(
+        90,
+        planner.vocab_size,
+        PAGE,
+        planner.max_pages,
+        planner.logits_dtype,
+        planner.nodes,
+        (),
+        buckets,
+        (),
+        planner.zeros,
+    ).save(folder)
     return list(planner.kernels)
 
 

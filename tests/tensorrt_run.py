@@ -13,9 +13,9 @@ import onnx_ir as ir
 import pytest
 import torch
 from ingot.builder.targets import tactics
+from ingot.builder.targets.buckets import Sizes
 from ingot.builder.targets.cubin import Cubin
 from ingot.builder.targets.fusion import fuse, rotary_attentions
-from ingot.builder.targets.planner import Sizes
 from ingot.builder.targets.tensorrt import plugin_plan
 from ingot.builder.targets.tensorrt.lowering import lower
 from ingot.engines import step

@@ -92,7 +92,7 @@ def build_head(
                 shutil.copyfile(head.checkpoint.path / "config.json", folder / "config.json")
             model = head.model_info(graph)
             with phase(f"compile for {config.target}"):
-                target_info = compile(graph, model, folder)
+                target_info = compile(graph, model, folder, head.info())
             record = build_record(phase, error, num_exported, graph)
             manifest = Manifest(model, kv_layers(graph), config.target, target_info, record, head=head.info())
             return manifest.save(folder)
@@ -158,7 +158,8 @@ class HeadBuild:
 
     def info(self) -> HeadInfo:
         target = self.target.config.get_text_config()
-        return HeadInfo(self.checkpoint.kind, self.reads, target.hidden_size, target.vocab_size)
+        guesses = self.checkpoint.medusa[0] if self.checkpoint.kind == MEDUSA else 1
+        return HeadInfo(self.checkpoint.kind, self.reads, target.hidden_size, target.vocab_size, guesses)
 
     def _head(self, config: LlamaConfig, features: int, vocab_size: int, attention: str, dtype: torch.dtype) -> Module:
         given = self.checkpoint

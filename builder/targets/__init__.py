@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import onnx_ir as ir
 
 from ...engines.errors import BuildError
-from ...engines.manifest import ModelInfo
+from ...engines.manifest import HeadInfo, ModelInfo
 
 if TYPE_CHECKING:
     from .. import BuildConfig
@@ -42,7 +42,15 @@ def audience_of(
     return Audience(progress or NOBODY.progress, note or NOBODY.note)
 
 
-Compile = Callable[[ir.Model, ModelInfo, Path], dict[str, Any]]  # -> target_info of the manifest
+class Compile(Protocol):
+    """Writes what the target runs of a graph into the engine's folder; returns what the manifest says about it.
+
+    head: of the engine of a head.
+    """
+
+    def __call__(
+        self, graph: ir.Model, model: ModelInfo, folder: Path, head: HeadInfo | None = None
+    ) -> dict[str, Any]: ...
 
 
 class Target(Protocol):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from ...engines.manifest import ModelInfo
+from ...engines.manifest import HeadInfo, ModelInfo
 from ...engines.weights import load_graph, save_lowered
 from ...plugins import native
 from ..passes import drop_dead
@@ -36,7 +36,7 @@ def begin(config: BuildConfig, audience: Audience = NOBODY) -> Iterator[Compile]
         kernels = Path(scratch) / "cpu"
         compiling = thread.submit(native.compile, kernels)
 
-        def compile(graph: ir.Model, model: ModelInfo, folder: Path) -> dict[str, Any]:
+        def compile(graph: ir.Model, model: ModelInfo, folder: Path, head: HeadInfo | None = None) -> dict[str, Any]:
             """Put kernels, and the lowered graph if any, into `folder/cpu`; returns what the manifest says of them."""
             info = compiling.result().describe()
             if (kernels / native.LIBRARY).exists():

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +18,16 @@ import onnx_ir as ir
 
 from ...calibration.recipe import Recipe
 from ...engines.errors import BuildError, EngineError
-from ...engines.manifest import ModelInfo
+from ...engines.manifest import HeadInfo, ModelInfo
 from ...engines.plan import FOLDER, Cubin, Gemm, Plan
 from ...plugins import cublas
 from ...plugins.gpu import Gpu
 from ...plugins.tactic import Device
 from . import NOBODY, Audience, Compile, cubin
+from .buckets import bucket_sizes
 from .fusion import fuse
-from .planner import Planner, bucket_sizes, key_of
+from .head_planner import HeadPlanner
+from .planner import Planner, key_of
 from .table import default_table
 from .tactics import Choice, candidates, likeliest, timed
 from .timing_cache import TimingCache
@@ -55,9 +58,9 @@ def begin(config: BuildConfig, audience: Audience = NOBODY) -> Iterator[Compile]
         check_fp8(any(r.activation and r.activation.dtype == "fp8_e4m3" for r in rules), device.capability)
     cache = TimingCache.of(gpu) if gpu else None
 
-    def compile(graph: ir.Model, model: ModelInfo, folder: Path) -> dict[str, Any]:
+    def compile(graph: ir.Model, model: ModelInfo, folder: Path, head: HeadInfo | None = None) -> dict[str, Any]:
         """Write plan and cubins into `folder/cuda`; returns what the manifest says about them."""
-        plan = make_plan(graph.graph, model.max_model_len, folder / FOLDER, device, config, gpu, cache)
+        plan = make_plan(graph.graph, model.max_model_len, folder / FOLDER, device, config, gpu, cache, head)
         ordered = "" if gpu else _not_in_table(plan, device)
         cached = f"; {cache.num_hits} of {cache.num_sites} sites from the timing cache" if cache else ""
         return {
@@ -72,13 +75,14 @@ def begin(config: BuildConfig, audience: Audience = NOBODY) -> Iterator[Compile]
 
 def make_plan(
     graph: ir.Graph, max_model_len: int, folder: Path, device: Device, config: BuildConfig, gpu: Gpu | None,
-    cache: TimingCache | None = None,
+    cache: TimingCache | None = None, head: HeadInfo | None = None,
 ) -> Plan:  # fmt: skip
     """Compile `graph` into `folder` and return the plan saved there. Raises BuildError for what nothing can run."""
     choices: dict[Any, Choice] = {}
     fused = fuse(graph)
     check_fp8(any(_multiplies_fp8(node) for node in fused), device.capability)
-    planner = Planner(
+    kind = partial(HeadPlanner, head=head) if head else Planner
+    planner = kind(
         fused, device, config.page_size, -(-max_model_len // config.page_size), config.max_num_seqs,
         lambda site: choices[key_of(site)].tactic, max_draft_tokens=config.max_draft_tokens,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from ...engines.dtypes import DTYPES
 from ...engines.errors import BuildError
-from ...engines.plan import FIRST, NEXT, TARGET, ZEROS, Argument, Bucket, Launch
+from ...engines.plan import FIRST, NEXT, TARGET, ZEROS, Argument, Bucket, Launch, keep
 from ...engines.sampling import (
     KINDS,
     LAST_TOKEN,
@@ -27,59 +27,15 @@ from ...engines.sampling import (
     Kind,
     width,
 )
-from ...engines.step import KV_LEN, LOGIT_ROWS, LOGITS, PAGES, QUERY_START, STEP_INPUTS, TOKENS
+from ...engines.step import KV_LEN, LOGIT_ROWS, LOGITS, PAGES, QUERY_START, SLOTS, STATES, STEP_INPUTS, TOKENS
 from ...plugins import OPS
 from ...plugins.opschema import complete_attributes
 from ...plugins.tactic import Device, Gemm, Kernel, Operand, Site, Tactic, Tensor
 from .arena import Interval, place
+from .buckets import Sizes
 
 Choose = Callable[[Site], Tactic]
 STAGING, SAMPLING = -2, -1  # in the place of a node's number
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a bucket holds at most; `max_query` is 1 for decoding, more where drafts are verified, 0 for any step;
-    `max_context` is 0 for any."""
-
-    tokens: int
-    sequences: int
-    rows: int
-    max_query: int
-    max_context: int = 0
-
-
-SHORT = 1024  # keys of a sequence: decoding has buckets for contexts up to it, and others
-
-
-MOST_VERIFIED = 512  # tokens of a step that verifies drafts; with more, a step's time is that of its products
-
-
-def bucket_sizes(
-    max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, max_draft_tokens: int = 0
-) -> list[Sizes]:
-    """Decoding by powers of two up to 16, then in steps that waste a quarter at most; steps with prompts likewise.
-
-    max_draft_tokens: of a sequence; buckets for verification are for so many and for any fewer. They have the sizes of
-    others, so that attention is all of them that is new: a step of n tokens reads the weights as n rows of decoding do.
-    """
-    contexts = [SHORT, 0] if max_model_len > 2 * SHORT else [0]
-    decode = [Sizes(n, n, n, 1, context) for n in _ladder(1, max_num_seqs) for context in contexts]
-    each = 1 + max_draft_tokens
-    most = min(MOST_VERIFIED, max_num_seqs * each, max_num_batched_tokens) if max_draft_tokens else 0
-    verify = [Sizes(n, min(n, max_num_seqs), n, each, c) for n in _ladder(4, most) for c in contexts if n > 1]
-    rows = max(max_num_seqs, each)
-    mixed = [Sizes(n, max_num_seqs, rows, 0) for n in _ladder(16, max_num_batched_tokens)]
-    return decode + verify + mixed
-
-
-def _ladder(first: int, last: int) -> list[int]:
-    """first, .., 16, 32, 48, 64, 96, 128, 192, 256, .. last: each power of two and, from 32 on, the middle."""
-    steps, n = [], first
-    while n < last:
-        steps += [n] if n < 32 else [n, n + n // 2]
-        n *= 2
-    return [n for n in steps if n < last] + [last]
 
 
 @dataclass(frozen=True)
@@ -125,9 +81,10 @@ class Planner:
             self._dim(KV_LEN, 0): "sequences",
         }
         (self.logits,) = (value for value in self.graph.outputs if value.name == LOGITS)
+        self._states = [value for value in self.graph.outputs if (value.name or "").startswith(STATES)]
 
     def sites(self, sizes: Sizes) -> list[Work]:
-        """What a bucket launches, in order: staging, the graph's nodes, each kind of sampling."""
+        """What a bucket launches, in order: staging, the graph's nodes, what keeps hidden states, kinds of sampling."""
         work = [self._staging(sizes)]
         part = "body"
         for i, node in enumerate(self.graph):
@@ -148,8 +105,21 @@ class Planner:
             if any(value is not None and value.name == PAGES for value in inputs):
                 site = replace(site, max_query=sizes.max_query or None, max_context=sizes.max_context or None)
             work.append(Work(part, i, site, inputs, tuple(node.outputs)))
-        work += [self._sampling(name, kind, sizes) for name, kind in KINDS.items()]
-        return work + ([self._drafting(sizes)] if self.max_draft_tokens and sizes.max_query else [])
+            if part == "head" and (late := next((value for value in node.outputs if value in self._states), None)):
+                raise BuildError(
+                    f"'{late.name}' is made behind the choice of logit rows, where the cuda target cannot keep it."
+                )
+        work += [self._keeping(value, sizes) for value in self._states]
+        work += [self._sampling(name, KINDS[name], sizes) for name in self.kinds]
+        return work + ([self._drafting(sizes)] if self.drafts_in(sizes) else [])
+
+    def _keeping(self, states: ir.Value, sizes: Sizes) -> Work:
+        """Copies a hidden state to its pool, a buffer of the same name, for heads that draft from it."""
+        made = self.tensor(states, sizes)
+        site = Site(
+            "KeepStates", {}, (made, Tensor((sizes.tokens,), "int32")), (replace(made, cold=True),), self.device
+        )
+        return Work(keep(states.name or ""), STAGING, site, (states, SLOTS), (states.name or "",))
 
     def _drafting(self, sizes: Sizes) -> Work:
         """Staging of a step in which this engine drafts for another one."""
@@ -171,8 +141,8 @@ class Planner:
         return Work("stage", STAGING, site, (PACKED, LAST_TOKEN), (*STEP_INPUTS, SAMPLE_ROWS, SAMPLE_POSITIONS))
 
     def _sampling(self, name: str, kind: Kind, sizes: Sizes) -> Work:
-        logits = self.tensor(self.logits, sizes)
-        vocab = logits.shape[1]
+        logits = self.logits_of(sizes)
+        num_rows, vocab = logits.shape
         num_logprobs = min(MAX_LOGPROBS, vocab)
         tables: dict[str, Tensor] = {}
         for table, (dtype, _) in TABLES.items():
@@ -180,11 +150,11 @@ class Planner:
             rows = self.max_num_seqs * (1 + self.max_draft_tokens if table == MASKS else 1)
             tables[table] = Tensor((rows, columns) if columns else (rows,), dtype)
         shapes = [tables[table] if table in kind.tables else None for table in TABLES]
-        row = Tensor((sizes.rows,), "int32")
-        drafts = sizes.max_query - 1 if sizes.max_query else self.max_draft_tokens
+        row = Tensor((num_rows,), "int32")
+        drafts = self.drafts_of(sizes)
         verified = (Tensor((sizes.tokens,), "int32"), row) if drafts else (None, None)
         outputs = tuple(
-            Tensor((sizes.rows, num_logprobs) if columns else (sizes.rows,), dtype)
+            Tensor((num_rows, num_logprobs) if columns else (num_rows,), dtype)
             for dtype, columns in (RESULTS[result] for result in kind.results)
         )
         attributes = {
@@ -197,6 +167,23 @@ class Planner:
             self.logits, SAMPLE_ROWS, SAMPLE_POSITIONS, *TABLES, TOKENS, LOGIT_ROWS
         )  # fmt: skip
         return Work(f"sample.{name}", SAMPLING, site, inputs, kind.results)
+
+    @property
+    def kinds(self) -> Collection[str]:
+        """How tokens are sampled, names of `KINDS`."""
+        return KINDS
+
+    def drafts_in(self, sizes: Sizes) -> bool:
+        """Whether this engine drafts for another one in steps of such a bucket."""
+        return bool(self.max_draft_tokens and sizes.max_query)
+
+    def logits_of(self, sizes: Sizes) -> Tensor:
+        """What is sampled from: a row for each token."""
+        return self.tensor(self.logits, sizes)
+
+    def drafts_of(self, sizes: Sizes) -> int:
+        """Drafts of a sequence that sampling verifies."""
+        return sizes.max_query - 1 if sizes.max_query else self.max_draft_tokens
 
     def tensor(self, value: ir.Value, sizes: Sizes) -> Tensor:
         """Shape and type of a value in a bucket. Raises BuildError for a shape that the bucket does not settle."""
@@ -224,7 +211,7 @@ class Planner:
 
     @property
     def vocab_size(self) -> int:
-        return self.tensor(self.logits, Sizes(1, 1, 1, 1)).shape[1]
+        return self.logits_of(Sizes(1, 1, 1, 1)).shape[1]
 
     def plan(self, sizes: Sizes) -> Bucket:
         """The launches of a bucket, each site run by the tactic that is chosen for it."""

@@ -15,13 +15,15 @@ from ...engines.errors import BuildError
 from ...plugins import tactics_of
 from ...plugins.gpu import Gpu
 from ...plugins.tactic import Device, Gemm, Site, Tactic
+from .buckets import Sizes
 from .cubin import Binary, Cubin, Source, compile_all
-from .planner import Planner, Sizes, key_of
+from .planner import Planner, key_of
 from .table import Table
 from .timing import Timer
 from .timing_cache import Times, TimingCache
 
-UNTIMED = ("Unpack", "Draft", "Sample")  # microseconds that depend on what the host packed and requests ask for
+# microseconds that depend on what the host packed, where slots are and what requests ask for
+UNTIMED = ("Unpack", "Draft", "DraftHead", "KeepStates", "ReadStates", "Sample")
 LONG_US = 150.0  # from here on the best are timed under load, too
 CONTENDERS, CLOSE = 8, 1.4  # as many at most, and none that takes so much longer than the fastest
 MOST_DESCRIBED = 4  # of the times of a site in the plan

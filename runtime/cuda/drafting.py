@@ -8,6 +8,7 @@ are wanted, and only then. Nothing here bears on what is sampled: a wrong guess 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -18,9 +19,8 @@ from ...engines.plan import FIRST, FOLDER, NEXT, TARGET, Plan
 from ...engines.sampling import LAST_TOKEN, PACKED, SAMPLED
 from ...plugins.gpu import Gpu
 from ..batch import Batch, packed_size, packed_step
-from ..capacity import ServeConfig, model_len
+from ..capacity import ServeConfig
 from ..engine import Engine
-from ..speculation.draft_engine import check_pair
 from ..speculation.verify import holding
 from .graphs import Graphs, arena_bytes
 from .memory import GRAPH_RESERVE, check_plan, kv_pools, step_buffers
@@ -38,45 +38,48 @@ class Guesses(NamedTuple):
 
 
 class Drafting:
-    """The draft engine of `config` beside `target`, whose plan is given. `prepare` is called when memory is settled.
+    """`engine` drafts for the one whose plan is `target`. `prepare` is called when memory is settled.
 
-    weights: on their way from the moment this exists; to be left as a context.
-    Raises EngineError: no engine there, of no use for `target`, or too little memory.
+    weights: on their way from the moment this exists; to be left as a context. keeps: parts of the target's buckets,
+    replayed behind their bodies, that keep what it reads.
+    Raises EngineError: plans that do not go together, or too little memory.
     """
 
-    def __init__(self, gpu: Gpu, target: Engine, plan: Plan, config: ServeConfig, stream: int):
-        assert config.draft_engine is not None and config.max_num_seqs is not None
-        dummy = config.load_format == "dummy"
-        self.engine = engine = Engine.open(config.draft_engine, dummy=dummy)
-        check_pair(target, engine, model_len(target.manifest, config))
-        self._gpu, self._stream = gpu, stream
+    lag = 0  # positions behind that of a token at which it stands here
+    keeps: tuple[str, ...] = ()
+
+    def __init__(self, gpu: Gpu, engine: Engine, target: Plan, config: ServeConfig, stream: int):
+        assert config.max_num_seqs is not None
+        self._gpu, self._stream, self.engine = gpu, stream, engine
         self.plan = Plan.open(engine.folder / FOLDER)
-        _check_plans(self.plan, plan, engine, gpu, config)
-        self._vocab_size = min(plan.vocab_size, engine.manifest.model.vocab_size)
-        self._most = config.num_draft_tokens
-        self._most_works = max(bucket.tokens for bucket in self.plan.buckets if bucket.max_query > 1) // 2
+        _check_plans(self.plan, target, engine, gpu, config)
+        head = engine.manifest.head
+        self._num_known = head.target_vocab_size if head else engine.manifest.model.vocab_size  # tokens
+        self._vocab_size = min(target.vocab_size, self._num_known)
+        self._most, self._at_once = config.num_draft_tokens, head.guesses if head else 1
+        self._most_tokens = max(bucket.tokens for bucket in self.plan.buckets if bucket.max_query > 1)
         self._seen = np.zeros(config.max_num_seqs, np.int64)  # leading positions of a row whose keys are right
-        self.weights = Weights(gpu, engine, dummy=dummy)
+        self.weights = Weights(gpu, engine, dummy=config.load_format == "dummy")
 
     def prepare(self, buffers: dict[str, int], arena: int, num_pages: int) -> None:
         """buffers: the target's, by name; arena: room for the activations of either; num_pages: of the pools."""
         gpu, plan = self._gpu, self.plan
         self._whole = np.zeros(num_pages, bool)  # pages that are full here, too: a prefix hit finds them
-        mine = step_buffers(gpu, plan, self._stream)
-        mine[LAST_TOKEN] = gpu.allocate(4 * plan.max_num_seqs, "the tensors of a step")
+        mine = step_buffers(gpu, plan, self._stream, self._at_once)
+        mine[LAST_TOKEN] = gpu.allocate(4 * plan.max_num_seqs * self._at_once, "the tensors of a step")
         mine |= kv_pools(gpu, self.engine, plan.page_size, num_pages)
-        shared = (PACKED, names.TOKENS, names.QUERY_START, names.KV_LEN, names.PAGES, SAMPLED)
-        self._buffers = mine | {TARGET + name: buffers[name] for name in shared}
+        self._buffers = mine | self._reads(buffers)
         self._graphs = Graphs(
             gpu, plan, self.engine.folder / FOLDER, self.weights.addresses, self._buffers, arena, self._stream
         )
         size = packed_size(plan.max_num_seqs, plan.max_num_batched_tokens, plan.max_pages)
         self._packed = gpu.pinned(4 * size).view(np.int32)
-        guesses = gpu.pinned(4 * self._most * plan.max_num_seqs).view(np.int32)
-        self._guesses = guesses.reshape(self._most, plan.max_num_seqs)
+        most = max(self._most, self._at_once)
+        self._guesses = gpu.pinned(4 * most * plan.max_num_seqs).view(np.int32).reshape(most, plan.max_num_seqs)
         for number, bucket in enumerate(plan.buckets):
-            if bucket.max_query:
-                self._graphs.capture(number, NEXT if bucket.max_query == 1 else FIRST, "body", "head", GREEDY)
+            part = NEXT if bucket.max_query == 1 else FIRST
+            if part in bucket.parts:
+                self._graphs.capture(number, part, "body", "head", GREEDY)
 
     @property
     def arena_bytes(self) -> int:
@@ -102,24 +105,23 @@ class Drafting:
             start = positions[inputs[names.QUERY_START][work]]
             found = self._whole[inputs[names.PAGES][work, : start // page_size]]
             num = len(found) if found.all() else int(found.argmin())
-            self._seen[placement.row] = num * page_size
+            self._seen[placement.row] = max(0, num * page_size - self.lag)
 
     def launch(self, batch: Batch) -> Guesses | None:
         """Enqueues the guesses behind the target's step, which has been enqueued; None where none are wanted."""
         self.follow(batch)
-        if not batch.ahead or batch.num_ahead is None or len(batch.ahead.known) > self._most_works:
+        if not batch.ahead or batch.num_ahead is None:
+            return None
+        plan, (works, _, samples) = self.plan, batch.ahead.table
+        num_tokens, longest_share = self._first(samples)
+        if num_tokens > self._most_tokens:
             return None
         self._catch_up(batch)
-        plan, works = self.plan, batch.ahead.table[0]
         nums = np.minimum(batch.num_ahead[works], self._most)
         steps, num = int(nums.max()), len(works)
         longest = min(int(batch.inputs[names.KV_LEN][works].max()) + steps, plan.max_pages * plan.page_size)
-        first, later = plan.bucket(2 * num, num, longest, max_query=2), plan.bucket(num, num, longest, max_query=1)
-        for i in range(steps):
-            bucket, part = (later, NEXT) if i else (first, FIRST)
-            self._graphs.replay(bucket, part, "body", "head", GREEDY)
-            self._gpu.download(self._guesses[i, :num], self._buffers[SAMPLED], self._stream)
-        return Guesses(works.copy(), nums, self._guesses[:steps, :num])
+        first = plan.bucket(num_tokens, num, longest, max_query=longest_share)
+        return Guesses(works.copy(), nums, self._guess(first, plan.bucket(num, num, longest, max_query=1), num, steps))
 
     def settle(self, batch: Batch, tokens: np.ndarray, guesses: Guesses | None) -> list[list[int]] | None:
         """The step is done, and `tokens` [N] were sampled: the guesses of each work, and what is known of its rows."""
@@ -132,9 +134,9 @@ class Drafting:
             return None
         row_of, newest_of = np.zeros(batch.num_works, np.int64), np.zeros(batch.num_works, np.int64)
         row_of[works[last]], newest_of[works[last]] = rows, newest
-        self._seen[row_of[guesses.works]] = newest_of[guesses.works] + len(guesses.tokens)
+        self._seen[row_of[guesses.works]] = self._seen_after(newest_of[guesses.works], len(guesses.tokens))
         found: list[list[int]] = [[] for _ in range(batch.num_works)]
-        columns = guesses.tokens.T.tolist()
+        columns = self._tokens(guesses.tokens).T.tolist()
         for work, num, column in zip(guesses.works.tolist(), guesses.nums.tolist(), columns, strict=True):
             some = column[:num]
             strange = next((i for i, token in enumerate(some) if token >= self._vocab_size), num)
@@ -147,6 +149,37 @@ class Drafting:
         self._graphs.replay(self.plan.bucket(size, size, 1), "stage", "body", "head", GREEDY)
         self._gpu.synchronise(self._stream)
 
+    # -- what heads do otherwise ---------------------------------------------------------------------------------------
+
+    def _reads(self, buffers: Mapping[str, int]) -> dict[str, int]:
+        """Buffers of its launches that are not its own, from the target's."""
+        shared = (PACKED, names.TOKENS, names.QUERY_START, names.KV_LEN, names.PAGES, SAMPLED)
+        return {TARGET + name: buffers[name] for name in shared}
+
+    def _first(self, samples: np.ndarray) -> tuple[int, int]:
+        """(tokens of the first step, most of a sequence): of each the one sampled last and the one before, unseen."""
+        return 2 * len(samples), 2
+
+    def _guess(self, first: int, later: int, num: int, steps: int) -> np.ndarray:
+        """Enqueues `steps` steps for `num` sequences, in these buckets -> [steps, num], there when they are done."""
+        for i in range(steps):
+            bucket, part = (later, NEXT) if i else (first, FIRST)
+            self._graphs.replay(bucket, part, "body", "head", GREEDY)
+            self._gpu.download(self._guesses[i, :num], self._buffers[SAMPLED], self._stream)
+        return self._guesses[:steps, :num]
+
+    def _tokens(self, guesses: np.ndarray) -> np.ndarray:
+        """The target's tokens of guesses."""
+        return guesses
+
+    def _before_first(self, kv_len: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """Leading positions that the first step relies on, from keys and samples of each sequence of the target's."""
+        return kv_len - 1
+
+    def _seen_after(self, newest: np.ndarray, steps: int) -> np.ndarray:
+        """Leading positions whose keys are right if all guesses are, `newest` being that of the newest token."""
+        return newest + steps
+
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _catch_up(self, batch: Batch) -> None:
@@ -154,7 +187,7 @@ class Drafting:
         assert batch.ahead
         works, _, samples = batch.ahead.table
         kv_len, rows = batch.inputs[names.KV_LEN][works].astype(np.int64), batch.rows[works]
-        begins, ends = self._seen[rows], kv_len - 1
+        begins, ends = self._seen[rows], self._before_first(kv_len, samples)
         left = np.maximum(ends - begins, 0)
         sequences = [self._text(batch, i) if left[i] else [] for i in range(len(works))]
         pages = batch.inputs[names.PAGES][works]
@@ -164,7 +197,7 @@ class Drafting:
             some = np.flatnonzero(taken)
             if chunk:  # the buffer is still read
                 self._gpu.synchronise(self._stream)
-            parts = [sequences[i][begins[i] : begins[i] + taken[i]] for i in some]
+            parts = [sequences[i][begins[i] + self.lag : begins[i] + self.lag + taken[i]] for i in some]
             self._stage(pages[some], parts, begins[some])
             longest = int((begins + taken)[some].max())
             bucket = self.plan.bucket(
@@ -189,7 +222,7 @@ class Drafting:
         return known + batch.inputs[names.TOKENS][stop - drafts : stop].tolist()
 
     def _stage(self, pages: np.ndarray, parts: list[list[int]], begins: np.ndarray) -> None:
-        """Packs and uploads a step without logits: pages [S, width], tokens of each sequence from `begins` on."""
+        """Packs and uploads a step without logits: pages [S, width], tokens of each sequence, positions `begins`."""
         counts = np.array([len(part) for part in parts])
         starts = np.concatenate(([0], np.cumsum(counts)))
         owner = np.repeat(np.arange(len(parts)), counts)
@@ -197,7 +230,7 @@ class Drafting:
         kv_len = begins + counts
         width = -(-int(kv_len.max()) // self.plan.page_size)
         slots = pages[owner, positions // self.plan.page_size] * self.plan.page_size + positions % self.plan.page_size
-        tokens = np.minimum(np.concatenate(parts), self.engine.manifest.model.vocab_size - 1)
+        tokens = np.minimum(np.concatenate(parts), self._num_known - 1)
         rows = np.arange(len(parts))
         flat = packed_step(starts, tokens, positions, slots, kv_len, pages[:, :width], starts[1:] - 1, rows, kv_len)
         self._packed[: len(flat)] = flat
@@ -211,8 +244,10 @@ def _check_plans(plan: Plan, target: Plan, engine: Engine, gpu: Gpu, config: Ser
             f"The draft engine {engine.folder} was built for pages of {plan.page_size} tokens, the target for pages of"
             f" {target.page_size}; build one of them again."
         )
-    if not plan.max_draft_tokens:
+    needed = config.num_draft_tokens if engine.manifest.head else 1  # a head takes all samples of a step at once
+    if plan.max_draft_tokens < needed:
+        what = f" {config.num_draft_tokens} tokens" if plan.max_draft_tokens else ""
         raise EngineError(
-            f"The draft engine {engine.folder} was built with --max-draft-tokens 0, so it cannot draft; build it again"
-            f" with --max-draft-tokens {config.num_draft_tokens}."
+            f"The draft engine {engine.folder} was built with --max-draft-tokens {plan.max_draft_tokens}, so it cannot"
+            f" draft{what}; build it again with --max-draft-tokens {config.num_draft_tokens}."
         )

@@ -26,8 +26,9 @@ from ..speculation.costs import Costs, Curve
 from ..speculation.verify import depths
 from .drafting import Drafting, Guesses
 from .graphs import Graphs, Replays, arena_bytes, logits_of
+from .heads import open_drafting
 from .logprobs import top_logprobs
-from .memory import check_plan, kv_pools, pages_of_pool, step_buffers
+from .memory import check_plan, kv_pools, pages_of_pool, state_pools, step_buffers
 from .sampling import SamplingTables, check_params
 from .weights import Weights
 
@@ -53,6 +54,7 @@ class CudaExecutor:
     costs: Costs | None = None
     _graphs: Replays
     _drafting: Drafting | None = None
+    _body: tuple[str, ...] = ("stage", "body")  # parts up to the logits
 
     def __init__(self, engine: Engine, config: ServeConfig):
         began = time.perf_counter()
@@ -74,9 +76,10 @@ class CudaExecutor:
             self._plan = plan = Plan.open(folder)
             check_plan(plan, engine, gpu, config)
             self.config = config = config.with_defaults(plan.max_num_seqs, plan.max_num_batched_tokens, plan.page_size)
-            draft = Drafting(gpu, engine, plan, config, self._stream) if config.speculate == "draft" else None
+            draft = open_drafting(gpu, engine, plan, config, self._stream) if config.draft_engine else None
             if draft:
                 arriving.enter_context(draft.weights)
+                self._body += draft.keeps
             planned = time.perf_counter()
             self._tables = SamplingTables(gpu, plan.max_num_seqs, plan.vocab_size, self._stream, plan.max_draft_tokens)
             self._tables.reserve(KINDS["greedy"])
@@ -85,11 +88,12 @@ class CudaExecutor:
             later = self._tables.bytes_of(KINDS["logprobs"]) + (draft.buffer_bytes if draft else 0)
             self.num_pages = pages_of_pool(engine, gpu, config, plan, later, draft.engine if draft else None)
             self._buffers |= kv_pools(gpu, engine, plan.page_size, self.num_pages)
+            self._buffers |= state_pools(gpu, draft.engine, self.num_pages * plan.page_size) if draft else {}
             self._graphs = Graphs(gpu, plan, folder, weights.addresses, self._buffers, self._arena, self._stream)
             self._results = [self._allocate_results(plan) for _ in range(2)]
             for number, bucket in enumerate(plan.buckets):
                 if bucket.max_query <= 1 or config.speculate:
-                    self._graphs.capture(number, "stage", "body", "head", "sample.greedy")
+                    self._graphs.capture(number, *self._body, "head", "sample.greedy")
             if draft:
                 draft.prepare(self._buffers, self._arena, self.num_pages)
             self._drafting = draft
@@ -129,7 +133,7 @@ class CudaExecutor:
         results = self._results[0]
         rows = self._plan.buckets[bucket].rows
         if not batch.scored and len(batch.inputs[LOGIT_ROWS]) <= rows:
-            self._graphs.replay(bucket, "stage", "body", "head", sample)
+            self._graphs.replay(bucket, *self._body, "head", sample)
             self._download(results, sample, rows)
             guesses = self._drafting.launch(batch) if self._drafting else None
             self._gpu.record(results.event, self._stream)
@@ -193,7 +197,7 @@ class CudaExecutor:
         prompt_logprobs: list[list[Logprobs] | None] = [None] * batch.num_works
         arrays = {name: np.zeros((len(all_rows), *array.shape[1:]), array.dtype)
                   for name, array in results.arrays.items()}  # fmt: skip
-        self._graphs.replay(bucket, "stage", "body")
+        self._graphs.replay(bucket, *self._body)
         begin = 0
         while begin < len(all_rows):
             end = min(begin + rows, len(all_rows))
@@ -249,7 +253,7 @@ class CudaExecutor:
             packed[: len(flat)] = flat
             self._gpu.upload(self._buffers[PACKED], packed[: len(flat)], self._stream)
             bucket = plan.bucket(size, num, longest := -(-size // num), max_query=longest)
-            self._graphs.replay(bucket, "stage", "body", "head", "sample.greedy")
+            self._graphs.replay(bucket, *self._body, "head", "sample.greedy")
             self._gpu.synchronise(self._stream)
 
         held = max(bucket.tokens for bucket in plan.buckets if bucket.max_query)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from ...engines.dtypes import DTYPES
 from ...engines.errors import EngineError
 from ...engines.plan import ZEROS, Plan
 from ...engines.sampling import MAX_LOGPROBS, PACKED, RESULTS, SAMPLE_POSITIONS, SAMPLE_ROWS
-from ...engines.step import LOGIT_ROWS, STEP_INPUTS, k_pages, v_pages
+from ...engines.step import LOGIT_ROWS, STEP_INPUTS, hidden_states, k_pages, v_pages
 from ...plugins.gpu import Gpu
 from ..batch import packed_size
 from ..capacity import ServeConfig, model_len
@@ -14,15 +15,15 @@ from ..engine import Engine
 GRAPH_RESERVE = 64 << 20  # bytes left for graphs and for what the driver loads with kernels
 
 
-def step_buffers(gpu: Gpu, plan: Plan, stream: int) -> dict[str, int]:
-    """Step tensors and results, for the largest bucket."""
+def step_buffers(gpu: Gpu, plan: Plan, stream: int, samples: int = 1) -> dict[str, int]:
+    """Step tensors and results, for the largest bucket. samples: of each row of logits."""
     sequences, tokens = plan.max_num_seqs, plan.max_num_batched_tokens
     rows = max(bucket.rows for bucket in plan.buckets)
     sizes = dict.fromkeys(STEP_INPUTS, tokens)
     sizes |= {"query_start": sequences + 1, "kv_len": sequences, "pages": sequences * plan.max_pages}
-    sizes |= {LOGIT_ROWS: rows, SAMPLE_ROWS: rows, SAMPLE_POSITIONS: rows}
+    sizes |= {LOGIT_ROWS: rows, SAMPLE_ROWS: rows * samples, SAMPLE_POSITIONS: rows * samples}
     sizes |= {PACKED: packed_size(sequences, tokens, plan.max_pages)}
-    sizes |= {name: rows * (MAX_LOGPROBS if columns else 1) for name, (_, columns) in RESULTS.items()}
+    sizes |= {name: rows * samples * (MAX_LOGPROBS if columns else 1) for name, (_, columns) in RESULTS.items()}
     sizes |= {ZEROS: -(-plan.zeros // 4)}
     buffers = {name: gpu.allocate(4 * size, "the tensors of a step") for name, size in sizes.items() if size}
     if ZEROS in buffers:
@@ -38,6 +39,17 @@ def kv_pools(gpu: Gpu, engine: Engine, page_size: int, num_pages: int) -> dict[s
         for name, dim in ((k_pages(i), layer.head_dim), (v_pages(i), layer.v_head_dim)):
             pools[name] = gpu.allocate(num_pages * page_size * layer.kv_heads * dim * itemsize, "the KV pages")
     return pools
+
+
+def state_pools(gpu: Gpu, draft: Engine, num_slots: int) -> dict[str, int]:
+    """Room for the hidden states of the target that a drafting engine reads, a row for each slot."""
+    return {name: gpu.allocate(num_slots * size, "the hidden states") for name, size in _states(draft).items()}
+
+
+def _states(draft: Engine) -> dict[str, int]:
+    """Bytes of each of them for a token; none, but for heads."""
+    head, dtype = draft.manifest.head, DTYPES[draft.manifest.model.dtype]
+    return {hidden_states(i): head.target_hidden_size * dtype.itemsize for i in head.reads} if head else {}
 
 
 def check_plan(plan: Plan, engine: Engine, gpu: Gpu, config: ServeConfig) -> None:
@@ -73,12 +85,15 @@ def pages_of_pool(
 ) -> int:
     """Pages of the pool; `later` bytes will be allocated while serving, besides what graphs and the driver take.
 
-    draft: an engine that keeps its keys and values in as many pages of its own.
+    draft: an engine that keeps its keys and values, and what it reads of the target, in as many pages of its own.
 
     Raises EngineError if a request of full length would not fit, with the numbers.
     """
     manifest, reserve = engine.manifest, GRAPH_RESERVE + later
-    page_bytes = (manifest.kv_bytes_per_token + (draft.manifest.kv_bytes_per_token if draft else 0)) * plan.page_size
+    token_bytes = manifest.kv_bytes_per_token
+    if draft:
+        token_bytes += draft.manifest.kv_bytes_per_token + sum(_states(draft).values())
+    page_bytes = token_bytes * plan.page_size
     free, total = gpu.memory()
     room = min(free, int(total * config.gpu_memory_utilization) - (total - free)) - reserve
     if config.num_kv_pages is not None:

@@ -50,7 +50,7 @@ def test_a_target_gives_what_is_asked_for():
     for asked, target, message in (
         ("9", "cpu", "'9'; expected eagle, eagle3, medusa, or numbers from 0 to 8"),
         ("-1", "cpu", "'-1'; expected"),
-        ("eagle", "cuda", "a target of heads .* cannot be built for the cuda target yet"),
+        ("eagle", "tensorrt", "a target of heads .* cannot be built for the tensorrt target; build for cuda"),
     ):
         with pytest.raises(BuildError, match=message):
             states_of(BuildConfig("m", "o", target, hidden_states=asked), checkpoint)
@@ -58,8 +58,8 @@ def test_a_target_gives_what_is_asked_for():
 
 def test_engines_stay_on_targets_that_draft(tmp_path):
     engine = cast_llama(TARGET, tmp_path / "engine", hidden_states=(2,))
-    with pytest.raises(BuildError, match="engine, which is a target of heads, cannot be built for the cuda target yet"):
-        retarget(engine, BuildConfig("", str(engine), "cuda"))
+    with pytest.raises(BuildError, match="engine, which is a target of heads, cannot be built for the tensorrt target"):
+        retarget(engine, BuildConfig("", str(engine), "tensorrt"))
 
 
 def edited(folder, change, **config):
@@ -94,7 +94,7 @@ def test_heads_that_are_none_or_not_whole_are_refused(tmp_path):
         (head("beyond", change=beyond), {}, r"maps draft tokens to none of the target's \(d2t\)"),
         (head("type", model_type="qwen2"), {}, "is a head of type qwen2; expected llama"),
         (head("fine"), {"quant": "int8"}, "--quant and --kv-cache need text"),
-        (tmp_path / "fine", {"target": "cuda"}, "a head .* cannot be built for the cuda target yet"),
+        (tmp_path / "fine", {"target": "tensorrt"}, "a head .* cannot be built for the tensorrt target"),
     ):
         with pytest.raises(BuildError, match=message) as caught:
             build_engine(BuildConfig(str(folder), str(tmp_path / "out"), draft_for=str(TARGET), **options))

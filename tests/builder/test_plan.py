@@ -16,7 +16,8 @@ from ingot.builder.kv_cache import quantise_pools
 from ingot.builder.passes import optimise
 from ingot.builder.targets import timing
 from ingot.builder.targets.arena import ALIGNMENT, Interval, place
-from ingot.builder.targets.planner import Planner, Sizes, bucket_sizes
+from ingot.builder.targets.buckets import Sizes, bucket_sizes
+from ingot.builder.targets.planner import Planner
 from ingot.builder.weights import attach
 from ingot.engines import step
 from ingot.engines.plan import Plan

@@ -14,9 +14,10 @@ from ingot.builder import gate
 from ingot.builder.export import export
 from ingot.builder.passes import optimise
 from ingot.builder.quantise import quantise
+from ingot.builder.targets.buckets import Sizes
 from ingot.builder.targets.cuda import begin, make_plan
 from ingot.builder.targets.fusion import fuse
-from ingot.builder.targets.planner import Planner, Sizes
+from ingot.builder.targets.planner import Planner
 from ingot.builder.weights import attach
 from ingot.calibration.recipe import parse
 from ingot.calibration.scales import Scales

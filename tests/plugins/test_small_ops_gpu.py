@@ -215,7 +215,7 @@ def compile_every_kernel():
         for op in ("Add", "Sub", "Mul") for dtype in ("int32", "int64")
     ]  # fmt: skip
     sites = [
-        *binary, *unary, *casts, *integers,
+        *binary, *unary, *casts, *integers, *_of_heads(),
         Site("Gelu", {"approximate": "tanh"}, (x,), (x,)),
         Site("Gather", {}, (bf16(128256, 4096), ints), (x,)),
         Site("Softmax", {}, (bf16(16, 128),), (bf16(16, 128),)),
@@ -232,6 +232,19 @@ def compile_every_kernel():
     cubins = [compile_kernel(kernel, capability) for capability in CAPABILITIES for kernel in kernels]
     assert all(cubin.data[:4] == b"\x7fELF" for cubin in cubins)
     print(len(cubins), "cubins")
+
+
+def _of_heads():
+    """Sites of tests/plugins/test_heads_gpu.py as a model has them."""
+    ints, state, pool = Tensor((16,), "int32"), Tensor((16, 4096), "bfloat16"), Tensor((1, 4096), "bfloat16")
+    steps = (*[ints] * 3, Tensor((9,), "int32"), Tensor((8,), "int32"), Tensor((8, 128), "int32"), *[ints] * 3)
+    options = ({"page_size": 16, "guesses": 1, "first": first} for first in (True, False))
+    return [
+        *(Site("DraftHead", each, (*[ints] * 7, Tensor((32000,), "int32")), steps) for each in options),
+        Site("KeepStates", {}, (state, ints), (pool,)),
+        Site("ReadStates", {}, (ints, pool, pool), (Tensor((16, 8192), "bfloat16"),)),
+        Site("Concat", {"axis": -1}, (state, state), (Tensor((16, 8192), "bfloat16"),)),
+    ]
 
 
 if __name__ == "__main__":

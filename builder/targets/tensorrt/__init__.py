@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from ....engines.errors import BuildError, EngineError
-from ....engines.manifest import ModelInfo
+from ....engines.manifest import HeadInfo, ModelInfo
 from ....engines.tensorrt import ENGINE_FILE, FOLDER, LAYERS_FILE, Plugins
 from ....engines.weights import load_graph
 from ....plugins.gpu import Gpu
@@ -26,9 +26,9 @@ from ....plugins.tensorrt import api, flavour
 from ....plugins.tensorrt.adapter import plugins_of
 from ....plugins.tensorrt.log import Log
 from .. import NOBODY, Audience, Compile, cubin
+from ..buckets import bucket_sizes
 from ..cuda import SMS
 from ..fusion import fuse, rotary_attentions
-from ..planner import bucket_sizes
 from .fp8 import asks_for_fp8, check_fp8, has_fp8
 from .layers import layers_of
 from .lowering import LOWERINGS, lower
@@ -49,7 +49,7 @@ def begin(config: BuildConfig, audience: Audience = NOBODY) -> Iterator[Compile]
     if asks_for_fp8(config):
         check_fp8(device.capability)  # before an hour of calibration
 
-    def compile(graph: ir.Model, model: ModelInfo, folder: Path) -> dict[str, Any]:
+    def compile(graph: ir.Model, model: ModelInfo, folder: Path, head: HeadInfo | None = None) -> dict[str, Any]:
         """Write plan, plugins and cubins into `folder/tensorrt`; returns what the manifest says about them."""
         return _compile(config, model, folder, device, plugins, audience)
 

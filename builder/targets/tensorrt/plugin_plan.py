@@ -23,8 +23,9 @@ from ....plugins import OPS
 from ....plugins.opschema import complete_attributes
 from ....plugins.tactic import Device, Gemm, Operand, Tensor
 from ...passes.graph import INGOT, attributes
+from ..buckets import Sizes
 from ..cubin import Cubin as Compiled
-from ..planner import SAMPLING, STAGING, Planner, Sizes, Work, key_of
+from ..planner import SAMPLING, STAGING, Planner, Work, key_of
 from ..table import default_table
 from ..tactics import Candidates, Choice, candidates, likeliest
 

@@ -114,8 +114,8 @@ def test_what_cannot_work_is_refused(engines, tmp_path):
             (cuda, dict(speculate="draft", draft_engine=cpu, num_draft_tokens=1), "is for the cpu target"),
             (
                 cuda,
-                dict(speculate="eagle", draft_engine=cpu, num_draft_tokens=1),
-                "where heads do not run yet; use draft",
+                dict(speculate="eagle", draft_engine=draft, num_draft_tokens=1),
+                "speculate is eagle, but .* is no head; use speculate=draft with it",
             ),
         ):
             with pytest.raises(EngineError, match=words):

@@ -1,30 +1,14 @@
 """Drafts on a GPU: answers with every drafter are those without, for whatever a request may ask for."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from answers import PARAMS, PROMPTS, half_right, told
+from cuda_engines import ROOMY, TIGHT, built
 from hand_made import DEMO
-from ingot import LLM, SamplingParams, build_engine
-from ingot.builder import BuildConfig
-from made_once import made_once
+from ingot import LLM, SamplingParams
 
 pytestmark = pytest.mark.gpu
-# few buckets: they are compiled while all other tests run
-SIZES = dict(target="cuda", dtype="float32", max_num_seqs=4, max_num_batched_tokens=16, page_size=4, tune=False,
-             max_draft_tokens=3)  # fmt: skip
-ROOMY = {"num_kv_pages": 400}
-TIGHT = {"num_kv_pages": 32}  # requests are thrown out
-
-
-def built(shared: Path, name: str, checkpoint) -> Path:
-    """The engine of what `checkpoint` gives a folder for; made once, by whichever of pytest's workers comes first."""
-
-    def make(out: Path) -> None:
-        build_engine(BuildConfig(str(checkpoint()), str(out), **SIZES))
-
-    return made_once(shared / f"speculation-{name}", make)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,140 @@
+"""DraftHead on the GPU: no host is asked between what the target samples and the last guess of the head.
+
+Site: op `DraftHead`; attributes `page_size`, `guesses` (that a row of logits makes at once: 1, or as many as Medusa has
+heads), `first`. Inputs, all int32:
+
+    0 packed: as `Draft` has it    1 query_start [S'+1]    2 kv_len [S']    3 pages [S', width']    4 sampled [R']
+    5 target_tokens [T'], all of the target's step    6 last_token: the guess made last for each of the N requests to
+      draft for    7 token_ids [V]: the target's token of each guess
+
+Outputs: those of `Unpack`, for a step of N sequences, the last two with a place for each guess of a row. The first step
+takes all samples of a request, shifted by one position (`reference.py`); sample_positions is then what is right of it,
+where the next one, which has the guess made last, goes on. What is past the page table goes to slot 0, as padding does.
+"""
+
+import triton
+import triton.language as tl
+
+from ..draft.kernel import slot_of
+from ..pdl import begin
+from ..tactic import Kernel, Launch, Operand, Site, Tactic
+
+BLOCK = 256
+
+
+@triton.jit
+def first_kernel(
+    packed, target_query_start, target_kv_len, target_pages, sampled, target_tokens,
+    tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions,
+    T: tl.constexpr, S: tl.constexpr, R: tl.constexpr, GUESSES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
+    PDL: tl.constexpr = False,
+):  # fmt: skip
+    """Grid (S + blocks of the longest array): a program for each sequence, then padding."""
+    begin(PDL)
+    t = tl.load(packed)
+    s = tl.load(packed + 1)
+    width = tl.load(packed + 2)
+    n = tl.load(packed + 4)
+    ahead = packed + 8 + s + 1 + 3 * t + s + s * width + 3 * tl.load(packed + 3)
+    nums = ahead + 2 * n
+    program = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    before = i * 0  # samples of the requests before this one; of all of them where there is none
+    for start in range(0, tl.minimum(program, n), BLOCK):
+        before += tl.load(nums + start + i, mask=start + i < tl.minimum(program, n), other=0)
+    first = tl.sum(before, 0)
+    if program < S:
+        tl.store(query_start + program, first)
+        if program < n:
+            work = tl.load(ahead + program)
+            row = tl.load(ahead + n + program)
+            num = tl.load(nums + program)
+            at = tl.load(target_query_start + work + 1) - num  # the token that the first sample follows
+            length = tl.load(target_kv_len + work)
+            table = target_pages + work.to(tl.int64) * tl.load(packed + 5)
+            columns = tl.minimum(width, WIDTH)
+            right = 0
+            going = 1
+            for j in range(0, num):
+                token = tl.load(sampled + row + j)
+                position = length - num + j
+                tl.store(tokens + first + j, token)
+                tl.store(positions + first + j, position)
+                tl.store(slots + first + j, slot_of(table, position, columns, PAGE))
+                if j < num - 1:
+                    going = going & (token == tl.load(target_tokens + at + 1 + j)).to(tl.int32)
+                    right += going
+            for start in range(0, columns, BLOCK):
+                column = start + i
+                page = tl.load(table + column, mask=column < columns, other=0)
+                tl.store(pages + program.to(tl.int64) * WIDTH + column, page, mask=column < columns)
+            for start in range(columns, WIDTH, BLOCK):
+                tl.store(pages + program.to(tl.int64) * WIDTH + start + i, i * 0, mask=start + i < WIDTH)
+            tl.store(kv_len + program, length)
+            tl.store(logit_rows + program, first + right)
+            for guess in range(0, GUESSES):
+                tl.store(sample_positions + program * GUESSES + guess, length - num + right + 1)
+        else:
+            tl.store(kv_len + program, 0)
+        return
+    i += (program - S) * BLOCK
+    padding = (i >= first) & (i < T)
+    tl.store(tokens + i, i * 0, mask=padding)
+    tl.store(positions + i, i * 0, mask=padding)
+    tl.store(slots + i, i * 0, mask=padding)
+    tl.store(query_start + i, i * 0 + first, mask=i == S)
+    tl.store(logit_rows + i, i * 0, mask=(i >= n) & (i < R))
+    tl.store(sample_rows + i, tl.where(i < n * GUESSES, i, -1), mask=i < R * GUESSES)
+    tl.store(sample_positions + i, i * 0, mask=(i >= n * GUESSES) & (i < R * GUESSES))
+
+
+@triton.jit
+def next_kernel(
+    packed, last_token, token_ids,
+    tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions,
+    S: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, V: tl.constexpr,
+    PDL: tl.constexpr = False,
+):  # fmt: skip
+    """Grid (blocks of S + 1). A bucket for decoding: S sequences, tokens and rows."""
+    begin(PDL)
+    n = tl.load(packed + 4)
+    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = j < n
+    inside = j < S
+    position = tl.load(sample_positions + j, mask=there, other=0)
+    position = tl.minimum(position, WIDTH * PAGE - 1)  # a guess past the longest context is no guess
+    slot = slot_of(pages + j.to(tl.int64) * WIDTH, position, tl.where(there, WIDTH, 0), PAGE)
+    guess = tl.load(last_token + j, mask=there, other=0)
+    guess = tl.minimum(tl.maximum(guess, 0), V - 1)
+    tl.store(tokens + j, tl.load(token_ids + guess, mask=there, other=0), mask=inside)
+    tl.store(positions + j, position, mask=inside)
+    tl.store(slots + j, slot, mask=inside)
+    tl.store(query_start + j, tl.minimum(j, n), mask=j <= S)
+    tl.store(kv_len + j, tl.where(there, position + 1, 0), mask=inside)
+    tl.store(logit_rows + j, tl.where(there, j, 0), mask=inside)
+    tl.store(sample_rows + j, tl.where(there, j, -1), mask=inside)
+    tl.store(sample_positions + j, tl.where(there, position + 1, 0), mask=inside)
+
+
+def tactics(site: Site) -> list[Tactic]:
+    """One launch."""
+    num_tokens, (sequences, width), rows = site.outputs[0].shape[0], site.outputs[5].shape, site.outputs[6].shape[0]
+    guesses, vocab = site.attributes["guesses"], site.inputs[7]
+    assert vocab is not None
+    constants = {"T": num_tokens, "S": sequences, "R": rows, "GUESSES": guesses, "WIDTH": width, "BLOCK": BLOCK,
+                 "PAGE": site.attributes["page_size"], "V": vocab.shape[0]}  # fmt: skip
+    outputs = tuple(Operand("output", i) for i in range(len(site.outputs)))
+    if site.attributes["first"]:
+        function, inputs = first_kernel, tuple(Operand("input", i) for i in range(6))
+        grid = sequences + triton.cdiv(max(num_tokens, sequences + 1, rows * guesses), BLOCK)
+    else:
+        function, inputs = next_kernel, (Operand("input", 0), Operand("input", 6), Operand("input", 7))
+        grid = triton.cdiv(sequences + 1, BLOCK)
+    names = [name for name in function.arg_names if name != "PDL"]
+    plain = [name for name in names if not name.isupper()]
+    signature = tuple((name, "*i32") for name in plain)
+    kernel = Kernel(
+        f"draft_head.kernel:{function.__name__}", signature, tuple((n, constants[n]) for n in names if n.isupper())
+    )
+    return [Tactic("blocks", (Launch(kernel, (grid, 1, 1), (*inputs, *outputs)),))]
