@@ -82,7 +82,9 @@ def train_head(
     checkpoint = Checkpoint.open(config.model)
     text = Text.read(config.text, checkpoint, config.tokens, config.width)
     windows = torch.cat([part.tokens for part in text.calibration]).long()
-    if len(windows) < config.batch or config.width <= config.drafts + 1:
+    if config.width - config.drafts <= written.kept(config.width):
+        raise BuildError(f"windows of {config.width} tokens are too short for {config.drafts} drafts; raise --width")
+    if len(windows) < config.batch:
         raise BuildError(f"{config.text} gives {len(windows)} windows of {config.width} tokens, too few for --batch")
     held = torch.cat([part.tokens for part in text.held_out]).long()[: max(1, HELD_OUT // config.width)].to(device)
     on_phase("read the target")

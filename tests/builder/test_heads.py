@@ -140,6 +140,8 @@ def test_training_ends_by_the_clock_too(text, tmp_path, monkeypatch):
     assert built.checkpoint.tensors["fc.weight"].shape == (192, 2 * 192)
     with pytest.raises(BuildError, match="the hidden states asked for are '3'; expected .* numbers from 0 to 2"):
         train.train_head(replace(config, reads="3", force=True))
+    with pytest.raises(BuildError, match="windows of 16 tokens are too short for 12 drafts; raise --width"):
+        train.train_head(replace(config, width=16, drafts=12, force=True))
 
 
 def test_training_that_was_stopped_comes_to_the_same_head(text, tmp_path, monkeypatch):
