@@ -162,7 +162,8 @@ class Scheduler:
         page_size = self.pool.page_size
         running = self._running  # victims leave from its end, while we walk from its start
         if self._speculation:
-            self._together = not self._verifying and self._speculation.plan(running)
+            coming = min(self.num_waiting, self.max_num_seqs - len(running))
+            self._together = not self._verifying and self._speculation.plan(running, coming)
             if self._verifying or (self._together and any(request.num_in_flight for request in running)):
                 return None
         # what may follow under a grammar depends on the token in flight: all such requests move in the same steps

@@ -86,6 +86,7 @@ class Speculation:
         self._right = Chance(MEMORY_OF_ALL, WEIGHT_OF_ALL)
         self._pause = self._settling = self._looks = self._trial = self._spell = 0
         self._patience = 1
+        self._prompts = 0  # their tokens in the latest step
         self._hits = 1.0 if drafter.ahead else 0.5  # how often it has an idea, of all requests
         self._plain: dict[int, Median] = {}  # logarithm of the number of requests -> measured / computed seconds
         self._drafting: dict[int, Median] = {}
@@ -94,12 +95,16 @@ class Speculation:
 
     # -- asked by the scheduler ----------------------------------------------------------------------------------------
 
-    def plan(self, requests: Sequence[Request]) -> bool:
-        """Whether the next step of these running requests is to speculate; if so, all of them move together."""
+    def plan(self, requests: Sequence[Request], coming: int = 0) -> bool:
+        """Whether the next step of these running requests is to speculate; if so, all of them move together.
+
+        coming: requests that wait and have room.
+        """
         some = [request for request in requests if request.params.speculate]
-        if not some or not self._adapt:
+        if not self._adapt:
             self._on = bool(some)
-            return self._on
+        if not some or not self._adapt:
+            return self._on and (bool(some) or not requests)  # whoever comes first goes on as the last one ended
         if not self._on:
             self._pause -= 1
             if self._pause > 0:
@@ -108,7 +113,7 @@ class Speculation:
             self._doubt(some)
             if self._looks % (LOOKS * self._patience) == 0:  # what was measured at first may be wrong
                 self._trial = TRIAL
-        before, self._on = self._on, self._pays(len(requests) - len(some), some)
+        before, self._on = self._on, self._pays(len(requests) - len(some), some, coming)
         if before and not self._on:  # where it did not last, the next try is longer in coming
             self._patience = 1 if self._spell >= LASTING else min(MOST_PATIENCE, 2 * self._patience)
             self._spell = 0
@@ -135,6 +140,7 @@ class Speculation:
 
     def observe(self, step: Step, tokens: Sequence[Sequence[int]], seconds: float) -> None:
         """A step was committed: the tokens of each work that hold, and how long it took."""
+        self._prompts = sum(work.num_tokens for work in step if not _decodes(work))
         if not any(work.num_samples for work in step):
             return
         verified = False
@@ -212,15 +218,21 @@ class Speculation:
 
     # -- what it costs -------------------------------------------------------------------------------------------------
 
-    def _pays(self, num_others: int, some: Sequence[Request]) -> bool:
-        """Sets the number of drafts of each; False if the requests are better off with none."""
+    def _pays(self, num_others: int, some: Sequence[Request], coming: int) -> bool:
+        """Sets the number of drafts of each; False if the requests are better off with none.
+
+        While prompts are computed, drafts are tokens more in steps that are long anyway, and a token saved is worth
+        what it would take in the steps of all requests to come.
+        """
         target, draft = self._costs
-        num = num_others + len(some)
+        num, prompts = num_others + len(some), self._prompts
         key = num.bit_length()
         if key not in self._plain:  # first what it has to be better than
             return False
         factors = self._factor(self._plain, key), self._factor(self._drafting, key)
-        factor, plain = factors[1], num / (factors[0] * target(num))  # tokens a second
+        everyone = num + coming if prompts else num
+        share = target(everyone) * num / everyone  # seconds of a step without drafts that are theirs
+        factor, plain = factors[1], num / (factors[0] * share)  # tokens a second
         outlooks = [self._outlook(request) for request in some]
         hope = self._right(HOPE)
         chances = [min(outlook.right(hope), 0.99) for outlook in outlooks]
@@ -234,13 +246,14 @@ class Speculation:
             reach = [r * c for r, c in zip(reach, chances, strict=True)]  # chance that the i-th is reached and right
             gain += sum(reach)
             size += sum(outlook.hits for outlook in outlooks)
-            seconds = factor * (target(size) + (i * draft(len(some)) if draft else 0.0) + lag)
+            longer = target(prompts + size) - target(prompts + num)
+            seconds = factor * (share + longer + (i * draft(len(some)) if draft else 0.0) + lag)
             if gain / seconds > best:
                 best, at = gain / seconds, i
         if best < plain * (WORTH if self._trial else 1.0 if self._on else ADVANTAGE):
             self._trial = 0
             return False
-        size = num + at * sum(outlook.hits for outlook in outlooks)
+        size = prompts + num + at * sum(outlook.hits for outlook in outlooks)
         price = target(size + 1) - target(size) + (draft(len(some)) / len(some) if draft else 0.0)
         least = min(1.0, best * factor * price)  # a token that is likelier earns more than the average
         for outlook, chance in zip(outlooks, chances, strict=True):

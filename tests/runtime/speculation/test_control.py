@@ -143,3 +143,32 @@ def test_nothing_is_kept_of_requests_that_ended():
     speculation = Speculation(Oracle(False), 4, Costs(Curve([1, 512], [1.0, 20.0])))
     simulate(32, 0.0, small, steps=40, speculation=speculation)
     assert not speculation._outlooks
+
+
+def prompt_of(num):
+    """A work that computes so many tokens of a prompt, and samples nothing."""
+    return Work(Request("prompt", [1] * 4096, SamplingParams()), 0, 0, num, 0, [], 0, True, (), 0)
+
+
+@pytest.mark.parametrize("coming, room", [(0, True), (250, False)])
+def test_no_drafts_for_few_while_prompts_of_many_are_computed(coming, room):
+    """With many to come, a step's length is that of all: what the first are ahead, they do not save."""
+    speculation = Speculation(Oracle(False), 4, Costs(Curve([1, 64, 256, 1024], [5.0, 6.0, 8.0, 32.0])))
+    requests = [Request(name, [1] * 8, SamplingParams()) for name in "ab"]
+    simulate(2, 0.8, lambda num: 5.0 + 0.01 * num, steps=40, speculation=speculation)
+    drafting = []
+    for _ in range(40):
+        speculation.observe((*(work_of(request, ()) for request in requests), prompt_of(1000)), [[1], [1], []], 32.0)
+        drafting.append(speculation.plan(requests, coming))
+    assert any(drafting) == room and drafting[-1] == room
+    for request in requests:  # the last step was one without prompts: as before
+        speculation.observe((work_of(request, ()),), [[1]], 5.0)
+    assert any(speculation.plan(requests, coming) for _ in range(40))
+
+
+def test_who_comes_next_is_drafted_for_at_once():
+    speculation = Speculation(Oracle(True), 4, Costs(*(Curve([1, 512], some) for some in ([1.0, 9.0], [0.1, 0.9]))))
+    simulate(1, 0.9, small, lambda num: 0.1, steps=60, speculation=speculation)
+    assert speculation.plan([]), "its prompt's step is followed by drafts"
+    assert speculation.plan([Request("next", [1] * 8, SamplingParams())])
+    assert not speculation.plan([Request("other", [1] * 8, SamplingParams(speculate=False))])
