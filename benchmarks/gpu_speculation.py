@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--always", action="store_true", help="draft in every step, whether it pays or not")
     parser.add_argument("--target", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--shape", default="llama-8b", choices=SHAPES | TINY)
-    parser.add_argument("--draft-shape", default="llama-160m", choices=SHAPES | TINY)
+    parser.add_argument("--draft-shape", default="llama-68m", choices=SHAPES | TINY)
     parser.add_argument("--levels", default="1,4,16,64,256")
     parser.add_argument("--output", type=int, default=128, help="tokens of an answer, where speed is measured")
     parser.add_argument("--rounds", type=int, default=32, help="at most, for each batch")
