@@ -84,7 +84,8 @@ class HeadPlanner(Planner):
         inputs: tuple[Value, ...] = (*(TARGET + name for name in names), LAST_TOKEN, self._token_ids)
         attributes = {"page_size": self.page_size, "guesses": self.head.guesses, "first": first}
         shapes = (*[Tensor((1,), "int32")] * len(names), Tensor((self.max_num_seqs,), "int32"), vocab)
-        site = Site("DraftHead", attributes, shapes, stage.site.outputs, self.device)
+        samples = Tensor((sizes.rows * self.head.guesses,), "int32")
+        site = Site("DraftHead", attributes, shapes, (*stage.site.outputs[:-2], samples, samples), self.device)
         return Work(FIRST if first else NEXT, STAGING, site, inputs, stage.outputs)
 
 

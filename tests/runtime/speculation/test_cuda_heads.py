@@ -138,3 +138,18 @@ def test_what_cannot_work_is_refused(target, exported, tmp_path):
         ):
             with pytest.raises(EngineError, match=words):
                 LLM(model, **ROOMY | dict(speculate="medusa", draft_engine=head) | options)
+
+
+def test_states_have_their_share_of_the_memory(target, exported, tmp_path):
+    """Bytes of a token: keys and values of both engines, and 32 fp32 numbers of each state that the head reads."""
+    for kind, num_bytes in (("eagle3", 128 + 128 + 2 * 128), ("medusa", 128 + 128)):
+        head = cast_head(tmp_path / kind, *exported(kind)[1:], max_num_seqs=1)
+        options = dict(draft_engine=head, num_draft_tokens=2, kv_cache_memory=1 << 20, max_num_seqs=1)
+        speculate = "medusa" if kind == "medusa" else "eagle"
+        with interpreted_gpu(IdleGraphs), LLM(target[1], speculate=speculate, **options) as llm:
+            executor = llm._session.executor
+            assert executor.num_pages == (1 << 20) // (4 * num_bytes)
+            pools = [name for name in executor._buffers if name.startswith("hidden_states.")]
+            driver = executor._gpu._cuda
+            assert len(pools) == len(set(READS[kind]))
+            assert {driver.memory[executor._buffers[name]].nbytes for name in pools} == {executor.num_pages * 4 * 128}
