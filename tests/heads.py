@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from ingot.runtime.speculation.verify import holding
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 EPSILON = 1e-5
 
@@ -68,25 +69,39 @@ def write_medusa(folder: Path, target: Path, num: int, blocks: int, style: str) 
     return tensors
 
 
-def write_echo(folder: Path, target: Path, kind: str) -> Path:
-    """A head that mostly says again what the target said last, which is right now and then."""
-    embedding = load_file(target / "model.safetensors")["model.embed_tokens.weight"].float()
+def write_fitted(folder: Path, target: Path, kind: str) -> Path:
+    """A head that is right now and then: what it says is a linear function of the target's states, fitted to what the
+    target writes."""
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        text = model.generate(torch.randint(4, 4096, (64, 8)), do_sample=True, max_new_tokens=56, eos_token_id=None)
+        states, embedding = model(text, output_hidden_states=True).hidden_states, model.get_input_embeddings().weight
+    last, width = states[-1], states[-1].shape[-1]
+
+    def fitted(x: torch.Tensor, behind: int) -> torch.Tensor:
+        """x [B, T, .., ] -> the last states so many tokens later, the weight of a product."""
+        x = x[:, : last.shape[1] - behind].flatten(0, 1)
+        return torch.linalg.lstsq(x, last[:, behind:].flatten(0, 1)).solution.T.contiguous()
+
     if kind == "medusa":
         tensors = write_medusa(folder, target, num=3, blocks=1, style="pt")
-        for name, tensor in tensors.items():
-            tensor.copy_(embedding) if name.endswith("1.weight") else tensor.mul_(0.05)
+        for i in range(3):
+            tensors[f"{i}.0.linear.weight"].mul_(0.05)
+            tensors[f"{i}.1.weight"] = embedding @ fitted(last, 1 + i)
         torch.save(tensors, folder / "medusa_lm_head.pt")
         return folder
-    file = write_head(folder, target, kind, draft_vocab=3000 if kind == "eagle3" else 0) / "model.safetensors"
-    tensors, eye, none = load_file(file), torch.eye(embedding.shape[1]), torch.zeros(2 * [embedding.shape[1]])
-    for name, tensor in tensors.items():
+    file = write_head(folder, target, kind, draft_vocab=4000 if kind == "eagle3" else 0) / "model.safetensors"
+    tensors = load_file(file)
+    for name in tensors:
         if "o_proj" in name or "down_proj" in name or name == "fc.bias":
-            tensor.mul_(0.05)
+            tensors[name] *= 0.05
     if kind == "eagle3":
-        tensors["lm_head.weight"] = embedding[torch.arange(3000) + tensors["d2t"]]
-        tensors["norm.weight"].fill_(1)
-    tensors["fc.weight"] = torch.cat([eye, none, none] if kind == "eagle3" else [none, eye], 1)
-    save_file(tensors, file)
+        tensors |= {"lm_head.weight": embedding[torch.arange(4000) + tensors["d2t"]], "norm.weight": torch.ones(width)}
+        tensors["fc.weight"] = fitted(torch.cat([states[i] for i in (2, 1, 0)], -1), 1)
+    else:
+        tensors["fc.weight"] = fitted(torch.cat([embedding[text.roll(-1, 1)], last], -1), 1)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
     return folder
 
 

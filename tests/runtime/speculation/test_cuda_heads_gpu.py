@@ -7,7 +7,7 @@ import torch
 from answers import PARAMS, PROMPTS, told
 from cuda_engines import ROOMY, TIGHT, built
 from hand_made import DEMO
-from heads import drafter, recorded, write_echo
+from heads import drafter, recorded, write_fitted
 from ingot import LLM, SamplingParams
 from made_once import made_once
 from transformers import AutoModelForCausalLM
@@ -28,7 +28,7 @@ def heads(shared):
     """Options of an LLM with a head of the kind."""
 
     def call(kind, **options):
-        folder = made_once(shared / f"checkpoint-{kind}", lambda out: write_echo(out, TARGET, kind))
+        folder = made_once(shared / f"checkpoint-{kind}", lambda out: write_fitted(out, TARGET, kind))
         head = built(shared, kind, lambda: folder, draft_for=str(TARGET), **ROWS)
         speculate = "medusa" if kind == "medusa" else "eagle"
         return dict(speculate=speculate, draft_engine=head, num_draft_tokens=3, adapt_drafts=False) | options
@@ -51,7 +51,7 @@ def test_answers_are_those_without_drafts(engine, heads, wanted, kind, room):
     assert found == wanted[0]
     for one, two in zip(logprobs, wanted[1], strict=True):
         assert (one or {}).keys() == (two or {}).keys() and all(abs(one[t] - two[t]) < 1e-3 for t in one or ())
-    assert metrics.speculation.accepted > 5 and metrics.kv_utilisation == 0 and metrics.prefix_hits > 0
+    assert metrics.speculation.accepted > 15 and metrics.kv_utilisation == 0 and metrics.prefix_hits > 0
     assert (metrics.preemptions > 0) == (room is TIGHT)
 
 
