@@ -1,5 +1,6 @@
 """Heads on the cuda target, in Triton's interpreter: what they draft against plain torch, answers against none."""
 
+import itertools
 import re
 
 import pytest
@@ -66,6 +67,19 @@ def answers(llm):
     return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY, progress=False)]
 
 
+def falter(drafting):
+    """Of three steps behind which to guess, one is passed by, as where a prompt is scored: it lags behind."""
+    launch, steps = drafting.launch, itertools.count()
+
+    def now_and_then(batch):
+        if not batch.ahead or next(steps) % 3 != 1:
+            return launch(batch)
+        drafting.follow(batch)
+        return None
+
+    drafting.launch = now_and_then
+
+
 @pytest.mark.parametrize("kind, room", [("eagle3", ROOMY), ("eagle", TIGHT), ("medusa", ROOMY)])
 def test_drafts_are_those_of_plain_torch(target, wanted, exported, tmp_path, kind, room):
     """In company and alone, with prefix hits, and in a pool so small that a request is thrown out."""
@@ -76,7 +90,7 @@ def test_drafts_are_those_of_plain_torch(target, wanted, exported, tmp_path, kin
 
     def now_and_then_right(tokens, guesses):
         """Random weights never are."""
-        truth = next(text for text in full if text[: len(tokens)] == tokens)[len(tokens) :]
+        truth = next((text for text in full if text[: len(tokens)] == tokens), tokens)[len(tokens) :]
         return [*truth[: len(seen) % 3], *guesses][: len(guesses)]
 
     options = dict(draft_engine=head, num_draft_tokens=3, adapt_drafts=False)
@@ -84,11 +98,14 @@ def test_drafts_are_those_of_plain_torch(target, wanted, exported, tmp_path, kin
     with interpreted_gpu() as replays, LLM(engine, speculate=speculate, **options, **room) as llm:
         replays.clear()
         seen = recorded(llm, now_and_then_right)
+        falter(llm._session.executor._drafting)
         assert answers(llm) == wanted
         (again,) = llm.generate([PROMPTS[0] + wanted[0][:3]], GREEDY[3], progress=False)
+        # what a head makes at the end of a page depends on the token behind it
+        llm.generate([[*PROMPTS[0][:4], 9, 8]], GREEDY[3], progress=False)
         metrics = llm.metrics()
     assert metrics.preemptions > 0 if room is TIGHT else metrics.prefix_hits > 0
-    assert again.outputs[0].token_ids == wanted[0][3:7] and metrics.speculation.accepted > 9
+    assert again.outputs[0].token_ids == wanted[0][3:7] and metrics.speculation.accepted > 7
     # each step of the target keeps what the head reads, and steps of the head follow it
     keeps = ["keep.hidden_states.1"] if kind != "eagle3" else ["keep.hidden_states.0", "keep.hidden_states.1"]
     logits, letters = ("head", "sample.greedy"), {}
