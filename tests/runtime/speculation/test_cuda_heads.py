@@ -5,7 +5,8 @@ import re
 
 import pytest
 import torch
-from heads import drafter, recorded, write_head, write_medusa
+from fitted_heads import drafter, recorded
+from heads import write_head, write_medusa
 from ingot import LLM, SamplingParams
 
 pytest.importorskip("triton")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from answers import PARAMS, PROMPTS, told
 from cuda_engines import ROOMY, TIGHT, built
+from fitted_heads import drafter, recorded, write_fitted
 from hand_made import DEMO
-from heads import drafter, recorded, write_fitted
 from ingot import LLM, SamplingParams
 from made_once import made_once
 from transformers import AutoModelForCausalLM
