@@ -1,5 +1,6 @@
 """Heads that are right now and then, and what heads draft on the cuda target beside what plain torch makes of them."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -64,6 +65,17 @@ def recorded(llm, instead=lambda tokens, guesses: guesses):
 
     drafting.settle = record
     return seen
+
+
+def often_right(prompts, answers):
+    """For `recorded`: none, some or all guesses are the truth instead, where a request's text is one of these."""
+    texts, turn = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)], itertools.count()
+
+    def call(tokens, guesses):
+        text = next((text for text in texts if text[: len(tokens)] == tokens), tokens)
+        return [*text[len(tokens) :][: (1, 2, 0, 3)[next(turn) % 4]], *guesses][: len(guesses)]
+
+    return call
 
 
 def drafter(kind: str, folder: Path, model, reads: tuple[int, ...]):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from fitted_heads import drafter, recorded
+from fitted_heads import drafter, often_right, recorded
 from heads import write_head, write_medusa
 from ingot import LLM, SamplingParams
 
@@ -87,18 +87,11 @@ def test_drafts_are_those_of_plain_torch(target, wanted, exported, tmp_path, kin
     checkpoint, engine = target
     given, *head = exported(kind)
     head = cast_head(tmp_path / "engine", *head)
-    full = [prompt + answer for prompt, answer in zip(PROMPTS, wanted, strict=True)]
-
-    def now_and_then_right(tokens, guesses):
-        """Random weights never are."""
-        truth = next((text for text in full if text[: len(tokens)] == tokens), tokens)[len(tokens) :]
-        return [*truth[: len(seen) % 3], *guesses][: len(guesses)]
-
     options = dict(draft_engine=head, num_draft_tokens=3, adapt_drafts=False)
     speculate = "medusa" if kind == "medusa" else "eagle"
     with interpreted_gpu() as replays, LLM(engine, speculate=speculate, **options, **room) as llm:
         replays.clear()
-        seen = recorded(llm, now_and_then_right)
+        seen = recorded(llm, often_right(PROMPTS, wanted))  # random weights never are
         falter(llm._session.executor._drafting)
         assert answers(llm) == wanted
         (again,) = llm.generate([PROMPTS[0] + wanted[0][:3]], GREEDY[3], progress=False)
