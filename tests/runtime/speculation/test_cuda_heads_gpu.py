@@ -45,13 +45,16 @@ def wanted(engine):
 @pytest.mark.parametrize("room", [ROOMY, TIGHT], ids=["roomy", "tight"])
 @pytest.mark.parametrize("kind", READS)
 def test_answers_are_those_without_drafts(engine, heads, wanted, kind, room):
+    prompts = [prompt for prompt, params in zip(PROMPTS, PARAMS, strict=True) for _ in range(params.n)]
+    truth = [token_ids for token_ids, *_ in wanted[0][: len(prompts)]]
     with LLM(engine, **heads(kind), **room) as llm:
+        recorded(llm, often_right(prompts, truth))
         found, logprobs = told(llm)
         metrics = llm.metrics()
     assert found == wanted[0]
     for one, two in zip(logprobs, wanted[1], strict=True):
         assert (one or {}).keys() == (two or {}).keys() and all(abs(one[t] - two[t]) < 1e-3 for t in one or ())
-    assert metrics.speculation.accepted > 15 and metrics.kv_utilisation == 0 and metrics.prefix_hits > 0
+    assert metrics.speculation.accepted > 60 and metrics.kv_utilisation == 0 and metrics.prefix_hits > 0
     assert (metrics.preemptions > 0) == (room is TIGHT)
 
 
@@ -82,6 +85,7 @@ def test_adaptation_and_other_numbers_of_drafts_change_no_answer(engine, heads, 
     for options in ({"adapt_drafts": True}, {"num_draft_tokens": 1}, {"num_draft_tokens": 2}):
         with LLM(engine, **heads("eagle3", **options), **ROOMY) as llm:
             assert told(llm)[0] == wanted[0], options
+            assert llm.metrics().speculation.accepted > 5 or "adapt_drafts" in options
 
 
 @pytest.mark.parametrize("kind", ["eagle3", "medusa"])
