@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,6 +76,11 @@ def test_a_head_is_compiled_for_a_gpu_and_again_from_its_engine(tmp_path, monkey
         plan = Plan.open(tmp_path / "engine" / FOLDER)
         assert plan.vocab_size == 4096 and {FIRST in b.parts for b in plan.buckets if b.max_query > 1} == {True}
         assert all((tmp_path / "engine" / FOLDER / cubin.file).is_file() for cubin in plan.cubins)
+    replace(manifest, head=replace(manifest.head, guesses=1)).save(tmp_path / "engine")
+    with pytest.raises(
+        BuildError, match="logits of 8192 columns, expected 1 times the 4096 tokens .*; an older version"
+    ):
+        retarget(tmp_path / "engine", config)
 
 
 def edited(folder, change, **config):
