@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from ingot.runtime.speculation.verify import holding
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 EPSILON = 1e-5
 
@@ -66,64 +65,6 @@ def write_medusa(folder: Path, target: Path, num: int, blocks: int, style: str) 
              for name, p in split.items()}  # fmt: skip
     save_file({names[name]: tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
     return tensors
-
-
-def write_echo(folder: Path, target: Path, kind: str) -> Path:
-    """A head that mostly says again what the target said last, which is right now and then."""
-    embedding = load_file(target / "model.safetensors")["model.embed_tokens.weight"].float()
-    if kind == "medusa":
-        tensors = write_medusa(folder, target, num=3, blocks=1, style="pt")
-        for name, tensor in tensors.items():
-            tensor.copy_(embedding) if name.endswith("1.weight") else tensor.mul_(0.05)
-        torch.save(tensors, folder / "medusa_lm_head.pt")
-        return folder
-    file = write_head(folder, target, kind, draft_vocab=3000 if kind == "eagle3" else 0) / "model.safetensors"
-    tensors, eye, none = load_file(file), torch.eye(embedding.shape[1]), torch.zeros(2 * [embedding.shape[1]])
-    for name, tensor in tensors.items():
-        if "o_proj" in name or "down_proj" in name or name == "fc.bias":
-            tensor.mul_(0.05)
-    if kind == "eagle3":
-        tensors["lm_head.weight"] = embedding[torch.arange(3000) + tensors["d2t"]]
-        tensors["norm.weight"].fill_(1)
-    tensors["fc.weight"] = torch.cat([eye, none, none] if kind == "eagle3" else [none, eye], 1)
-    save_file(tensors, file)
-    return folder
-
-
-def recorded(llm, instead=lambda tokens, guesses: guesses):
-    """Fills with (tokens of a request, guesses of what follows) as the cuda target drafts; `instead` of these, others
-    may be handed on."""
-    drafting, seen = llm._session.executor._drafting, []
-    settle = drafting.settle
-
-    def record(batch, tokens, guesses):
-        found = settle(batch, tokens, guesses)
-        for known, work in zip(batch.ahead.known, guesses.works, strict=True) if guesses else ():
-            mine = batch.sample_works == work
-            held = tokens[mine] if batch.drafts is None else tokens[mine][holding(tokens[mine], batch.drafts[mine])]
-            seen.append(([*known, *held.tolist()], found[work]))
-            found[work] = instead(*seen[-1])
-        return found
-
-    drafting.settle = record
-    return seen
-
-
-def drafter(kind: str, folder: Path, model, reads: tuple[int, ...]):
-    """(tokens, number) -> guesses of the head in `folder` for a transformers model, in plain torch."""
-    tensors = torch.load(folder / "medusa_lm_head.pt") if kind == "medusa" else load_file(folder / "model.safetensors")
-    config, embedding = json.loads((folder / "config.json").read_text()), model.get_input_embeddings().weight
-
-    @torch.inference_mode()
-    def call(tokens: list[int], num: int) -> list[int]:
-        states = model(torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states
-        if kind == "medusa":
-            heads, blocks = config["medusa_num_heads"], config["medusa_num_layers"]
-            return medusa_drafts(tensors, states[reads[0]][0, -1], heads, blocks)[:num]
-        features = torch.cat([states[i][0] for i in reads], -1)
-        return drafts(tensors, config, features, tokens, num, embedding)
-
-    return call
 
 
 def medusa_drafts(tensors: dict, state: torch.Tensor, num: int, blocks: int) -> list[int]:

@@ -26,7 +26,7 @@ from ...plugins.tactic import Device
 from . import NOBODY, Audience, Compile, cubin
 from .buckets import bucket_sizes
 from .fusion import fuse
-from .head_planner import HeadPlanner
+from .head_planner import HeadPlanner, check_guesses
 from .planner import Planner, key_of
 from .table import default_table
 from .tactics import Choice, candidates, likeliest, timed
@@ -79,6 +79,8 @@ def make_plan(
 ) -> Plan:  # fmt: skip
     """Compile `graph` into `folder` and return the plan saved there. Raises BuildError for what nothing can run."""
     choices: dict[Any, Choice] = {}
+    if head:
+        check_guesses(graph, head)
     fused = fuse(graph)
     check_fp8(any(_multiplies_fp8(node) for node in fused), device.capability)
     kind = partial(HeadPlanner, head=head) if head else Planner

@@ -17,7 +17,7 @@ from ...engines.errors import BuildError
 from ...engines.manifest import HeadInfo
 from ...engines.plan import FIRST, NEXT, POOL, TARGET
 from ...engines.sampling import LAST_TOKEN, PACKED, SAMPLED
-from ...engines.step import DRAFTED, FEATURES, HIDDEN, KV_LEN, PAGES, QUERY_START, SLOTS, TOKEN_IDS, TOKENS
+from ...engines.step import DRAFTED, FEATURES, HIDDEN, KV_LEN, LOGITS, PAGES, QUERY_START, SLOTS, TOKEN_IDS, TOKENS
 from ...plugins.tactic import Site, Tensor
 from .buckets import Sizes
 from .planner import STAGING, Planner, Work
@@ -84,8 +84,21 @@ class HeadPlanner(Planner):
         inputs: tuple[Value, ...] = (*(TARGET + name for name in names), LAST_TOKEN, self._token_ids)
         attributes = {"page_size": self.page_size, "guesses": self.head.guesses, "first": first}
         shapes = (*[Tensor((1,), "int32")] * len(names), Tensor((self.max_num_seqs,), "int32"), vocab)
-        site = Site("DraftHead", attributes, shapes, stage.site.outputs, self.device)
+        samples = Tensor((sizes.rows * self.head.guesses,), "int32")
+        site = Site("DraftHead", attributes, shapes, (*stage.site.outputs[:-2], samples, samples), self.device)
         return Work(FIRST if first else NEXT, STAGING, site, inputs, stage.outputs)
+
+
+def check_guesses(graph: ir.Graph, head: HeadInfo) -> None:
+    """Raises BuildError for an engine whose manifest does not say how many guesses its logits are of."""
+    ids = graph.initializers[TOKEN_IDS].shape
+    logits = next(value.shape for value in graph.outputs if value.name == LOGITS)
+    assert ids is not None and logits is not None
+    if logits[1] != ids[0] * head.guesses:
+        raise BuildError(
+            f"the head has logits of {logits[1]} columns, expected {head.guesses} times the {ids[0]} tokens of its "
+            "vocabulary; an older version built its engine: build it again from the checkpoint."
+        )
 
 
 def _without(zero: ir.Value | None, work: list[Work], hidden: ir.Value | None) -> list[Work]:

@@ -145,8 +145,11 @@ class Drafting:
 
     def scratch(self, size: int) -> None:
         """A step of so many sequences on the scratch page, waited for: to be timed."""
+        self._scratch(size, "head", GREEDY)
+
+    def _scratch(self, size: int, *parts: str) -> None:
         self._stage(np.zeros((size, 1), np.int32), [[0]] * size, np.zeros(size, np.int64))
-        self._graphs.replay(self.plan.bucket(size, size, 1), "stage", "body", "head", GREEDY)
+        self._graphs.replay(self.plan.bucket(size, size, 1), "stage", "body", *parts)
         self._gpu.synchronise(self._stream)
 
     # -- what heads do otherwise ---------------------------------------------------------------------------------------

@@ -89,6 +89,10 @@ class MedusaDrafting(HeadDrafting):
         super().__init__(gpu, engine, target, config, stream)
         self._most = min(self._most, self._at_once)
 
+    def scratch(self, size: int) -> None:
+        """Without sampling, which staging prepares for one guess of a row."""
+        self._scratch(size, "head")
+
     def _catch_up(self, batch: Batch) -> None:
         """There is nothing to have seen."""
 

@@ -17,6 +17,7 @@ from ingot.builder.heads.training import Trainer
 from ingot.builder.hidden_states import states_of
 from ingot.builder.retarget import retarget
 from ingot.engines.errors import BuildError
+from ingot.engines.plan import FIRST, FOLDER, Plan
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -60,6 +61,29 @@ def test_engines_stay_on_targets_that_draft(tmp_path):
     engine = cast_llama(TARGET, tmp_path / "engine", hidden_states=(2,))
     with pytest.raises(BuildError, match="engine, which is a target of heads, cannot be built for the tensorrt target"):
         retarget(engine, BuildConfig("", str(engine), "tensorrt"))
+
+
+def test_a_head_is_compiled_for_a_gpu_and_again_from_its_engine(tmp_path, monkeypatch):
+    """But for what compiling its kernels gives (tests/plugins/test_small_ops_gpu.py), which takes long."""
+    pytest.importorskip("triton")
+    from ingot.builder.targets import tactics
+    from ingot.builder.targets.cubin import Cubin
+
+    binary = Cubin(b"", "kernel", 0, 4, True)
+    monkeypatch.setattr(tactics, "compile_all", lambda sources, capability: dict.fromkeys(sources, binary))
+    write_medusa(tmp_path / "head", TARGET, num=2, blocks=1, style="vllm")
+    sizes = dict(target="cuda", gpu_arch=90, tune=False, max_num_seqs=1, max_num_batched_tokens=16, max_draft_tokens=2)
+    config = BuildConfig(str(tmp_path / "head"), str(tmp_path / "engine"), draft_for=str(TARGET), **sizes)
+    for manifest in (build_engine(config), retarget(tmp_path / "engine", config)):
+        assert manifest.head.guesses == 2 and manifest.target_info["max_draft_tokens"] == 2
+        plan = Plan.open(tmp_path / "engine" / FOLDER)
+        assert plan.vocab_size == 4096 and {FIRST in b.parts for b in plan.buckets if b.max_query > 1} == {True}
+        assert all((tmp_path / "engine" / FOLDER / cubin.file).is_file() for cubin in plan.cubins)
+    replace(manifest, head=replace(manifest.head, guesses=1)).save(tmp_path / "engine")
+    with pytest.raises(
+        BuildError, match="logits of 8192 columns, expected 1 times the 4096 tokens .*; an older version"
+    ):
+        retarget(tmp_path / "engine", config)
 
 
 def edited(folder, change, **config):
