@@ -133,12 +133,12 @@ class Bench:
         found = {launch.kernel: self.binaries[launch.kernel] for launch in tactic.launches}
         return {source: binary for source, binary in found.items() if not isinstance(binary, BuildError)}
 
-    def run(self, tactic: Tactic, inputs: Sequence[torch.Tensor | None], y: torch.Tensor) -> None:
+    def run(self, tactic: Tactic, inputs: Sequence[torch.Tensor | None], *outputs: torch.Tensor) -> None:
         """Launches it and waits. workspace and counters: poison and zeros."""
         workspace = torch.full((tactic.workspace + 256,), 0xFF, device="cuda", dtype=torch.uint8)
         zeros = torch.zeros(tactic.zeros + 16, device="cuda", dtype=torch.uint8)
         torch.cuda.synchronize()
-        starts = {"output": [y], "input": list(inputs), "workspace": [workspace], "zeros": [zeros]}
+        starts = {"output": list(outputs), "input": list(inputs), "workspace": [workspace], "zeros": [zeros]}
         for launch in tactic.launches:
             arguments: list[int | float | Address] = []
             for a in launch.arguments:

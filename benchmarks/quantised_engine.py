@@ -71,10 +71,12 @@ def main() -> None:
     parser.add_argument("--no-tune", action="store_true")
     parser.add_argument("--gpu-arch", type=int)
     parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=BuildConfig.max_num_batched_tokens)
     args = parser.parse_args()
     start = time.perf_counter()
     config = BuildConfig(args.checkpoint, args.out, "cuda", force=True, tune=not args.no_tune, gpu_arch=args.gpu_arch,
-                         max_num_seqs=args.max_num_seqs)  # fmt: skip
+                         max_num_seqs=args.max_num_seqs,
+                         max_num_batched_tokens=args.max_num_batched_tokens)  # fmt: skip
     checkpoint = Checkpoint.open(args.checkpoint)
     dtype = activation_dtype("auto", checkpoint.config)
     with target_of("cuda").begin(config) as compile:

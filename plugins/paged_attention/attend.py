@@ -13,7 +13,7 @@ come as pairs of 16 bits.
 import triton
 import triton.language as tl
 
-from .stored import factors, numbers
+from .stored import column, factors, numbers
 
 LOWEST = tl.constexpr(-1.0e30)  # the maximum of no scores: finite, so that no difference of maxima is NaN
 WARPGROUP_ROWS = tl.constexpr(64)  # from so many a matrix instruction reads values from shared memory, not registers
@@ -76,9 +76,9 @@ def attend(
         w = weights.to(q.dtype)
         if PAIRS:
             T: tl.constexpr = k_pages.dtype.element_ty
-            low, high = (v & 0xFF).to(tl.uint8).to(T, bitcast=True), (v >> 8).to(tl.uint8).to(T, bitcast=True)
-            even = tl.dot(w, numbers(low, q.dtype), even * fade[:, None], input_precision="ieee")
-            odd = tl.dot(w, numbers(high, q.dtype), odd * fade[:, None], input_precision="ieee")
+            low, high = column(v, False, T, q.dtype), column(v, True, T, q.dtype)
+            even = tl.dot(w, low, even * fade[:, None], input_precision="ieee")
+            odd = tl.dot(w, high, odd * fade[:, None], input_precision="ieee")
         else:
             acc = tl.dot(w, numbers(v, q.dtype), acc * fade[:, None], input_precision="ieee")
         top = higher

@@ -23,10 +23,13 @@ def chunk_kernel(
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     BDV: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     SINKS: tl.constexpr, BG: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, SKIP_DECODE: tl.constexpr,
-    K_STEP: tl.constexpr, V_STEP: tl.constexpr,
+    K_STEP: tl.constexpr, V_STEP: tl.constexpr, PAST: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Grid (key heads, T // TOKENS + S). SKIP_DECODE: sequences with one query token are left to `decode_kernel`."""
+    """Grid (key heads, T // TOKENS + S). SKIP_DECODE: sequences with one query token are left to `decode_kernel`.
+
+    PAST: any, none or some. The loop over what earlier steps left in 8 bits has all matrix instructions of the kernel
+    wait for one another (ptxas C7515), so a kernel without it takes the sequences that begin in this step."""
     launch_next(PDL)
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     kv_head = tl.program_id(0)
@@ -41,6 +44,10 @@ def chunk_kernel(
     k_unit, v_unit = unit_of(k_scale, kv_head, K_STEP), unit_of(v_scale, kv_head, V_STEP)
     wait(PDL)
     if offset >= num_queries or (SKIP_DECODE and num_queries == 1):
+        return
+    if PAST == "none" and length != num_queries:
+        return
+    if PAST == "some" and length == num_queries:
         return
 
     r = tl.arange(0, TOKENS * BG)
@@ -67,10 +74,11 @@ def chunk_kernel(
         first = tl.maximum(before - WINDOW + 1, 0)
     if own_k is not None:
         old = length - num_queries  # keys that earlier steps wrote
-        acc, top, total = attend(
-            q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, k_unit, first, old, old,
-            NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, WINDOW, True,
-        )  # fmt: skip
+        if PAST != "none":
+            acc, top, total = attend(
+                q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, k_unit, first, old, old,
+                NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, WINDOW, True,
+            )  # fmt: skip
         first = tl.maximum(first, old)
         page_row = row.to(tl.int64) - old
         k_pages, v_pages = own_k, own_v

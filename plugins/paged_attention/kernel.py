@@ -1,11 +1,11 @@
 """PagedAttention on the GPU: which launches run a node, and how wide they are.
 
 In a bucket for decoding one launch writes the new keys and values and attends: either the keys of all sequences are
-split over programs (`decode.py`), or each sequence has its own (`whole.py`). In any other bucket every K and V of the
-step is written to its slot first; launches of a stream are ordered, so all later reads see them. Then tiles of prompt
-tokens are attended (`chunk.py`), and rows of decoding either with them or, split, in a launch of their own. Where
-drafts are verified all sequences have a few query tokens: split as in decoding, or a tile for each. The number of
-splits is a guess at what fills the GPU and part of what the builder times.
+split over programs (`decode.py`), or each sequence has its own (`whole.py`, `short.py`). In any other bucket every K
+and V of the step is written to its slot first; launches of a stream are ordered, so all later reads see them. Then
+tiles of prompt tokens are attended (`chunk.py`), and rows of decoding either with them or, split, in a launch of their
+own. Where drafts are verified all sequences have a few query tokens: split as in decoding, or a tile for each. The
+number of splits is a guess at what fills the GPU and part of what the builder times.
 """
 
 from ..tactic import Site, Tactic
@@ -15,12 +15,15 @@ from .launches import Rotation, Shape, block, copies
 DECODE = ((64, 4, 3), (64, 4, 2), (128, 4, 3), (32, 4, 4), (128, 8, 3), (32, 4, 2))
 # (BN, warps, stages) of decode without a split: a program for each sequence and key head
 WHOLE = ((64, 4, 2), (128, 8, 2), (32, 4, 4), (128, 4, 2), (32, 4, 2))
+# (BN, warps, stages) of the same where pages have 8 bits and heads are rotated in halves
+SHORT = ((256, 8, 2), (128, 4, 2), (128, 8, 2), (64, 4, 2), (32, 4, 4))
 # (rows, BN, warps, stages) of chunks
 CHUNK = ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (256, 64, 16, 3), (128, 128, 8, 2), (64, 32, 4, 3),
          (16, 64, 4, 3), (64, 32, 4, 2))  # fmt: skip
 # (BN, warps, stages) of verification, split and with a tile for each sequence
 VERIFY = ((64, 4, 3), (64, 8, 2), (32, 4, 3))
 VERIFY_WHOLE = ((64, 4, 2), (64, 8, 2), (32, 4, 3))
+FRESH = 4  # of the chunks that are also tried with sequences apart that begin in the step, over pages of 8 bits
 APART = 5  # of the chunks that are also tried with rows of decoding apart
 SMALL_DECODE = ((32, 4, 2), (16, 4, 2))  # fp32, which has no tensor cores at full precision: registers are the limit
 SMALL_CHUNK = ((32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2))
@@ -43,7 +46,9 @@ def tactics(site: Site, rotation: Rotation | None = None) -> list[Tactic]:
                 name = "decode {} warps{} stages{} programs{}".format(*d, programs)
                 found.append(Tactic(name, (launch,), workspace, zeros))
         wholes = [w for w in (SMALL_DECODE if small else WHOLE) if shape.fits(shape.decode_rows, *w)]
-        return found + [Tactic("whole {} warps{} stages{}".format(*w), (shape.whole(*w),)) for w in wholes]
+        found += [Tactic("whole {} warps{} stages{}".format(*w), (shape.whole(*w),)) for w in wholes]
+        shorts = [w for w in SHORT if shape.fits_short(*w)]
+        return found + [Tactic("short {} warps{} stages{}".format(*w), (shape.short(*w),)) for w in shorts]
     if site.max_query and (found := _verifications(shape, site.max_query)):
         return found
     chunks = [c for c in (SMALL_CHUNK if small else CHUNK) if shape.fits(max(c[0], shape.bg), *c[1:])]
@@ -55,6 +60,11 @@ def tactics(site: Site, rotation: Rotation | None = None) -> list[Tactic]:
     for name, c in named[:APART]:
         launches = (shape.write(), shape.chunk(*c, skip_decode=True), launch)
         found.append(Tactic(f"{name}, decode {d[0]}", launches, workspace, zeros))
+    for name, c in named[:FRESH] if room else []:
+        new = shape.chunk(*c, skip_decode=True, past="none")
+        others = shape.chunk(*chunks[0], skip_decode=True, past="some")
+        apart = (shape.write(), new, others, launch)
+        found.append(Tactic(f"{name} of new prompts, decode {d[0]}", apart, workspace, zeros))
     return found
 
 

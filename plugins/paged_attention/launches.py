@@ -31,6 +31,7 @@ STEP_NAMES = (
 )
 COPIES = "own_k", "own_v"  # of kernels that write, or attend prompts, in front of the scales
 SCALE_NAMES = ("k_scale", "v_scale")  # of all kernels, behind their other pointers
+AHEAD = 256  # keys of a sequence that `short.py` asks for in advance
 FP8_FROM = 89  # compute capability that converts fp8
 LEAST_COPIED = 64  # columns of a head
 
@@ -189,13 +190,13 @@ class Shape:
         arguments = (*pools, *places.values(), *self.scale_inputs())
         return Launch(kernel, (self.tokens, 1, 1), arguments)
 
-    def chunk(self, rows: int, bn: int, warps: int, stages: int, *, skip_decode: bool) -> Launch:
+    def chunk(self, rows: int, bn: int, warps: int, stages: int, *, skip_decode: bool, past: str = "any") -> Launch:
         tokens = max(1, rows // self.bg)
         if tokens * self.bg < 16:
             tokens = 16 // self.bg
         constants = {
             "S": self.sequences, "BS": triton.next_power_of_2(self.sequences), **self.constants(), "BG": self.bg,
-            "TOKENS": tokens, "BN": bn, "SKIP_DECODE": skip_decode, **copy_constants(self.site),
+            "TOKENS": tokens, "BN": bn, "SKIP_DECODE": skip_decode, "PAST": past, **copy_constants(self.site),
         }  # fmt: skip
         places, _ = copies(self.site)
         names = ("query", "query_start", "kv_len", "pages", "k_pages", "v_pages", "sinks", "y", *places)
@@ -213,6 +214,28 @@ class Shape:
     def whole(self, bn: int, warps: int, stages: int) -> Launch:
         constants = {**self.own_constants(), **self.constants(), "BM": self.decode_rows, "BN": bn}
         kernel = self.kernel("whole:whole_kernel", (*STEP_NAMES, "y"), constants, warps, stages)
+        arguments = (*self.inputs(*STEP_INPUTS), Operand("output", 0), *self.scale_inputs())
+        return Launch(kernel, (self.kv_heads, self.sequences, 1), arguments)
+
+    @property
+    def in_halves(self) -> bool:
+        """Whether `short.py` serves: pages of 8 bits, and rotation of whole heads, their second half with the first."""
+        r = self.rotation
+        whole = r is not None and (r.rotary, r.offset, r.interleaved) == (self.d, 0, False)
+        even = self.d == self.dv == triton.next_power_of_2(self.d) >= 32
+        return self.quantised and self.packed and self.itemsize == 2 and whole and even
+
+    def fits_short(self, bn: int, warps: int, stages: int) -> bool:
+        """Stages of keys and values as they are stored, and what is put in another order on its way."""
+        needed = 2 * stages * bn * self.d + (16 << 10)
+        return self.in_halves and needed <= shared_memory(self.site.device.capability)
+
+    def short(self, bn: int, warps: int, stages: int) -> Launch:
+        """The newest keys and values are rounded, and written, by the program that attends them."""
+        own = {name: self.own_constants()[name] for name in ("STRIDE", "KEY_AT", "VALUE_AT")}
+        own |= {name: number for name, number in self.constants().items() if name not in ("DV", "BD", "BDV")}
+        constants = {**own, "BM": self.decode_rows, "BN": bn, "AHEAD": AHEAD}
+        kernel = self.kernel("short:short_kernel", (*STEP_NAMES, "y"), constants, warps, stages)
         arguments = (*self.inputs(*STEP_INPUTS), Operand("output", 0), *self.scale_inputs())
         return Launch(kernel, (self.kv_heads, self.sequences, 1), arguments)
 

@@ -74,3 +74,35 @@ def factors(q, pages):
         return tl.clamp(q.to(tl.float32), -65504.0, 65504.0).to(tl.float16)
     else:
         return q
+
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # by Triton's, which knows no PTX
+
+
+@triton.jit
+def as_stored(x, unit, inverse, pages):
+    """`stored` of fp32 numbers, 1 / unit at hand. Where the GPU converts to fp8 by itself it is its own instruction,
+    which does the same."""
+    T: tl.constexpr = pages.dtype.element_ty
+    if INTERPRETED or T == tl.int8 or T == tl.uint8:
+        return stored(x, unit, pages)
+    else:  # the division as in `quantise_tokens/store.py: over`; what saturates anyhow may be infinite
+        divisor, factor = tl.zeros_like(x) + unit, tl.zeros_like(x) + inverse
+        q = x * factor
+        return tl.where(tl.abs(q) < 65536.0, tl.fma(tl.fma(-q, divisor, x), factor, q), q).to(T)
+
+
+@triton.jit
+def column(pairs, UPPER: tl.constexpr, T: tl.constexpr, DTYPE: tl.constexpr):
+    """The first or the second of two numbers of type T in 16 bits, in DTYPE; two at once where both are floats that the
+    GPU converts."""
+    if INTERPRETED or T == tl.int8 or T == tl.uint8 or DTYPE != tl.float16:
+        byte = (pairs >> 8 if UPPER else pairs & 0xFF).to(tl.uint8)
+        return numbers(byte.to(T, bitcast=True), DTYPE)
+    else:
+        PICK: tl.constexpr = "0x4431" if UPPER else "0x4420"
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 both; .reg .b16 low, high; prmt.b32 both, $1, 0, " + PICK
+            + "; mov.b32 {low, high}, both; cvt.rn.f16x2.e4m3x2 $0, low; }",
+            "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip

@@ -10,6 +10,7 @@ from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic
 from .store import over, rounded, scale_of
 
 BLOCK = 1024  # numbers of a program where groups have scales of their own
+SHARE = 2048  # columns that a program rounds at least where several share a token
 ELEMENTS = "int8", "float8_e4m3fn"
 
 
@@ -34,6 +35,25 @@ def quantise_tokens_kernel(
 
 
 @triton.jit
+def quantise_shares_kernel(
+    x, values, scale, K: tl.constexpr, WIDTH: tl.constexpr, SHARE: tl.constexpr,
+    PDL: tl.constexpr = False,
+):  # fmt: skip
+    """Grid (tokens, shares): each program finds the largest number of its whole token, and rounds SHARE columns."""
+    begin(PDL)
+    DTYPE: tl.constexpr = values.dtype.element_ty
+    REACH: tl.constexpr = 127.5 if DTYPE == tl.int8 else 448.0
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * SHARE + tl.arange(0, SHARE)
+    v = tl.load(x + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+    i = tl.arange(0, WIDTH)
+    whole = tl.load(x + row * K + i, mask=i < K, other=0.0).to(tl.float32)
+    s = scale_of(tl.max(tl.abs(whole), 0), REACH)
+    tl.store(scale + row, s, mask=tl.program_id(1) == 0)
+    tl.store(values + row * K + k, rounded(over(v, s), DTYPE), mask=k < K)
+
+
+@triton.jit
 def quantize_kernel(x, scale, values, SIZE, BLOCK: tl.constexpr, PDL: tl.constexpr = False):
     """x / scale, one scale for all."""
     begin(PDL)
@@ -44,7 +64,10 @@ def quantize_kernel(x, scale, values, SIZE, BLOCK: tl.constexpr, PDL: tl.constex
 
 
 def tactics(site: Site) -> list[Tactic]:
-    """Programs of 4 or 8 warps; [] for types that it does not know. QuantizeLinear: with one scale, no zero point."""
+    """Programs of a few sizes; [] for types that it does not know. QuantizeLinear: with one scale, no zero point.
+
+    Rounding takes longer than finding the largest number of a token, so where there are few tokens, and multiprocessors
+    to spare, programs round a share of a token each."""
     x, values = site.inputs[0], site.outputs[0]
     assert x is not None
     if values.dtype not in ELEMENTS or x.dtype not in POINTERS or len(x.shape) != 2:
@@ -60,11 +83,18 @@ def tactics(site: Site) -> list[Tactic]:
     grid = (rows, -(-depth // (group * count)), 1)
     arguments = (Operand("input", 0), Operand("output", 0), Operand("output", 1))
     choices = (32, 16) if width * count > 8192 else (8, 4) if width * count >= 2048 else (4, 2)
-    return [
+    whole = [
         Tactic(f"warps{warps}", (Launch(Kernel("quantise_tokens.kernel:quantise_tokens_kernel", names, constants,
                                                num_warps=warps, divisible=aligned), grid, arguments),))
         for warps in choices
     ]  # fmt: skip
+    share = max(SHARE, triton.next_power_of_2(-(-depth * rows // site.device.num_sms)))
+    shares = -(-depth // share)
+    if group < depth or shares < 2:
+        return whole
+    shared = Kernel("quantise_tokens.kernel:quantise_shares_kernel", names,
+                    (("K", depth), ("WIDTH", width), ("SHARE", share)), num_warps=8, divisible=aligned)  # fmt: skip
+    return [Tactic(f"shares of {share}", (Launch(shared, (rows, shares, 1), arguments),)), *whole]
 
 
 def _static(site: Site) -> list[Tactic]:

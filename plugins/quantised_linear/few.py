@@ -45,8 +45,10 @@ def quantised_few_kernel(
         s = tl.load(scale + first)
         if ZERO:
             z = zero_points(zero, first, inside[None, :], "int4")
-    elif ZERO:
-        z = zero_points(zero, n64, inside, "int4")[None, :]
+    else:
+        unit = tl.load(scale + n64)[:, None]
+        if ZERO:
+            z = zero_points(zero, n64, inside, "int4")[None, :]
     wait(PDL)
     stored = tl.arange(0, SLICE // 2)
     byte = slice[:, None] * (SLICE // 2) + stored[None, :]  # [SLICES, SLICE / 2]
@@ -81,5 +83,5 @@ def quantised_few_kernel(
             acc = tl.dot(high, odd, acc, out_dtype=tl.float32)
     y32 = tl.sum(acc, 0)
     if GROUP == 0:
-        y32 *= tl.load(scale + n64)[:, None]
+        y32 *= unit
     finish(y32, bias, y, m, n, left, M, WIDTH, BM, BN, BIAS, ACTIVATION)

@@ -62,7 +62,15 @@ def quantised_row_kernel(
     if GROUP > 0:
         first = n64[None, :] * GROUPS + (eight * 8 // GROUP)[:, None]
         s = tl.load(scale + first, mask=EVEN or (eight * 8 < K)[:, None], other=0.0)  # [BK // 8, BN]
+    else:
+        unit = tl.load(scale + n64)[None, :]  # read at the end it would have the launch wait for memory again
+    if BIAS:
+        add = tl.load(bias + n64).to(tl.float32)[None, :]
     wait(PDL)
+    if X_SCALE == "one":
+        x_unit = tl.load(x_scale)
+    elif X_SCALE == "rows":
+        x_unit = tl.load(x_scale + m, mask=m < M, other=0.0)[:, None]
     half = tl.arange(0, 8)[None, None, None, :]  # of a word of int4
     left = 15 - half // 2 * 8  # a shift by which puts the pair that a half byte is of into the mantissa
     high = low * 16
@@ -109,13 +117,11 @@ def quantised_row_kernel(
         w = ahead
     y32 = tl.sum(acc, 0)  # [BM, BN]
     if GROUP == 0:
-        y32 *= tl.load(scale + n64)[None, :]
-    if X_SCALE == "one":
-        y32 *= tl.load(x_scale)
-    elif X_SCALE == "rows":
-        y32 *= tl.load(x_scale + m, mask=m < M, other=0.0)[:, None]
+        y32 *= unit
+    if X_SCALE == "one" or X_SCALE == "rows":
+        y32 *= x_unit
     if BIAS:
-        y32 += tl.load(bias + n64).to(tl.float32)[None, :]
+        y32 += add
     out = y32.to(y.dtype.element_ty)
     if GATED:
         rounded = tl.permute(tl.reshape(out.to(tl.float32), [BM, 2, BW]), [0, 2, 1])

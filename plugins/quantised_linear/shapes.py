@@ -21,7 +21,7 @@ FLOATS = "float32", "bfloat16", "float16"
 # (BN, BK, warps) of the row kernel: a thread takes eight numbers of each row at a time
 ROW = {
     "int4": ((4, 4096, 4), (8, 4096, 8), (4, 2048, 4), (8, 2048, 4)),
-    "": ((2, 2048, 8), (4, 2048, 8), (4, 1024, 4), (2, 4096, 8)),
+    "": ((2, 4096, 8), (4, 2048, 8), (4, 1024, 4), (2, 2048, 8)),
 }
 # (BN, warps, stages) of tiles whose warps have slices of depth of their own, up to MOST_IN_SLICES rows
 SLICES = ((32, 4, 3), (16, 8, 3), (64, 4, 3), (32, 8, 3))

@@ -38,7 +38,6 @@ def quantised_kernel(
     SUM: tl.constexpr = tl.int32 if DTYPE == tl.int8 else tl.float32
     ACC: tl.constexpr = tl.float32 if SLICED else SUM
     NARROW: tl.constexpr = DTYPE == tl.int8 or DTYPE.primitive_bitwidth > 8
-    IMPRECISE: tl.constexpr = None if NARROW or SLICED else min(BK, 128)  # of fp8, before a sum goes to fp32
     GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP > 0 else 1
     STORED: tl.constexpr = BK // 2 if INT4 else BK  # elements of the weight's array in a slice of a row
     LINE: tl.constexpr = K // 2 if INT4 else K
@@ -60,7 +59,13 @@ def quantised_kernel(
         s = tl.load(scale + n64 * GROUPS + part * DEPTH // GROUP)
         if ZERO:
             z = zero_points(zero, n64 * GROUPS + part * DEPTH // GROUP, inside, KIND)
+    else:
+        unit = tl.load(scale + n64)[:, None]  # read at the end it would have the launch wait for memory again
     wait(PDL)
+    if X_SCALE == "one":
+        x_unit = tl.load(x_scale)
+    elif X_SCALE == "rows":
+        x_unit = tl.load(x_scale + m.to(tl.int64), mask=m < M, other=0.0)[None, :]
     stored = tl.arange(0, STORED)
     w_at = weight + n64[:, None] * LINE + first + stored[None, :]
     m64 = m.to(tl.int64)
@@ -119,7 +124,11 @@ def quantised_kernel(
             if SLICED:
                 total = tl.dot(w, t, input_precision="ieee", out_dtype=SUM)
             else:
-                acc = tl.dot(w, t, acc, input_precision="ieee", out_dtype=SUM, max_num_imprecise_acc=IMPRECISE)
+                if NARROW:
+                    acc = tl.dot(w, t, acc, input_precision="ieee", out_dtype=SUM)
+                else:  # a slice of fp8 goes to fp32, as the tensor cores keep fewer bits; asked for by
+                    # max_num_imprecise_acc, each instruction would wait for the one before it
+                    acc += tl.dot(w, t, out_dtype=SUM)
         if SLICED:
             scaled = total.to(tl.float32)
             if GROUP > 0:
@@ -144,9 +153,7 @@ def quantised_kernel(
         for each in tl.static_range(PARTS):
             acc += tl.load(parts + each * size + place, mask=mine, other=0.0, cache_modifier=".cg")
     if GROUP == 0:
-        acc *= tl.load(scale + n64)[:, None]
-    if X_SCALE == "one":
-        acc *= tl.load(x_scale)
-    elif X_SCALE == "rows":
-        acc *= tl.load(x_scale + m64, mask=m < M, other=0.0)[None, :]
+        acc *= unit
+    if X_SCALE == "one" or X_SCALE == "rows":
+        acc *= x_unit
     finish(acc, bias, y, m, n, left, M, WIDTH, BM, BN, BIAS, ACTIVATION)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..pdl import begin
+from ..pdl import launch_next, wait
 from ..quantise_tokens.kernel import ELEMENTS
 from ..quantise_tokens.store import store_token
 from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic
@@ -16,10 +16,12 @@ def quantised_rms_norm_kernel(
     RESIDUAL: tl.constexpr, GROUP: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
-    begin(PDL)
+    launch_next(PDL)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < D
+    w = tl.load(weight + i, mask=inside, other=0.0)  # from memory, which takes longer than all that follows
+    wait(PDL)
     h = tl.load(x + row * D + i, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
         h += tl.load(residual + row * D + i, mask=inside, other=0.0).to(tl.float32)
@@ -27,10 +29,9 @@ def quantised_rms_norm_kernel(
         tl.store(total + row * D + i, both, mask=inside)
         h = both.to(tl.float32)
     h *= 1.0 / tl.sqrt(tl.sum(h * h, 0) / D + EPSILON)
-    w = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
     if not FP32_MULTIPLY:
         h = h.to(x.dtype.element_ty).to(tl.float32)
-    y = (h * (w + OFFSET)).to(x.dtype.element_ty)
+    y = (h * (w.to(tl.float32) + OFFSET)).to(x.dtype.element_ty)
     store_token(tl.where(inside, y.to(tl.float32), 0.0), values, scale, row, D, BLOCK, GROUP)
 
 
@@ -60,5 +61,5 @@ def tactics(site: Site) -> list[Tactic]:
         Tactic(f"warps{warps}", (Launch(
             Kernel("quantised_rms_norm.kernel:quantised_rms_norm_kernel", signature, tuple(constants.items()),
                    num_warps=warps, divisible=aligned), (x.shape[0], 1, 1), arguments),))
-        for warps in ((8, 4) if block >= 2048 else (4, 2))
+        for warps in ((8, 4, 16) if block >= 2048 else (4, 2))
     ]  # fmt: skip

@@ -135,8 +135,9 @@ def _rotate(site: Site, inner: Site, room: int) -> Launch:
         ("x", pointer), ("table", POINTERS[table.dtype]), ("slots", "*i32"), ("query", pointer), ("k_pages", pages),
         ("v_pages", pages), *((name, copy_pointer(x.dtype)) for name in places), *((name, "*fp32") for name in scales),
     )  # fmt: skip
+    function = "rounded:rotate_rounded_kernel" if quantised else "kernel:rotate_kernel"
     kernel = Kernel(
-        "rotary_paged_attention.kernel:rotate_kernel",
+        f"rotary_paged_attention.{function}",
         signature,
         tuple(constants.items()),
         divisible=("x", "table", "query", "k_pages", "v_pages", *places),

@@ -191,6 +191,24 @@ def test_rotation_into_pages_of_8_bits(pages, rotary, table, rotation, past, new
 
 
 @pytest.mark.parametrize("pages", EIGHT_BITS)
+def test_prompts_that_begin_in_the_step_are_attended_apart(pages):
+    case = Case([0, 29, 41, 0], [9, 1, 21, 1], 6, 2, 20, 12, 8, torch.float16, packed=True, spare=2, options={})
+    found = case.quantised(pages, 2, 2).check(FEW_SMS, slice(-4 if GPU else -1, None))
+    assert "new prompts" in found[-1].name and len(found[-1].launches) == 4
+
+
+@pytest.mark.parametrize("pages", EIGHT_BITS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_whole_heads_rotated_into_pages_of_8_bits(pages, options):
+    """`short.py`: contexts of several blocks, of one, of nothing but the newest key."""
+    for dtype, table in [(torch.float16, torch.float16), *([(torch.bfloat16, torch.float32)] * GPU)]:
+        case = Case([300, 0, 37, 129], [1] * 4, 6, 2, 32, 32, 8, dtype, packed=True, spare=2, options=options)
+        case = case.quantised(pages, 2, 1).rotated(32, table, interleaved=0, rotary_offset=0)
+        found = case.check(Device(90 if GPU or options else 80, 8), slice(-5 if GPU else -1, None))
+        assert found[-1].name.startswith("short")
+
+
+@pytest.mark.parametrize("pages", EIGHT_BITS)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, at infinities and NaN
 def test_numbers_are_stored_as_the_reference_stores_them(pages):
     """Some patterns of the upper 16 bits of fp32: numbers of all sizes, halves between two stored ones, NaN."""
@@ -333,6 +351,12 @@ def test_every_tactic_compiles(capability, pages):
         found = tactics(site) if pages == "bfloat16" else some_of(tactics(site), 1)
         kernels |= {launch.kernel for tactic in found for launch in tactic.launches}
     assert len(kernels) >= (4 if pages == "bfloat16" else 2), "a choice for decode and one for chunks"
+    if pages == "float8_e4m3fn":
+        inputs = (bf16(4, 6144), bf16(4, 128), i32(4), i32(5), i32(4), i32(4, 512), pools, pools, None, scale, scale)
+        rotation = {**attributes, "rotary_offset": 0, "interleaved": 0}
+        site = Site("RotaryPagedAttention", rotation, inputs, (bf16(4, 4096),), Device(capability), 1)
+        kernels.add(tactics_of(site.op)(site)[-1].launches[0].kernel)
+        assert any("short" in kernel.function for kernel in kernels)
     for kernel, cubin in compile_all(kernels, capability).items():
         assert isinstance(cubin, Cubin) and cubin.data[:4] == b"\x7fELF", (kernel, cubin)
         assert cubin.shared <= shared_memory(capability), (kernel, cubin.shared)

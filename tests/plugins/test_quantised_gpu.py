@@ -203,7 +203,9 @@ def test_a_product_and_its_activation(weight, activation, rows, quantised):
 
 
 @pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("columns,group", [(70, 0), (256, 128), (200, 64), (30, 10), *([(14336, 0)] if GPU else [])])
+@pytest.mark.parametrize("columns,group", [
+    (70, 0), (256, 128), (200, 64), (30, 10), (2100, 0), *([(14336, 0)] if GPU else []),
+])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_tokens_are_quantised(kind, columns, group, dtype):
     x = (torch.randn(4, columns) * 10.0 ** torch.arange(-3, 1)[:, None]).to(dtype)
