@@ -104,8 +104,8 @@ class Guesses:
         wrong = [self.rng.random() > self.right for _ in range(num)]
         return [(record.token_at(length + i) + wrong[i]) % VOCABULARY for i in range(num)]
 
-    def num_ahead(self, request):
-        return self.rng.choice([0, 2, MOST_DRAFTS]) if self.ahead else 0
+    def num_ahead(self, request, most):
+        return max(0, min(most, self.rng.choice([0, 2, MOST_DRAFTS]))) if self.ahead else 0
 
     def observe(self, step, tokens, seconds):
         assert len(step) == len(tokens)

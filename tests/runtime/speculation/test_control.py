@@ -58,7 +58,7 @@ def simulate(num, right, cost, draft_cost=None, steps=300, most=4, wrong_by=1.0,
         works, found = [], []
         for request in requests:
             drafts = speculation.propose(request, most) if on else []
-            ahead = speculation.num_ahead(request) if on else 0
+            ahead = speculation.num_ahead(request, most) if on else 0
             works.append(work_of(request, drafts, ahead))
             held = 1
             while held <= len(drafts) and rng.random() < right:
