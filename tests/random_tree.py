@@ -26,3 +26,24 @@ def bits_of(parents, node, num_nodes):
         at = place - (TREE - num_nodes)
         bits |= (at < 0 or at in seen) << place
     return bits - (1 << TREE) if bits >= 1 << (TREE - 1) else bits
+
+
+def grown(after, depth, num, run, branches=8):
+    """The tree of EAGLE-2 as {path of tokens: logarithm of its chance}: `run` nodes of a level go on, the `num` best of
+    all nodes are kept. after(path): log-probabilities of what follows."""
+    level, nodes = {(): 0.0}, {}
+    for _ in range(depth):
+        going_on = sorted(level, key=level.get, reverse=True)[:run]
+        level = {}
+        for path in going_on:
+            chances, tokens = (part.tolist() for part in after([*path]).topk(branches))
+            level |= {(*path, t): nodes.get(path, 0.0) + p for t, p in zip(tokens, chances, strict=True)}
+        nodes |= level
+    return dict(sorted(nodes.items(), key=lambda item: -item[1])[:num])
+
+
+def same_tree(tree, wanted):
+    """Whether a `Tree` has those paths, but for some at the edge that are as likely as others, to 1e-3."""
+    found = {tuple(tree.up_to(i)) for i in range(len(tree))}
+    edge = min(wanted.values())
+    return len(found) == len(wanted) and all(abs(wanted[path] - edge) < 1e-3 for path in wanted.keys() - found)
