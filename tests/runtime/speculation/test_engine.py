@@ -95,8 +95,12 @@ def test_trees_are_those_of_plain_torch(engine, draft, tmp_path):
             return guesses
 
         drafter._guess = record
-        for _ in range(2):
-            llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True), progress=False)
+        greedy = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+        outputs = [llm.generate(PROMPTS, greedy, progress=False) for _ in range(2)]
+    texts = [[*output.prompt_token_ids, *output.outputs[0].token_ids] for output in outputs[0]]
+    assert all(tokens in [text[: len(tokens)] for text in texts] for tokens, _ in seen), (
+        "other tokens than the target's"
+    )
     trees = [(tokens, found) for tokens, found in seen if isinstance(found, Tree)]
     assert len(trees) > 50
 
