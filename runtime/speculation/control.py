@@ -227,9 +227,11 @@ class Speculation:
     def _doubt(self, some: Sequence[Request]) -> None:
         """What was learnt while speculating is out of date, the more the longer ago that was."""
         if self._drafter.ahead:
-            for request in some:
-                self._outlook(request).right.fade(1 - 0.1 / self._patience)
-            self._right.fade(1 - 0.01 / self._patience)
+            for outlook in map(self._outlook, some):
+                for chance in outlook.right, outlook.branched:
+                    chance.fade(1 - 0.1 / self._patience)
+            for chance in self._right, self._branched:
+                chance.fade(1 - 0.01 / self._patience)
         for key, factor in self._drafting.items():
             factor.value += 0.05 / self._patience * (OVERHEAD * self._factor(self._plain, key) - factor.value)
 
