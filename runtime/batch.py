@@ -121,7 +121,8 @@ class Arena:
         page, offset = np.divmod(positions, self._page_size)
         np.multiply(self._table[token_rows, page], self._page_size, out=slots)
         slots += offset
-        ancestors = _place_trees(step, query_start, positions)
+        guessed = any(work.drafts for work in step)
+        ancestors = _place_trees(step, query_start, positions) if guessed else None
 
         kv_len = cut(num_works)
         np.add(starts, counts, out=kv_len)
@@ -141,7 +142,7 @@ class Arena:
         num_samples = np.array([work[6] for work in step])
         samples = np.flatnonzero(num_samples)
         sample_index, sample_positions, drafts = logit_ends[samples] - 1, kv_len[samples], None
-        if any(work.drafts for work in step):
+        if guessed:
             samples = np.repeat(samples, num_samples[samples])  # work of each sample
             left = np.concatenate([np.arange(num)[::-1] for num in num_samples])  # samples of its work that follow
             sample_index, sample_positions = logit_ends[samples] - 1 - left, kv_len[samples] - left

@@ -100,16 +100,15 @@ def by_work(
 
     Where there were drafts, a work gets those samples that hold.
     """
+    if batch.drafts is None and found is None and len(tokens) == batch.num_works:
+        return [[token] for token in tokens], None
     works = batch.sample_works.tolist()
     samples: Sequence[int] = range(len(tokens))
     if batch.drafts is not None:
         samples = np.flatnonzero(holding(np.array(tokens), batch.drafts, batch.nodes)).tolist()
-    if batch.drafts is None and len(tokens) == batch.num_works:
-        spread = [[token] for token in tokens]
-    else:
-        spread = [[] for _ in range(batch.num_works)]
-        for i in samples:
-            spread[works[i]].append(tokens[i])
+    spread: list[list[int]] = [[] for _ in range(batch.num_works)]
+    for i in samples:
+        spread[works[i]].append(tokens[i])
     logprobs: list[list[Logprobs] | None] | None = None
     if found is not None:
         logprobs = [None] * batch.num_works
