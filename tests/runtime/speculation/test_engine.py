@@ -69,6 +69,18 @@ def test_an_engine_that_drafts_for_itself_is_always_right(engine, room):
     assert (preemptions > 0) == (room is TIGHT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+def test_slots_are_read_before_they_are_written(dtype):
+    """Pages are anywhere; what moves to a slot that something else moves from, does not move on."""
+    pools = {name: torch.randint(0, 99, (4, 3, 2, 5)).to(dtype) for name in "kv"}
+    before = {name: pool.clone().float().flatten(0, 1) for name, pool in pools.items()}
+    cpu.move(pools, np.array([7, 3, 11], np.int32), np.array([3, 10, 7], np.int32))
+    for name, pool in pools.items():
+        wanted = before[name].clone()
+        wanted[[3, 10, 7]] = before[name][[7, 3, 11]]
+        assert torch.equal(pool.float().flatten(0, 1), wanted)
+
+
 def test_a_tree_from_the_engine_itself_is_always_right(engine):
     greedy = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
     options = dict(speculate="draft", draft_engine=engine, adapt_drafts=False, num_draft_tokens=4, num_draft_nodes=15)

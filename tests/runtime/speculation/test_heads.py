@@ -27,6 +27,12 @@ def engine(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def wanted(engine):
+    with LLM(engine, **ROOMY) as llm:
+        return answers(llm)
+
+
+@pytest.fixture(scope="module")
 def build(tmp_path_factory, engine):
     """Builds a head for the target, without the C++ compiler, which takes longer than all else."""
 
@@ -137,7 +143,7 @@ def test_trees_are_those_of_plain_torch(engine, trained, head, model):
     assert trees > 10
 
 
-def test_medusa_drafts_are_those_of_plain_torch(engine, build, model, tmp_path):
+def test_medusa_drafts_are_those_of_plain_torch(engine, build, model, tmp_path, wanted):
     tensors = write_medusa(tmp_path / "medusa", TARGET, num=2, blocks=2, style="pt")
     heads = build(tmp_path / "medusa")
     with torch.inference_mode():
@@ -152,14 +158,11 @@ def test_medusa_drafts_are_those_of_plain_torch(engine, build, model, tmp_path):
             if isinstance(found, Tree):
                 assert same_tree(found, grown(lambda path, said=said: said[len(path)], 2, 11, run=8))
         assert sum(isinstance(found, Tree) for _, found in trees) > 10
+    options = dict(speculate="medusa", draft_engine=heads, adapt_drafts=False, num_draft_tokens=2, num_draft_nodes=11)
+    with LLM(engine, **options, **TIGHT) as llm:
+        assert answers(llm) == wanted
     with pytest.raises(EngineError, match="speculate is eagle, but .* is a head of kind medusa; use speculate=medusa"):
         LLM(engine, speculate="eagle", draft_engine=heads)
-
-
-@pytest.fixture(scope="module")
-def wanted(engine):
-    with LLM(engine, **ROOMY) as llm:
-        return answers(llm)
 
 
 @pytest.mark.parametrize("nodes", [0, 12])
