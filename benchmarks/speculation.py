@@ -1,11 +1,13 @@
 """Speculative decoding: is greedy text that of the same engine without drafts, and what do drafts gain?
 
-    python benchmarks/speculation.py ENGINE DRAFT_ENGINE TEXT [--head HEAD_ENGINE] [--prompts 200] [--max-tokens 48]
+    python benchmarks/speculation.py ENGINE DRAFT_ENGINE TEXT [--head HEAD_ENGINE] [--nodes 16] [--prompts 200]
+        [--max-tokens 48] [--drafts 4]
 
 TEXT: documents separated by a line `<|endoftext|>`; prompts are parts of them, of 16 to 160 tokens. Every drafter
 answers all of them, always drafting: one at a time, in a batch (twice the same, so that prefixes are found), and in a
-KV pool so small that requests are thrown out and come back. Engines in float32, else the shape of a batch decides on
-ties. Answers that differ are shown with the gap of the logits where they part; the exit status is their number.
+KV pool so small that requests are thrown out and come back; with --nodes engines that draft do so again, with trees of
+so many nodes. Engines in float32, else the shape of a batch decides on ties. Answers that differ are shown with the gap
+of the logits where they part; the exit status is their number.
 """
 
 import argparse
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("draft", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("--head", type=Path, help="of ENGINE, which then gives the hidden states that it reads")
+    parser.add_argument("--nodes", type=int, default=0)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--drafts", type=int, default=4)
@@ -69,6 +72,9 @@ def main() -> None:
     DRAFTERS["draft"] = {"draft_engine": args.draft}
     if args.head:
         DRAFTERS["eagle"] = {"draft_engine": args.head}
+    for name, options in list(DRAFTERS.items()) if args.nodes else ():
+        if options:
+            DRAFTERS[f"{name} trees"] = options | {"num_draft_nodes": args.nodes}
     with LLM(args.engine, max_num_seqs=16) as llm:
         prompts = prompts_of(llm, args.text, args.prompts)
         wanted = answers(llm, prompts, args.max_tokens)
@@ -77,7 +83,12 @@ def main() -> None:
         for setting, room in SETTINGS.items():
             start = time.perf_counter()
             with LLM(
-                args.engine, speculate=name, num_draft_tokens=args.drafts, adapt_drafts=False, **options, **room
+                args.engine,
+                speculate=name.split()[0],
+                num_draft_tokens=args.drafts,
+                adapt_drafts=False,
+                **options,
+                **room,
             ) as llm:
                 found = answers(llm, prompts, args.max_tokens, 2 if setting == "batched" else 1)
                 metrics = llm.metrics()
@@ -87,7 +98,7 @@ def main() -> None:
                     print(f"  prompt {i} differs at {at}: gap {gap(llm, prompts[i], wanted[i], at):.2e} nats")
             num_wrong += len(wrong)
             stats = metrics.speculation
-            places = " ".join(f"{a / d:.2f}" for a, d in zip(stats.accepted_at, stats.drafted_at, strict=True))
+            places = " ".join(f"{number / stats.drafts:.2f}" for number in stats.accepted_at)
             print(
                 f"{name}, {setting}: {len(prompts) - len(wrong)} of {len(prompts)} the same; "
                 f"{stats.mean_length:.2f} tokens a verification, {stats.accepted} of {stats.drafted} drafted accepted, "

@@ -12,6 +12,8 @@ KV_LEN = "kv_len"  # [S] keys each sequence attends to, this step's tokens inclu
 PAGES = "pages"  # [S, P] page table
 LOGIT_ROWS = "logit_rows"  # [R] indices into T
 LOGITS = "logits"  # [R, vocab], the output
+# [T] bits of what a token sees of its sequence's last keys, where drafts are a tree (`PagedAttention`); else left out
+ANCESTORS = "ancestors"
 
 # of a head that drafts (`Manifest.head`), besides; activation dtype. Its token t is the one at position t + 1
 FEATURES = "features"  # [T, width] hidden states of the target, side by side, or zeros

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 
 from ..engines.errors import EngineError
+from ..engines.step import ANCESTORS
 from . import OPS
 from .binder import Binder, Run, from_reference
 from .dtypes import to_torch
@@ -93,7 +94,7 @@ class Program:
         values = self._template.copy()
         try:
             for name, slot in self.inputs.items():
-                values[slot] = inputs[name]
+                values[slot] = inputs.get(name) if name == ANCESTORS else inputs[name]
         except KeyError:
             raise EngineError(f"the graph input '{name}' was not given; given were {', '.join(inputs)}") from None
         return values

@@ -23,9 +23,9 @@ def bind_paged_attention(launch: Callable[..., None], attributes: Attributes, co
         return None
     scale, window, softcap = attributes["scale"], attributes["window"], attributes["softcap"]
     q_width, k_width, v_width = heads * head_dim, kv_heads * head_dim, kv_heads * v_head_dim
-    pack = struct.Struct("3P3q4P3q6P").pack  # AttentionCall
+    pack = struct.Struct("3P3q4P3q7P").pack  # AttentionCall
     structs: dict[tuple[torch.dtype, torch.dtype, int], bytes] = {}  # AttentionArgs by activations, pages, page size
-    k_constant, v_constant = (_of_heads(scales, kv_heads) for scales in constants[10:])
+    k_constant, v_constant = (_of_heads(scales, kv_heads) for scales in constants[10:12])
 
     def run(
         query: Tensor,
@@ -40,6 +40,7 @@ def bind_paged_attention(launch: Callable[..., None], attributes: Attributes, co
         sinks: Tensor | None = None,
         k_scale: Tensor | None = None,
         v_scale: Tensor | None = None,
+        ancestors: Tensor | None = None,
     ) -> Tensor:
         dtype, stored = query.dtype, k_pages.dtype
         k_scales = _of_heads(k_scale, kv_heads) if k_constant is None else k_constant
@@ -50,10 +51,10 @@ def bind_paged_attention(launch: Callable[..., None], attributes: Attributes, co
             served = dtype in DTYPES and stored in QUANTISED and k_scales is not None and v_scales is not None
         served = served and v_pages.dtype is stored and k_pages.is_contiguous() and v_pages.is_contiguous()
         served = served and (sinks is None or sinks.dtype is dtype)
-        for index in (slots, query_start, kv_len, pages):
-            served = served and index.dtype is torch.int32 and index.is_contiguous()
+        for index in (slots, query_start, kv_len, pages, ancestors):
+            served = served and (index is None or (index.dtype is torch.int32 and index.is_contiguous()))
         if not served:
-            step = (slots, query_start, kv_len, pages, k_pages, v_pages, sinks, k_scale, v_scale)
+            step = (slots, query_start, kv_len, pages, k_pages, v_pages, sinks, k_scale, v_scale, ancestors)
             return paged_attention(query, key, value, *step, **attributes)
         query, num_tokens = query.contiguous(), query.shape[0]
         q = query.data_ptr()
@@ -78,7 +79,7 @@ def bind_paged_attention(launch: Callable[..., None], attributes: Attributes, co
             *(slots.data_ptr(), query_start.data_ptr(), kv_len.data_ptr(), pages.data_ptr()),
             *(num_tokens, kv_len.shape[0], pages.shape[1]),
             *(k_pages.data_ptr(), v_pages.data_ptr(), _address(k_scales), _address(v_scales), _address(sinks)),
-            y.data_ptr(),
+            *(y.data_ptr(), _address(ancestors)),
         )
         launch(arguments, call)
         return y

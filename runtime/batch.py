@@ -16,6 +16,8 @@ from numpy.typing import ArrayLike
 
 from ..engines import step as names
 from .placement import Placement, needs_history
+from .speculation.tree import Tree
+from .speculation.verify import Nodes
 from .step import FROM_DEVICE, Step
 
 
@@ -45,6 +47,7 @@ class Batch(NamedTuple):
     sample_positions: np.ndarray  # [N] positions of the new tokens
     sample_works: np.ndarray  # [N] index into the step
     drafts: np.ndarray | None  # [N] what was guessed for each sample, -1 for the last of a work; None: no guesses
+    nodes: Nodes | None  # what was guessed, where some of it is a tree and `drafts` says nothing
     num_ahead: np.ndarray | None  # [S] tokens to draft when this step's are known; None: nothing
     ahead: Ahead | None  # of the works that have some of them
     columns: np.ndarray  # [2, R] of the logits rows: row of the scheduler or -1, position of the new token
@@ -118,6 +121,8 @@ class Arena:
         page, offset = np.divmod(positions, self._page_size)
         np.multiply(self._table[token_rows, page], self._page_size, out=slots)
         slots += offset
+        guessed = any(work.drafts for work in step)
+        ancestors = _place_trees(step, query_start, positions) if guessed else None
 
         kv_len = cut(num_works)
         np.add(starts, counts, out=kv_len)
@@ -137,11 +142,15 @@ class Arena:
         num_samples = np.array([work[6] for work in step])
         samples = np.flatnonzero(num_samples)
         sample_index, sample_positions, drafts = logit_ends[samples] - 1, kv_len[samples], None
-        if any(work.drafts for work in step):
+        if guessed:
             samples = np.repeat(samples, num_samples[samples])  # work of each sample
             left = np.concatenate([np.arange(num)[::-1] for num in num_samples])  # samples of its work that follow
             sample_index, sample_positions = logit_ends[samples] - 1 - left, kv_len[samples] - left
             drafts = np.array([t for w in step if w.num_samples for t in (*w.drafts, -1)], np.int32)
+        nodes = None
+        if ancestors is not None:
+            nodes = Nodes.of([work.drafts for work in step if work.num_samples])
+            sample_positions = positions[logit_rows[sample_index]] + 1
         columns = cut(2 * len(logit_rows)).reshape(2, -1)
         columns[0], columns[1] = -1, 0
         columns[:, sample_index] = rows[samples], sample_positions
@@ -156,13 +165,14 @@ class Arena:
             inputs={
                 names.TOKENS: tokens, names.POSITIONS: positions, names.SLOTS: slots, names.QUERY_START: query_start,
                 names.KV_LEN: kv_len, names.PAGES: pages, names.LOGIT_ROWS: logit_rows,
-            },
+            } | ({} if ancestors is None else {names.ANCESTORS: ancestors}),
             packed=cut.all(),
             sample_index=sample_index,
             sample_rows=rows[samples],
             sample_positions=sample_positions,
             sample_works=samples,
             drafts=drafts,
+            nodes=nodes,
             num_ahead=num_ahead,
             ahead=ahead,
             columns=columns,
@@ -213,6 +223,19 @@ class _Cut:
     def all(self) -> np.ndarray:
         """Everything handed out so far."""
         return self._buffer[: self._used]
+
+
+def _place_trees(step: Step, query_start: np.ndarray, positions: np.ndarray) -> np.ndarray | None:
+    """Gives nodes of trees the positions of their depths -> what each token sees [T]; None where there is no tree."""
+    ancestors = None
+    for work, end in zip(step, query_start[1:], strict=True):
+        if isinstance(tree := work.drafts, Tree) and tree:
+            if ancestors is None:
+                ancestors = np.full(len(positions), -1, np.int32)
+            nodes = slice(end - len(tree), end)
+            positions[nodes] = positions[end - len(tree) - 1] + np.array(tree.depths)
+            ancestors[nodes] = tree.ancestors()
+    return ancestors
 
 
 def _masks(step: Step) -> list[tuple[int, np.ndarray]]:

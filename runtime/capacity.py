@@ -17,6 +17,7 @@ MEMORY_SHARE = 0.2  # of the memory available
 MEMORY_CEILING = 4 << 30  # bytes; more has to be asked for
 WITH_ENGINE = {"draft": "a draft engine", "eagle": "a head's engine", "medusa": "the engine of Medusa heads"}
 DRAFTERS = ("ngram", "suffix", *WITH_ENGINE)
+MOST_NODES = 31  # of a tree: with the token before them, the keys that `PagedAttention` has bits for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class ServeConfig:
     all answers, by counts), draft (a smaller engine, `draft_engine`), eagle or medusa (the engine of heads that
     read hidden states of this one, `draft_engine`); None: nothing. Answers do not change.
     num_draft_tokens: drafted at a time for a request at most; adapt_drafts: fewer, or none, where they do not pay.
+    num_draft_nodes: of a tree of drafts, where several may stand for the same token, up to num_draft_tokens after one
+    another; 0: chains only. Engines that draft make trees where that pays better; for the cpu target.
     """
 
     max_num_seqs: int | None = None
@@ -47,6 +50,7 @@ class ServeConfig:
     speculate: str | None = None
     draft_engine: str | os.PathLike | None = None
     num_draft_tokens: int = 4
+    num_draft_nodes: int = 0
     adapt_drafts: bool = True
     prompt_lookup_min: int = 2
     prompt_lookup_max: int = 4
@@ -86,6 +90,7 @@ class ServeConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
                 raise EngineError(f"{name} is {value!r}; it must be an integer from 1 to {most}.")
+        self._check_tree()
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise EngineError(
                 f"prompt_lookup_min is {self.prompt_lookup_min}; it must not exceed prompt_lookup_max,"
@@ -95,6 +100,20 @@ class ServeConfig:
             raise EngineError(
                 f"num_draft_tokens is {self.num_draft_tokens}, but a request may have {self.max_model_len} tokens only"
                 " (max_model_len); draft fewer."
+            )
+
+    def _check_tree(self) -> None:
+        nodes = self.num_draft_nodes
+        if isinstance(nodes, bool) or not isinstance(nodes, int) or not 0 <= nodes <= MOST_NODES:
+            raise EngineError(f"num_draft_nodes is {nodes!r}; it must be an integer from 0 to {MOST_NODES}.")
+        if nodes and self.speculate not in WITH_ENGINE:
+            raise EngineError(
+                f"num_draft_nodes is for speculate={', '.join(WITH_ENGINE)}, which is {self.speculate!r}; leave it out."
+            )
+        if nodes and nodes <= self.num_draft_tokens:
+            raise EngineError(
+                f"num_draft_nodes is {nodes}, but a chain has {self.num_draft_tokens} (num_draft_tokens) already; give"
+                " more, or 0 for no trees."
             )
 
     def with_defaults(self, max_num_seqs: int, max_num_batched_tokens: int, page_size: int) -> ServeConfig:

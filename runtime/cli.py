@@ -29,6 +29,7 @@ Draft = Annotated[
     typer.Option("--draft-engine", "--draft", help="The engine that drafts: of a smaller model, or of a head."),
 ]
 NumDrafts = Annotated[int, typer.Option(help="Tokens drafted at a time for a request at most.")]
+NumNodes = Annotated[int, typer.Option(help="Of a tree of drafts that is that deep, where it pays; 0: chains only.")]
 PrefixCache = Annotated[bool, typer.Option(help="Reuse the KV pages of prompts that begin alike.")]
 
 
@@ -117,6 +118,7 @@ def bench(
     speculate: Speculate = None,
     draft_engine: Draft = None,
     num_draft_tokens: NumDrafts = 4,
+    num_draft_nodes: NumNodes = 0,
     levels: Annotated[str, typer.Option(help="With --speculate: requests at a time, each measured.")] = "1,4,16,64",
     rounds: Annotated[int, typer.Option(min=1, help="With --speculate: measurements of each.")] = 3,
     as_json: AsJson = False,
@@ -144,7 +146,7 @@ def bench(
                 "--speculate measures --levels one after the other; leave out --rate, --concurrency and --num-requests."
             )
         options |= {"speculate": speculate, "draft_engine": draft_engine, "num_draft_tokens": num_draft_tokens}
-        options |= {"prefix_cache": False}
+        options |= {"num_draft_nodes": num_draft_nodes, "prefix_cache": False}
         sizes = _sizes("levels", levels)
         return _speculation(engine, options, file, input_len, output_len, sizes, rounds, seed, plot, as_json)
     if concurrency is None and rate is None:
@@ -303,6 +305,8 @@ def _speculation(
 
     found = asyncio.run(measure())
     title = f"{options['speculate']}, {options['num_draft_tokens']} tokens a draft: {engine}"
+    if options["num_draft_nodes"]:
+        title = title.replace("a draft", f"a draft, or trees of {options['num_draft_nodes']}", 1)
     if as_json:
         print(json.dumps({"engine": str(engine), "speculate": options["speculate"],
                           "levels": [asdict(level) for level in found]}, indent=1))  # fmt: skip

@@ -19,10 +19,11 @@ import torch
 from ..engines.dtypes import DTYPES
 from ..engines.errors import EngineError
 from ..engines.manifest import Manifest
-from ..engines.step import LOGITS, TOKEN_IDS, TOKENS, hidden_states, k_pages, v_pages
+from ..engines.step import LOGIT_ROWS, LOGITS, SLOTS, TOKEN_IDS, TOKENS, hidden_states, k_pages, v_pages
 from ..engines.weights import GRAPH_FILE, load_graph, open_weights, random_weights
 from ..plugins import native
 from ..plugins.interpreter import Program
+from ..plugins.paged_attention.trees import with_ancestors
 from .batch import Batch
 from .capacity import ServeConfig, available_memory, num_kv_pages
 from .engine import Engine
@@ -33,6 +34,7 @@ from .speculation.costs import Costs, Curve, scratch_step
 from .speculation.draft_engine import DraftEngine
 from .speculation.head import HeadEngine, MedusaEngine
 from .speculation.pairing import check_drafter
+from .speculation.verify import holding, moves
 
 Graph = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, PAGE_SIZE = 64, 512, 16  # what is served if nothing else is asked for
@@ -96,13 +98,18 @@ class CpuExecutor:
         """Finds out what steps of decoding cost, up to the largest that drafts can make."""
         config, draft = self.config, self.drafter
         assert config.max_num_seqs and config.max_num_batched_tokens and config.page_size
-        widest = min(config.max_num_batched_tokens, config.max_num_seqs * (1 + config.num_draft_tokens))
+        most = max(config.num_draft_tokens, config.num_draft_nodes)
+        widest = min(config.max_num_batched_tokens, config.max_num_seqs * (1 + most))
 
         def step(size: int) -> None:
             self.graph(scratch_step(size, 4) | self._pools)
 
         call = _Pending(
-            lambda: Costs(Curve.measure(step, widest), Curve.measure(draft.time, widest) if draft else None)
+            lambda: Costs(
+                Curve.measure(step, widest),
+                Curve.measure(draft.time, widest) if draft else None,
+                at_once=isinstance(draft, MedusaEngine),
+            )  # fmt: skip
         )
         self._queue.put(call)
         self.costs = call.wait()
@@ -157,11 +164,32 @@ class CpuExecutor:
         if len(batch.sample_index) != logits.shape[0]:
             logits = logits[torch.from_numpy(batch.sample_index)]
         tokens, found = self.sampler.sample(
-            logits, batch.sample_rows, batch.sample_positions, batch.masks, batch.drafts
+            logits, batch.sample_rows, batch.sample_positions, batch.masks, batch.drafts, batch.nodes
         )
+        if batch.nodes is not None:
+            self._move(batch, tokens)
         self._last_token[batch.sample_rows] = tokens  # where there are drafts the host knows, and writes, the next one
         drafts = self.drafter.draft(batch, tokens) if self.drafter else None
         return Result(*by_work(batch, tokens.tolist(), found), prompt_logprobs, drafts)
+
+    def _move(self, batch: Batch, tokens: np.ndarray) -> None:
+        """The nodes of trees that hold, to the slots of their positions, in everything that lies by slot."""
+        assert batch.drafts is not None and batch.nodes is not None
+        pairs = moves(holding(tokens, batch.drafts, batch.nodes), batch.nodes)
+        rows = (batch.inputs[LOGIT_ROWS][batch.sample_index[samples]] for samples in pairs)
+        source, target = (batch.inputs[SLOTS][some] for some in rows)
+        if len(source):
+            move(self._pools, source, target)
+            if self.drafter:
+                self.drafter.move(source, target)
+
+
+def move(pools: Mapping[str, torch.Tensor], source: np.ndarray, target: np.ndarray) -> None:
+    """Copies slots [M] of KV pools; a slot may be both a source and a target."""
+    index = [torch.from_numpy(slots.astype(np.int64)) for slots in (target, source)]
+    for pool in pools.values():
+        flat = (pool.view(torch.int8) if pool.itemsize == 1 else pool).flatten(0, 1)  # torch cannot index fp8
+        flat.index_copy_(0, index[0], flat[index[1]])
 
 
 def open_program(engine: Engine, config: ServeConfig) -> Program:
@@ -170,6 +198,8 @@ def open_program(engine: Engine, config: ServeConfig) -> Program:
     kernels = native.load(compiled)
     binders = kernels.binders if isinstance(kernels, native.Kernels) else None
     graph = load_graph(compiled if (compiled / GRAPH_FILE).exists() else engine.folder)  # lowered, if quantised
+    if config.num_draft_nodes:
+        graph = with_ancestors(graph)
     weights = random_weights(graph) if config.load_format == "dummy" else open_weights(engine.folder)
     return Program(graph, weights, binders)
 
@@ -191,7 +221,8 @@ def _open_drafter(target: Engine, config: ServeConfig, num_pages: int) -> DraftE
         )
     options = (
         open_program(engine, config), pools(manifest, num_pages, config.page_size), config.max_num_seqs, num_pages,
-        config.page_size, target.manifest.model.vocab_size, config.max_num_batched_tokens,
+        config.page_size, target.manifest.model.vocab_size, config.max_num_batched_tokens, config.num_draft_tokens,
+        config.num_draft_nodes,
     )  # fmt: skip
     if head is None:
         return DraftEngine(*options)

@@ -6,6 +6,7 @@ has seen the tokens it continues. `open_executor` picks the executor of an engin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -27,7 +28,7 @@ class Result(NamedTuple):
     tokens: list[list[int]]
     logprobs: list[list[Logprobs] | None] | None = None
     prompt_logprobs: list[list[Logprobs] | None] | None = None
-    drafts: list[list[int]] | None = None  # where the executor drafts: guesses of the tokens that follow
+    drafts: Sequence[Sequence[int]] | None = None  # where the executor drafts: guesses of the tokens that follow
 
 
 class Sampled(Protocol):
@@ -65,6 +66,11 @@ class Executor(Protocol):
 def open_executor(engine: Engine, config: ServeConfig) -> Executor:
     """The executor of the engine's target, KV pool allocated. EngineError: it does not fit, or cannot run here."""
     if engine.manifest.target == "cuda":
+        if config.num_draft_nodes:
+            raise EngineError(
+                f"num_draft_nodes is {config.num_draft_nodes}, but {engine.folder} is an engine for the cuda target,"
+                " where drafts are chains so far; leave it out, or build the engine for the cpu target."
+            )
         from .cuda.executor import CudaExecutor
 
         return CudaExecutor(engine, config)
@@ -87,22 +93,21 @@ def by_work(
 ) -> tuple[list[list[int]], list[list[Logprobs] | None] | None]:
     """Spreads the sampled tokens over the works; those that sample nothing get an empty list.
 
-    Where there were drafts, a work gets its samples up to the first that is not what was guessed there.
+    Where there were drafts, a work gets those samples that hold.
     """
-    if batch.drafts is None and len(tokens) == batch.num_works:
-        spread = [[token] for token in tokens]
-    else:
-        spread = [[] for _ in range(batch.num_works)]
-        for work, token in zip(batch.sample_works.tolist(), tokens, strict=True):
-            spread[work].append(token)
+    if batch.drafts is None and found is None and len(tokens) == batch.num_works:
+        return [[token] for token in tokens], None
+    works = batch.sample_works.tolist()
+    samples: Sequence[int] = range(len(tokens))
+    if batch.drafts is not None:
+        samples = np.flatnonzero(holding(np.array(tokens), batch.drafts, batch.nodes)).tolist()
+    spread: list[list[int]] = [[] for _ in range(batch.num_works)]
+    for i in samples:
+        spread[works[i]].append(tokens[i])
     logprobs: list[list[Logprobs] | None] | None = None
     if found is not None:
         logprobs = [None] * batch.num_works
-        for work, entry in zip(batch.sample_works.tolist(), found, strict=True):
-            if entry is not None:
-                logprobs[work] = [*(logprobs[work] or ()), entry]
-    if batch.drafts is not None:
-        held = np.bincount(batch.sample_works, holding(np.array(tokens), batch.drafts), batch.num_works)
-        spread = [some[: int(num)] for some, num in zip(spread, held, strict=True)]
-        logprobs = logprobs and [some and some[: int(num)] for some, num in zip(logprobs, held, strict=True)]
+        for i in samples:
+            if (entry := found[i]) is not None:
+                logprobs[works[i]] = [*(logprobs[works[i]] or ()), entry]
     return spread, logprobs

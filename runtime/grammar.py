@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..engines.errors import RequestError
+from .speculation.tree import Tree
 
 MOST_BYTES = 1 << 17  # of a schema or grammar: compiling takes time that others wait for
 WORD = 32  # tokens of a word of a mask
@@ -83,7 +84,10 @@ class Matcher:
         return self._matcher.is_stopped()
 
     def fitting(self, drafts: Sequence[int]) -> Sequence[int]:
-        """The first of `drafts` that may come next, one after the other, without ending the answer."""
+        """Those of `drafts` that may come next, each after those that it follows, without ending the answer."""
+        if isinstance(drafts, Tree):
+            paths = map(drafts.up_to, range(len(drafts)))
+            return drafts.keep([len(self.fitting(path)) == len(path) for path in paths])
         fit = drafts[: self._matcher.validate_tokens(list(drafts))]
         for num, token in enumerate(fit):
             self._matcher.consume_token(token)
@@ -96,6 +100,10 @@ class Matcher:
     def masks(self, drafts: Sequence[int]) -> list[np.ndarray]:
         """`mask` now and after each of `drafts`, all of which fit: what a token may be if those before it hold."""
         masks = [self.mask]
+        if isinstance(drafts, Tree):
+            for path in map(drafts.up_to, range(len(drafts))):
+                masks.append(self.masks(path)[-1])
+            return masks
         for token in drafts:
             self.advance(token)
             masks.append(self.mask)

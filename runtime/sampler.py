@@ -17,7 +17,7 @@ import torch
 from .distribution import cutoffs, draw, penalise, uniforms
 from .placement import Placement, needs_history
 from .request import Logprob
-from .speculation.verify import depths, holding
+from .speculation.verify import Nodes, depths, holding
 
 RANDOM, TRUNCATE, PENALTY, BIAS, MIN_TOKENS, LOGPROBS = (1 << i for i in range(6))
 
@@ -79,11 +79,12 @@ class Sampler:
         positions: np.ndarray,
         masks: Sequence[tuple[int, np.ndarray]] = (),
         drafts: np.ndarray | None = None,
+        nodes: Nodes | None = None,
     ) -> tuple[np.ndarray, list[dict[int, Logprob] | None] | None]:
         """logits [R, V] (may be overwritten), rows [R], positions [R] of the new tokens -> tokens [R] int32, logprobs.
 
-        masks: (row of logits, bits of the tokens that may be sampled). drafts: see `verify.py`; where there are any,
-        rows has an entry for each sample, and a sample is drawn as if the drafts before it were right.
+        masks: (row of logits, bits of the tokens that may be sampled). drafts, or nodes: see `verify.py`; where there
+        are any, rows has an entry for each sample, and a sample is drawn as if the drafts before it were right.
         The second result is None if no row asked for logprobs, else one dictionary per row (None where not asked).
         """
         row_flags = self._flags[rows]
@@ -105,11 +106,11 @@ class Sampler:
                 logits[i].index_fill_(0, self._stop_ids[int(rows[i])], -torch.inf)
         if flags & PENALTY:
             some = np.flatnonzero(row_flags & PENALTY)
-            self._penalise(logits, some, rows[some], None if drafts is None else drafts[some])
+            self._penalise(logits, some, rows[some], None if drafts is None else drafts[some], nodes)
         tokens = self._pick(logits, row_flags, flags, rows, positions)
         if flags & PENALTY:
             if drafts is not None:
-                some = some[holding(tokens, drafts)[some]]
+                some = some[holding(tokens, drafts, nodes)[some]]
             index = torch.from_numpy(rows[some].astype(np.int64)), torch.from_numpy(tokens[some].astype(np.int64))
             self._counts.index_put_(index, torch.ones(len(some)), accumulate=True)
         if raw is None:
@@ -141,12 +142,17 @@ class Sampler:
             weights.masked_fill_(logits < cut, 0)
         return draw(weights, uniforms(self._seed[rows], positions)).numpy().astype(np.int32)
 
-    def _penalise(self, logits: torch.Tensor, some: np.ndarray, rows: np.ndarray, drafts: np.ndarray | None) -> None:
+    def _penalise(
+        self, logits: torch.Tensor, some: np.ndarray, rows: np.ndarray, drafts: np.ndarray | None, nodes: Nodes | None
+    ) -> None:
         repetition, presence, frequency = torch.from_numpy(self._penalties[rows]).split(1, dim=1)
         index = torch.from_numpy(rows.astype(np.int64))
         counts = self._counts[index]  # a copy [R, V]
-        if drafts is not None:
-            depth = depths(drafts)  # a sample counts the drafts before it
+        if nodes is not None:  # a sample counts the drafts before it
+            for at, token in nodes.before(some):
+                counts[at, token] += 1
+        elif drafts is not None:
+            depth = depths(drafts)
             for back in range(1, int(depth.max(initial=0)) + 1):
                 deep = np.flatnonzero(depth >= back)
                 counts[deep, drafts[deep - back]] += 1

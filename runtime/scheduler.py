@@ -21,6 +21,7 @@ from .prompt import Limits, check_length
 from .request import FinishReason, Request, State
 from .speculation.control import Speculation
 from .speculation.statistics import SpeculationStats
+from .speculation.tree import depth_of, first, no_deeper
 from .step import Delta, SchedulerStats, Step, Work
 
 __all__ = ["Delta", "Scheduler", "SchedulerStats", "Step", "Work"]
@@ -68,10 +69,7 @@ class Scheduler:
         self._running: list[Request] = []  # in order
         self._draining: set[Request] = set()  # thrown out or ended, with a step in flight that uses their row and pages
         self._rows = list(range(max_num_seqs))  # heap, lowest first: batches stay compact
-        self._num_arrivals = 0
-        self._prefix_queried = 0
-        self._prefix_hit = 0
-        self._num_preemptions = 0
+        self._num_arrivals = self._num_preemptions = self._prefix_queried = self._prefix_hit = 0
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -241,15 +239,15 @@ class Scheduler:
         """At most `spare` drafts for a request that is about to decode, as far as limit, pages and grammar let."""
         assert self._speculation is not None
         end = request.computed + 1
-        drafts = self._speculation.propose(request, max(0, min(spare, request.limit - 1 - end)))
+        most = max(0, min(spare, self.max_model_len - end))
+        drafts = no_deeper(self._speculation.propose(request, most), request.limit - 1 - end)
         if drafts and request.matcher:
             drafts = request.matcher.fitting(drafts)
-        return drafts[: self._reserve(request, end, len(drafts))]
+        return first(drafts, self._reserve(request, end, len(drafts)))
 
     def _reserve(self, request: Request, end: int, num: int) -> int:
         """Pages for up to `num` tokens from `end` on, as far as there are free ones; for how many there are."""
-        page_size = self.pool.page_size
-        num = min(num, request.limit - 1 - end)
+        num, page_size = min(num, self.max_model_len - end), self.pool.page_size
         lacking = min(-(-(end + num) // page_size) - len(request.pages), self.pool.num_free)
         if lacking > 0:
             request.pages += self.pool.allocate(lacking)
@@ -263,7 +261,8 @@ class Scheduler:
         if drafts:
             num_samples = num_logits = 1 + len(drafts)
         if self._together and num_samples and self._speculation:
-            num_ahead = self._reserve(request, end, self._speculation.num_ahead(request))
+            most = request.limit - 1 - (end - len(drafts) + depth_of(drafts))
+            num_ahead = self._reserve(request, end, self._speculation.num_ahead(request, most))
         if request.num_scored < request.num_prompt - 1 and request.params.prompt_logprobs is not None:
             num_logits = max(num_samples, end - max(start, request.num_scored))
             request.num_scored = max(request.num_scored, min(end, request.num_prompt - 1))

@@ -71,9 +71,8 @@ class Session:
         self.limits = Limits(model.vocab_size, max_len, pool.capacity)
         speculation = None
         if config.speculate and executor.costs:
-            speculation = Speculation(
-                open_drafter(config), config.num_draft_tokens, executor.costs, config.adapt_drafts
-            )
+            most, nodes = config.num_draft_tokens, config.num_draft_nodes
+            speculation = Speculation(open_drafter(config), most, executor.costs, config.adapt_drafts, nodes)
         self.scheduler = Scheduler(
             pool, config.max_num_seqs, config.max_num_batched_tokens, max_len, model.eos_token_ids,
             speculation=speculation,

@@ -67,28 +67,36 @@ def write_medusa(folder: Path, target: Path, num: int, blocks: int, style: str) 
     return tensors
 
 
-def medusa_drafts(tensors: dict, state: torch.Tensor, num: int, blocks: int) -> list[int]:
-    """What the heads guess, `state` being the target's at the token before the newest."""
+def medusa_logits(tensors: dict, state: torch.Tensor, num: int, blocks: int) -> list[torch.Tensor]:
+    """What each head says, `state` being the target's at the token before the newest."""
     found = []
     for i in range(num):
         x = state
         for j in range(blocks):
             x = x + F.silu(F.linear(x, tensors[f"{i}.{j}.linear.weight"], tensors[f"{i}.{j}.linear.bias"]))
-        found.append(int(F.linear(x, tensors[f"{i}.{blocks}.weight"]).argmax()))
+        found.append(F.linear(x, tensors[f"{i}.{blocks}.weight"]))
     return found
 
 
-def drafts(
-    head: dict, config: dict, features: torch.Tensor, tokens: list[int], num: int, embedding: torch.Tensor
-) -> list[int]:
-    """What a head guesses to follow `tokens` [n], its tensors being `head`.
+def drafts(head: dict, config: dict, features: torch.Tensor, tokens: list[int], num: int, *rest) -> list[int]:
+    """What a head guesses to follow `tokens`, as `logprobs_after`."""
+    found: list[int] = []
+    for _ in range(num):
+        found.append(int(logprobs_after(head, config, features, tokens, found, *rest).argmax()))
+    return found
+
+
+def logprobs_after(
+    head: dict, config: dict, features: torch.Tensor, tokens: list[int], path: list[int], embedding: torch.Tensor
+) -> torch.Tensor:
+    """What a head says of the token after `tokens` [n] and the guesses of `path`, by the target's vocabulary.
 
     features [n - 1, width]: of the target, at all tokens but the last. embedding: the target's, if the head has none.
     """
-    eagle3, found = "midlayer.hidden_norm.weight" in head, []
+    eagle3 = "midlayer.hidden_norm.weight" in head
     layer = "midlayer" if eagle3 else "layers.0"
     states = F.linear(features, head["fc.weight"]) if eagle3 else features
-    for _ in range(num):
+    for i in range(len(path) + 1):
         read = head.get("embed_tokens.weight", embedding)[torch.tensor(tokens[1:])]
         if eagle3:
             x, normed = states, norm(states, head["midlayer.hidden_norm.weight"])
@@ -100,10 +108,11 @@ def drafts(
         gate, up = (F.linear(y, head[f"{layer}.mlp.{n}_proj.weight"]) for n in ("gate", "up"))
         x = x + F.linear(F.silu(gate) * up, head[f"{layer}.mlp.down_proj.weight"])
         logits = F.linear(norm(x[-1], head["norm.weight"]), head["lm_head.weight"]) if eagle3 else embedding @ x[-1]
-        best = int(logits.argmax())
-        found.append(best + int(head["d2t"][best]) if eagle3 else best)
-        tokens, states = [*tokens, found[-1]], torch.cat((states, x[-1:]))
-    return found
+        tokens, states = [*tokens, *path[i : i + 1]], torch.cat((states, x[-1:]))
+    if not eagle3:
+        return logits.log_softmax(-1)
+    ids = torch.arange(len(logits)) + head["d2t"]
+    return torch.full((len(embedding),), -torch.inf).index_copy(0, ids, logits.log_softmax(-1))
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -61,7 +61,9 @@ def compile_kernel(kernel: Kernel, capability: int) -> Cubin:
         ) from None
     module, name = kernel.function.split(":")
     function: Any = getattr(importlib.import_module(f"...plugins.{module}", __package__), name)
-    constants = dict(kernel.constants) | {"PDL": capability >= pdl.OLDEST}
+    left_out = {parameter.name: parameter.default for parameter in function.params if parameter.has_default}
+    constants = {name: value for name, value in left_out.items() if name not in dict(kernel.signature)}
+    constants |= dict(kernel.constants) | {"PDL": capability >= pdl.OLDEST}
     signature = dict(kernel.signature) | dict.fromkeys(constants, "constexpr")
     order = {argument: index for index, argument in enumerate(function.arg_names)}
     aligned = {(order[argument],): [["tt.divisibility", 16]] for argument in kernel.divisible}

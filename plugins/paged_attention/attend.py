@@ -8,6 +8,8 @@ Pages of 8 bits cost their conversion alone: the keys' scale is part of the fact
 as they are stored, to be multiplied in the end. A matrix instruction wants the values of two keys side by side, and no
 instruction transposes single bytes: few rows are multiplied with the even and with the odd columns of values, which
 come as pairs of 16 bits.
+
+Where drafts are a tree, a row has 32 bits for the last keys of its sequence (`reference.py`).
 """
 
 import triton
@@ -18,6 +20,19 @@ from .stored import column, factors, numbers
 LOWEST = tl.constexpr(-1.0e30)  # the maximum of no scores: finite, so that no difference of maxima is NaN
 WARPGROUP_ROWS = tl.constexpr(64)  # from so many a matrix instruction reads values from shared memory, not registers
 LOG2E = tl.constexpr(1.4426950408889634)
+TREE = tl.constexpr(32)  # last keys of a sequence that may be nodes of a tree
+
+
+@triton.jit
+def hidden(seen, count):
+    """How many of the first `count` of the bits of `seen` are not set: so many positions earlier than its place is what
+    lies there. A product counts bits: there is no instruction for it that the interpreter knows."""
+    below = (tl.full([1], 1, tl.int64) << tl.minimum(tl.maximum(count, 0), TREE).to(tl.int64)) - 1
+    x = (~seen).to(tl.uint32, bitcast=True) & below.to(tl.uint32)
+    x -= (x >> 1) & 0x55555555
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit
@@ -25,13 +40,15 @@ def attend(
     q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, k_unit, first, last, end,
     NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PAGE: tl.constexpr, BN: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, seen=None, trunk=0,
 ):  # fmt: skip
     """Adds keys first, first + 1, .. to the running acc [BM, BDV], top (maximum) [BM] and total [BM] of q [BM, BD].
 
     k_unit: what stored keys are multiplied by. position: of each row in its sequence. Without MASKED every row must see
     all keys of all blocks of BN up to `last`; with it keys from `end` on do not exist, and rows see what causality and
     the window leave. PAGE 0: keys lie in order instead, that of position 0 in place page_row.
+
+    seen [BM]: bits for the keys from `trunk` on, where there may be a tree; `position` is then a row's place.
     """
     PAIRS: tl.constexpr = v_pages.dtype.element_ty.primitive_bitwidth == 8 and q.shape[0] < WARPGROUP_ROWS
     LAST: tl.constexpr = DV // 2 if PAIRS else DV
@@ -66,7 +83,15 @@ def attend(
             scores = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (k_unit * (2.0 * LOG2E * SCALE / SOFTCAP))))
         if MASKED:
             visible = exists[None, :] & (key[None, :] <= position[:, None])
-            if WINDOW > 0:
+            if seen is not None:
+                bit = key - trunk
+                at = tl.minimum(tl.maximum(bit, 0), TREE - 1)
+                visible &= (bit < 0)[None, :] | ((seen[:, None] >> at[None, :]) & 1 > 0)
+                if WINDOW > 0:
+                    ours = position - hidden(seen, position - trunk)
+                    theirs = key[None, :] - hidden(seen[:, None], bit[None, :])
+                    visible &= theirs > ours[:, None] - WINDOW
+            elif WINDOW > 0:
                 visible &= key[None, :] > position[:, None] - WINDOW
             scores = tl.where(visible, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1) * factor)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..pdl import launch_next, wait
-from .attend import LOWEST, attend, finish
+from .attend import LOWEST, TREE, attend, finish
 from .stored import unit_of
 
 
@@ -24,7 +24,7 @@ def chunk_kernel(
     BDV: tl.constexpr, PAGE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     SINKS: tl.constexpr, BG: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, SKIP_DECODE: tl.constexpr,
     K_STEP: tl.constexpr, V_STEP: tl.constexpr, PAST: tl.constexpr,
-    PDL: tl.constexpr = False,
+    PDL: tl.constexpr = False, ancestors=None,
 ):  # fmt: skip
     """Grid (key heads, T // TOKENS + S). SKIP_DECODE: sequences with one query token are left to `decode_kernel`.
 
@@ -70,21 +70,28 @@ def chunk_kernel(
     before = length - num_queries + offset  # position of the tile's first token: every row sees all keys below it
     end = tl.minimum(before + TOKENS, length)
     first = 0
+    seen = None
+    trunk = length - TREE
+    if ancestors is not None:
+        seen = tl.load(ancestors + at, mask=inside, other=-1)
     if WINDOW > 0:
-        first = tl.maximum(before - WINDOW + 1, 0)
+        first = tl.maximum(before - WINDOW + 1 - (0 if ancestors is None else TREE), 0)
     if own_k is not None:
         old = length - num_queries  # keys that earlier steps wrote
         if PAST != "none":
             acc, top, total = attend(
                 q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, k_unit, first, old, old,
-                NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, WINDOW, True,
+                NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, WINDOW, True, seen, trunk,
             )  # fmt: skip
         first = tl.maximum(first, old)
         page_row = row.to(tl.int64) - old
         k_pages, v_pages = own_k, own_v
     IN: tl.constexpr = 0 if own_k is not None else PAGE
     if WINDOW == 0:
-        full = first + tl.maximum(before + 1 - first, 0) // BN * BN
+        certain = before + 1
+        if ancestors is not None:
+            certain = tl.minimum(certain, trunk)
+        full = first + tl.maximum(certain - first, 0) // BN * BN
         acc, top, total = attend(
             q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, k_unit, first, full, full,
             NUM_KV_HEADS, D, DV, BD, BDV, IN, BN, SCALE, SOFTCAP, 0, False,
@@ -92,7 +99,7 @@ def chunk_kernel(
         first = full
     acc, top, total = attend(
         q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, k_unit, first, end, end,
-        NUM_KV_HEADS, D, DV, BD, BDV, IN, BN, SCALE, SOFTCAP, WINDOW, True,
+        NUM_KV_HEADS, D, DV, BD, BDV, IN, BN, SCALE, SOFTCAP, WINDOW, True, seen, trunk,
     )  # fmt: skip
     out = finish(acc, top, total, v_unit, sinks, head, inside, SINKS)
     at = (at * NUM_HEADS + head)[:, None] * DV + dv[None, :]

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..pdl import launch_next, wait
-from .attend import LOWEST, attend, finish
+from .attend import LOWEST, TREE, attend, finish
 from .own import columns, own_key
 from .stored import unit_of
 
@@ -21,14 +21,14 @@ UNIT = tl.constexpr(16)  # keys are dealt out in units of so many
 
 
 @triton.jit
-def reach(query_start, kv_len, s, inside, WINDOW: tl.constexpr, QUERIES: tl.constexpr):
+def reach(query_start, kv_len, s, inside, WINDOW: tl.constexpr, QUERIES: tl.constexpr, BACK: tl.constexpr):
     """First key that a query of sequence s sees, the number of units from there on, and the queries; no units where
-    they are more than QUERIES, or none."""
+    they are more than QUERIES, or none. BACK: positions by which a query may be earlier than its place."""
     num_queries = tl.load(query_start + s + 1, mask=inside, other=0) - tl.load(query_start + s, mask=inside, other=0)
     length = tl.load(kv_len + s, mask=inside, other=0)
     first = length * 0
     if WINDOW > 0:
-        first = tl.maximum(length - num_queries + 1 - WINDOW, 0)
+        first = tl.maximum(length - num_queries + 1 - WINDOW - BACK, 0)
     mine = (num_queries > 0) & (num_queries <= QUERIES)
     return first, tl.where(mine, tl.cdiv(length - first, UNIT), 0), num_queries
 
@@ -79,7 +79,7 @@ def decode_kernel(
     PAGE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, CHUNK: tl.constexpr, LEAST: tl.constexpr,
     QUERIES: tl.constexpr, K_STEP: tl.constexpr, V_STEP: tl.constexpr,
-    PDL: tl.constexpr = False,
+    PDL: tl.constexpr = False, ancestors=None,
 ):  # fmt: skip
     """Grid (key heads, programs).
 
@@ -95,7 +95,8 @@ def decode_kernel(
     mine = tl.program_id(1)
     programs = tl.num_programs(1)
     each = tl.arange(0, BS)
-    _, units, _ = reach(query_start, kv_len, each, each < sequences, WINDOW, QUERIES)
+    BACK: tl.constexpr = 0 if ancestors is None else TREE
+    _, units, _ = reach(query_start, kv_len, each, each < sequences, WINDOW, QUERIES, BACK)
     ends = tl.cumsum(units, 0)
     num_units = tl.sum(units, 0)
     share = tl.maximum(tl.cdiv(num_units, programs), LEAST)
@@ -117,7 +118,7 @@ def decode_kernel(
         token, g = g // BG, g % BG
     head = kv_head * GROUP + g
     while at < stop:
-        first, num_units, num_queries = reach(query_start, kv_len, s, True, WINDOW, QUERIES)
+        first, num_units, num_queries = reach(query_start, kv_len, s, True, WINDOW, QUERIES, BACK)
         until = begins + num_units
         if num_units > 0:
             row = tl.load(query_start + s).to(tl.int64)
@@ -131,6 +132,10 @@ def decode_kernel(
                 at_row = row
                 position = tl.zeros([BM], tl.int32) + (length - 1)
             mask = inside[:, None] & (dv < DV)[None, :]
+            seen = None
+            trunk = length - TREE
+            if ancestors is not None:
+                seen = tl.load(ancestors + row + token, mask=inside, other=-1)
             q = columns(
                 query, table, at_row, head[:, None] * D + d[None, :], inside[:, None] & (d < D)[None, :],
                 STRIDE, TURNED, D, ROTARY, OFFSET, INTERLEAVED,
@@ -150,7 +155,7 @@ def decode_kernel(
             page_row = pages + s.to(tl.int64) * WIDTH
             acc, top, total = attend(
                 q, acc, top, total, position, page_row, k_pages, v_pages, kv_head, k_unit, start, end, end,
-                NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, EDGE, True,
+                NUM_KV_HEADS, D, DV, BD, BDV, PAGE, BN, SCALE, SOFTCAP, EDGE, True, seen, trunk,
             )  # fmt: skip
             if (at == begins) & (until <= stop):
                 out = finish(acc, top, total, v_unit, sinks, head, inside, SINKS)

@@ -31,8 +31,10 @@ struct AttentionCall {
     const float *k_scale, *v_scale;  // [num_kv_heads], null where pages are plain
     const void* sinks;        // [num_heads] or null
     void* y;                  // [T, num_heads * v_head_dim]
+    const int32_t* ancestors; // [T] or null: bit b says whether the token sees key kv_len - TREE + b
 };
 
+constexpr int TREE = 32;  // last keys of a sequence that may be nodes of a tree of drafts
 constexpr int BLOCK = 64, ROWS = 4, MAX_ROWS = 64;  // keys of a block; rows of a register tile; rows of a task
 
 struct Task {
@@ -143,10 +145,36 @@ template <typename Body> inline void for_tiles(int64_t num_rows, Body body) {
     }
 }
 
-// Scores of one row -> weights, in place, for keys [begin, end) of the block's n; returns what shrinks the value so far.
-inline float soften(float* row, int64_t n, int64_t begin, int64_t end, float softcap, float& most_so_far, float& mass_so_far) {
+// Keys before the count-th of the last TREE that a token does not see: so many positions it is earlier than its place.
+inline int64_t hidden(int32_t ancestors, int64_t count) {
+    const uint32_t before = count <= 0 ? 0 : count >= TREE ? ~0u : (1u << count) - 1;
+    return __builtin_popcount(~(uint32_t)ancestors & before);
+}
+
+// What a row of the task's tokens sees of a block's keys: [begin, end) without holes (a bit for each key).
+struct Sight {
+    int64_t begin, end;
+    uint64_t holes;
+};
+
+// asker: the place of the row's token; from: that of the block's first key, one of n.
+inline Sight sight(int64_t asker, int64_t from, int64_t n, int64_t window, int32_t ancestors, int64_t length) {
+    const int64_t base = length - TREE, position = asker - hidden(ancestors, asker - base);
+    Sight found = {window ? std::max<int64_t>(position - window + 1 - from, 0) : 0, std::min(asker + 1 - from, n), 0};
+    if (ancestors != -1)
+        for (int64_t key = std::max(from, base); key < from + found.end; key++) {
+            const bool seen = (uint32_t)ancestors >> (key - base) & 1;
+            if (!seen || (window && key - hidden(ancestors, key - base) <= position - window))
+                found.holes |= (uint64_t)1 << (key - from);
+        }
+    return found;
+}
+
+// Scores of one row -> weights, in place, for the keys in sight of the block's n; returns what shrinks the value so far.
+inline float soften(float* row, int64_t n, const Sight& see, float softcap, float& most_so_far, float& mass_so_far) {
+    const int64_t begin = see.begin, end = see.end;
     Vec most = splat(most_so_far);
-    const bool masked = begin > 0 || end < n || n % LANES;
+    const bool masked = begin > 0 || end < n || n % LANES || see.holes;
     for (int64_t i = 0; i < n; i += LANES) {
         Vec s = load(row + i);
         if (softcap) s = splat(softcap) * tanh(s / splat(softcap));
@@ -154,6 +182,11 @@ inline float soften(float* row, int64_t n, int64_t begin, int64_t end, float sof
             const Vec at = counted() + splat((float)i);
             s = at >= splat((float)begin) ? s : splat(-FLT_MAX);
             s = at < splat((float)end) ? s : splat(-FLT_MAX);
+            for (uint64_t holes = see.holes >> i; holes; holes &= holes - 1) {
+                const int lane = __builtin_ctzll(holes);
+                if (lane >= LANES) break;
+                s[lane] = -FLT_MAX;
+            }
         }
         store(row + i, s);
         most = max(most, s);
@@ -198,6 +231,7 @@ void attend(const AttentionArgs& args, const AttentionCall& call, const Task& ta
     const int64_t num_queries = call.query_start[task.sequence + 1] - call.query_start[task.sequence];
     const int64_t position = call.kv_len[task.sequence] - num_queries + task.token;  // of the task's first token
     const int32_t* table = call.pages + task.sequence * call.table_width;
+    const int32_t* ancestors = call.ancestors ? call.ancestors + call.query_start[task.sequence] + task.token : nullptr;
     const P *k_pages = (const P*)call.k_pages, *v_pages = (const P*)call.v_pages;
 
     float* k_copy = scratch<struct Keys>(BLOCK * width);
@@ -223,10 +257,9 @@ void attend(const AttentionArgs& args, const AttentionCall& call, const Task& ta
                     next_k.count = 0;
                 });
                 for (int64_t r = 0; r < num_rows; r++) {
-                    const int64_t asker = position + r / group - from;  // sees keys in (asker - window, asker]
-                    const int64_t begin = window ? std::max<int64_t>(asker - window + 1, 0) : 0;
-                    const int64_t end = std::min<int64_t>(asker + 1, n);
-                    shrink[r] = soften(weights + r * BLOCK, n, begin, end, args.softcap, rows.most[r], rows.mass[r]);
+                    const Sight see = sight(position + r / group, from, n, window, ancestors ? ancestors[r / group] : -1,
+                                            call.kv_len[task.sequence]);
+                    shrink[r] = soften(weights + r * BLOCK, n, see, args.softcap, rows.most[r], rows.mass[r]);
                 }
                 for_tiles(num_rows, [&](auto R, int64_t r) {
                     float* value = rows.value + r * v_width;
@@ -311,7 +344,8 @@ template <typename T, typename P> void paged_attention(const AttentionArgs& args
         for (int64_t token = 0; token < n; token += tile)
             for (int64_t h = 0; h < heads; h += count) {
                 const int64_t num = std::min(tile, n - token), position = call.kv_len[s] - n + token;
-                const int64_t low = args.window ? std::max<int64_t>(0, position - args.window + 1) : 0;
+                const int64_t first = position - args.window + 1 - (call.ancestors ? TREE : 0);
+                const int64_t low = args.window ? std::max<int64_t>(0, first) : 0;
                 tasks.push_back({s, token, num, h, count, low, position + num});
                 most_rows = std::max(most_rows, num * group * count);
             }

@@ -5,7 +5,8 @@ split over programs (`decode.py`), or each sequence has its own (`whole.py`, `sh
 and V of the step is written to its slot first; launches of a stream are ordered, so all later reads see them. Then
 tiles of prompt tokens are attended (`chunk.py`), and rows of decoding either with them or, split, in a launch of their
 own. Where drafts are verified all sequences have a few query tokens: split as in decoding, or a tile for each. The
-number of splits is a guess at what fills the GPU and part of what the builder times.
+number of splits is a guess at what fills the GPU and part of what the builder times. Where drafts may be a tree,
+steps of decoding run as those of verification do: a single query may have keys before it that it does not see.
 """
 
 from ..tactic import Site, Tactic
@@ -38,7 +39,7 @@ def tactics(site: Site, rotation: Rotation | None = None) -> list[Tactic]:
     shape = Shape.of(site, rotation)
     small = shape.itemsize == 4
     decodes = [d for d in (SMALL_DECODE if small else DECODE) if shape.fits(shape.decode_rows, *d)]
-    if site.max_query == 1:
+    if site.max_query == 1 and not shape.tree:
         found = []
         for d in decodes:
             for programs in shape.programs(d[0]):
@@ -49,12 +50,14 @@ def tactics(site: Site, rotation: Rotation | None = None) -> list[Tactic]:
         found += [Tactic("whole {} warps{} stages{}".format(*w), (shape.whole(*w),)) for w in wholes]
         shorts = [w for w in SHORT if shape.fits_short(*w)]
         return found + [Tactic("short {} warps{} stages{}".format(*w), (shape.short(*w),)) for w in shorts]
-    if site.max_query and (found := _verifications(shape, site.max_query)):
+    if site.max_query and (found := _verifications(shape, max(2, site.max_query) if shape.tree else site.max_query)):
         return found
     chunks = [c for c in (SMALL_CHUNK if small else CHUNK) if shape.fits(max(c[0], shape.bg), *c[1:])]
     named = [("chunk {}x{} warps{} stages{}".format(*c), c) for c in chunks]
     _, room = copies(site)
     found = [Tactic(name, (shape.write(), shape.chunk(*c, skip_decode=False)), room) for name, c in named]
+    if shape.tree:
+        return found
     d = decodes[0]
     launch, workspace, zeros = shape.decode(*d, shape.programs(d[0])[0], own=False, room=room)
     for name, c in named[:APART]:

@@ -12,8 +12,8 @@ import triton
 from ...engines.dtypes import DTYPES
 from ..tactic import POINTERS, Kernel, Launch, Operand, Site
 
-QUERY, KEY, VALUE, SLOTS, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS, K_SCALE, V_SCALE = range(12)
-TABLE = 12  # of a rotation, which is not PagedAttention's own input
+QUERY, KEY, VALUE, SLOTS, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS, K_SCALE, V_SCALE, ANCESTORS = range(13)
+TABLE = 13  # of a rotation, which is not PagedAttention's own input
 # of decode kernels
 STEP_INPUTS = (QUERY, KEY, VALUE, TABLE, SLOTS, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS)
 STEP_NAMES = (
@@ -32,6 +32,7 @@ STEP_NAMES = (
 COPIES = "own_k", "own_v"  # of kernels that write, or attend prompts, in front of the scales
 SCALE_NAMES = ("k_scale", "v_scale")  # of all kernels, behind their other pointers
 AHEAD = 256  # keys of a sequence that `short.py` asks for in advance
+TREES = ("chunk:", "decode:")  # kernels that take `ancestors`, the last of all
 FP8_FROM = 89  # compute capability that converts fp8
 LEAST_COPIED = 64  # columns of a head
 
@@ -118,6 +119,11 @@ class Shape:
         return needed <= shared_memory(self.site.device.capability) and rows * bdv <= 128 * 32 * warps
 
     @property
+    def tree(self) -> bool:
+        """Whether drafts may be a tree."""
+        return any(self.site.inputs[ANCESTORS:])
+
+    @property
     def quantised(self) -> bool:
         return self.stored != self.dtype
 
@@ -150,7 +156,7 @@ class Shape:
         types = {"slots": "*i32", "query_start": "*i32", "kv_len": "*i32", "pages": "*i32", "arrived": "*i32"}
         types |= {"parts": "*fp32", "tops": "*fp32", "totals": "*fp32", "sequences": "i32"}
         types |= {"table": POINTERS[self.rotation.table]} if self.rotation else {}
-        types |= {"k_scale": "*fp32", "v_scale": "*fp32"}
+        types |= {"k_scale": "*fp32", "v_scale": "*fp32", "ancestors": "*i32"}
         types |= dict.fromkeys(COPIES, copy_pointer(self.dtype))
         types |= {"k_pages": POINTERS[self.stored], "v_pages": POINTERS[self.stored]}
         return tuple((name, types.get(name, POINTERS[self.dtype])) for name in names)
@@ -160,6 +166,7 @@ class Shape:
     ) -> Kernel:
         """Activations, pools and workspace start at multiples of 16 bytes; step tensors may start anywhere."""
         names += SCALE_NAMES if self.quantised else ()
+        names += ("ancestors",) if self.tree and function.startswith(TREES) else ()
         aligned = {"query", "key", "value", "k_pages", "v_pages", "y", "parts", "tops", "totals", *COPIES}
         divisible = tuple(name for name in names if name in aligned)
         return Kernel(
@@ -172,8 +179,10 @@ class Shape:
         absent |= set() if self.rotation else {TABLE}
         return tuple(Operand("input", QUERY if i in absent else i) for i in indices)
 
-    def scale_inputs(self) -> tuple[Operand, ...]:
-        return self.inputs(K_SCALE, V_SCALE) if self.quantised else ()
+    def scale_inputs(self, trees: bool = False) -> tuple[Operand, ...]:
+        """And, for kernels that know of trees, what follows the scales."""
+        found = self.inputs(K_SCALE, V_SCALE) if self.quantised else ()
+        return found + (self.inputs(ANCESTORS) if trees and self.tree else ())
 
     def write(self) -> Launch:
         """K and V to their slots."""
@@ -201,7 +210,7 @@ class Shape:
         places, _ = copies(self.site)
         names = ("query", "query_start", "kv_len", "pages", "k_pages", "v_pages", "sinks", "y", *places)
         step = self.inputs(QUERY, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS)
-        arguments = (*step, Operand("output", 0), *places.values(), *self.scale_inputs())
+        arguments = (*step, Operand("output", 0), *places.values(), *self.scale_inputs(trees=True))
         kernel = self.kernel("chunk:chunk_kernel", names, constants, warps, stages)
         return Launch(kernel, (self.kv_heads, self.tokens // tokens + self.sequences, 1), arguments)
 
@@ -258,7 +267,7 @@ class Shape:
         arguments: tuple[Operand | int, ...] = (
             *self.inputs(*STEP_INPUTS), Operand("output", 0),
             *(Operand("workspace", at) for at in (room, at_tops, at_totals)), Operand("zeros", 0), self.sequences,
-            *self.scale_inputs(),
+            *self.scale_inputs(trees=True),
         )  # fmt: skip
         return Launch(kernel, (self.kv_heads, programs, 1), arguments), at_totals + _aligned(4 * parts), 4 * counters
 
@@ -296,7 +305,7 @@ def stored_type(site: Site) -> str:
 
 def scale_constants(site: Site) -> dict[str, Any]:
     """Whether there are scales, and whether each head has its own."""
-    shapes = [scale.shape for scale in site.inputs[K_SCALE:] if scale is not None]
+    shapes = [scale.shape for scale in site.inputs[K_SCALE:ANCESTORS] if scale is not None]
     if not shapes:
         return {"k_scale": None, "v_scale": None, "K_STEP": 0, "V_STEP": 0}
     return {name: int(shape != (1,)) for name, shape in zip(("K_STEP", "V_STEP"), shapes, strict=True)}

@@ -5,6 +5,9 @@ of two of each other; so a decode step is a few batched calls and a prompt is a 
 slot, only those in reach, and padded by repeating the last valid one, masked: what a page holds past `kv_len` is never
 read, so it may be anything, NaN included.
 
+Drafts may be a tree (Miao et al., arXiv:2305.09781): each node has a slot of its own among the last `TREE` keys, and a
+query sees its ancestors alone. A path's nodes have consecutive positions, wherever they lie.
+
 Pages of 8 bits hold numbers that are multiplied by a scale, one for all heads or one for each; attention over them is
 in fp32.
 """
@@ -16,6 +19,8 @@ import torch.nn.functional as F
 
 from ...engines.errors import EngineError
 from ..quantise_tokens.reference import LIMITS, round_to
+
+TREE = 32  # last keys of a sequence that `ancestors` has bits for
 
 
 def paged_attention(
@@ -31,6 +36,7 @@ def paged_attention(
     sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    ancestors: torch.Tensor | None = None,
     *,
     layer: int,
     num_heads: int,
@@ -60,8 +66,9 @@ def paged_attention(
     starts, lengths = query_start.tolist(), kv_len.tolist()
     for sequences in _groups(starts, lengths):
         num_queries = starts[sequences[0] + 1] - starts[sequences[0]]
-        slot, mask = _reach(sequences, lengths, num_queries, pages, k_pages.shape[1], window)
         rows = torch.tensor([starts[s] for s in sequences]).unsqueeze(1) + torch.arange(num_queries)  # [B, n]
+        bits = None if ancestors is None else ancestors[rows]
+        slot, mask = _reach(sequences, lengths, num_queries, pages, k_pages.shape[1], window, bits)
         q = query[rows].transpose(1, 2)  # [B, H, n, D]
         k = _read(keys, slot, k_scale).transpose(1, 2)  # [B, Hkv, L, D]
         v = _read(values, slot, v_scale).transpose(1, 2)  # [B, Hkv, L, Dv]
@@ -111,21 +118,38 @@ def _groups(starts: list[int], lengths: list[int]) -> Iterator[list[int]]:
 
 
 def _reach(
-    sequences: list[int], lengths: list[int], num_queries: int, pages: torch.Tensor, page_size: int, window: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Slots [B, L] of the keys in reach of a sequence, and which query sees which: [B, 1, n, L], or None for all."""
+    sequences: list[int], lengths: list[int], num_queries: int, pages: torch.Tensor, page_size: int, window: int,
+    bits: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """Slots [B, L] of the keys in reach of a sequence, and which query sees which: [B, 1, n, L], or None for all.
+
+    bits [B, n]: of `ancestors`.
+    """
     length = torch.tensor([lengths[s] for s in sequences]).unsqueeze(1)  # [B, 1]
-    first = (length - num_queries - window + 1).clamp(min=0) if window else torch.zeros_like(length)
+    first = torch.zeros_like(length)
+    if window:  # nodes of a tree are at earlier positions than their places say
+        first = (length - num_queries - window + 1 - (0 if bits is None else TREE)).clamp(min=0)
     position = first + torch.arange(int((length - first).max()))  # [B, L]
     known = torch.minimum(position, length - 1)
     page = pages[torch.tensor(sequences)].long().gather(1, known // page_size)
     slot = page * page_size + known % page_size
-    if num_queries == 1 and len(sequences) == 1:  # nothing is padded, and the one query sees all that is in reach
+    if (
+        num_queries == 1 and len(sequences) == 1 and bits is None
+    ):  # nothing is padded, and the one query sees all that is in reach
         return slot, None
     asker = (length - num_queries + torch.arange(num_queries)).unsqueeze(-1)  # [B, n, 1] position of each query
-    mask = position.unsqueeze(1) <= asker
+    keys = position.unsqueeze(1)  # [B, 1, L]
+    mask = keys <= asker
+    if bits is not None:
+        seen = (bits.unsqueeze(-1) >> torch.arange(TREE)) & 1  # [B, n, TREE]
+        place = keys - (length.unsqueeze(1) - TREE)  # among the bits; negative: before them
+        mask = mask & ((place < 0) | (seen.gather(-1, place.clamp(0, TREE - 1).expand_as(mask)) > 0))
+        hidden = F.pad((1 - seen).cumsum(-1), (1, 0))  # before each bit
+        own = (asker - (length.unsqueeze(1) - TREE)).clamp(0, TREE)
+        keys = keys - hidden.gather(-1, place.clamp(0, TREE).expand_as(mask))
+        asker = asker - hidden.gather(-1, own)
     if window:
-        mask &= position.unsqueeze(1) > asker - window
+        mask = mask & (keys > asker - window)
     return slot, mask.unsqueeze(1)
 
 

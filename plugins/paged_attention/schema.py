@@ -21,6 +21,7 @@ STEP = [
     ("sinks?", "T", "[num_heads] a logit that takes part in the softmax and has no value (gpt-oss)"),
     ("k_scale?", "tensor(float)", "[1] or [num_kv_heads], of quantised pages: a key is its number times this"),
     ("v_scale?", "tensor(float)", "[1] or [num_kv_heads], of quantised pages"),
+    ("ancestors?", "I", "[T] int32, where drafts are a tree: bit b: sees key kv_len - 32 + b of its sequence; -1: all"),
 ]
 ATTRIBUTES: list[tuple[str, str | int | float, str]] = [
     ("layer", "int", "index of the KV pool"),
@@ -39,7 +40,9 @@ SCHEMA = declare(
     "flat; query token j of n of sequence s has position kv_len[s] - n + j and sees keys up to it. Without key and "
     "value the query is packed q|k|v. k_pages and v_pages are updated in place. Softmax and its scores are fp32. "
     "Pages of int8 or fp8 hold round(k / k_scale), ties to even, saturated; what is read is multiplied by the scale in "
-    "fp32, and attention over it is fp32.",
+    "fp32, and attention over it is fp32. Where ancestors are given, the last 32 keys of a sequence may be nodes of a "
+    "tree: a query sees those among them whose bit is set, up to itself; positions of query and keys are their numbers "
+    "less that of the keys before them which the query does not see.",
     inputs=[
         ("query", "T", "[T, num_heads*head_dim], or packed q|k|v"),
         ("key?", "T", "[T, num_kv_heads*head_dim]"),

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ..paged_attention.kernel import tactics as attentions
 from ..paged_attention.launches import (
+    ANCESTORS,
     SCALE_NAMES,
     VALUE,
     Rotation,
@@ -63,7 +64,8 @@ def rotate_kernel(
 
 def tactics(site: Site) -> list[Tactic]:
     """PagedAttention's, on packed rows that it rotates itself or on queries in the workspace."""
-    return _decoding(site) if site.max_query == 1 else _rotated_first(site)
+    tree = any(site.inputs[ANCESTORS - 1 :])  # one input earlier than in PagedAttention
+    return _decoding(site) if site.max_query == 1 and not tree else _rotated_first(site)
 
 
 def _decoding(site: Site) -> list[Tactic]:

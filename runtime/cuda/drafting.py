@@ -56,7 +56,7 @@ class Drafting:
         head = engine.manifest.head
         self._num_known = head.target_vocab_size if head else engine.manifest.model.vocab_size  # tokens
         self._vocab_size = min(target.vocab_size, self._num_known)
-        self._most, self._at_once = config.num_draft_tokens, head.guesses if head else 1
+        self._most, self.at_once = config.num_draft_tokens, head.guesses if head else 1
         self._most_tokens = max(bucket.tokens for bucket in self.plan.buckets if bucket.max_query > 1)
         self._seen = np.zeros(config.max_num_seqs, np.int64)  # leading positions of a row whose keys are right
         self.weights = Weights(gpu, engine, dummy=config.load_format == "dummy")
@@ -65,8 +65,8 @@ class Drafting:
         """buffers: the target's, by name; arena: room for the activations of either; num_pages: of the pools."""
         gpu, plan = self._gpu, self.plan
         self._whole = np.zeros(num_pages, bool)  # pages that are full here, too: a prefix hit finds them
-        mine = step_buffers(gpu, plan, self._stream, self._at_once)
-        mine[LAST_TOKEN] = gpu.allocate(4 * plan.max_num_seqs * self._at_once, "the tensors of a step")
+        mine = step_buffers(gpu, plan, self._stream, self.at_once)
+        mine[LAST_TOKEN] = gpu.allocate(4 * plan.max_num_seqs * self.at_once, "the tensors of a step")
         mine |= kv_pools(gpu, self.engine, plan.page_size, num_pages)
         self._buffers = mine | self._reads(buffers)
         self._graphs = Graphs(
@@ -74,7 +74,7 @@ class Drafting:
         )
         size = packed_size(plan.max_num_seqs, plan.max_num_batched_tokens, plan.max_pages)
         self._packed = gpu.pinned(4 * size).view(np.int32)
-        most = max(self._most, self._at_once)
+        most = max(self._most, self.at_once)
         self._guesses = gpu.pinned(4 * most * plan.max_num_seqs).view(np.int32).reshape(most, plan.max_num_seqs)
         for number, bucket in enumerate(plan.buckets):
             part = NEXT if bucket.max_query == 1 else FIRST

@@ -261,7 +261,9 @@ class CudaExecutor:
         target = Curve.measure(run, min(held, most), MEASURING)
         if most > held:  # the logits of larger steps come in pieces, with the host in between
             target = target.then(held + 1, BEYOND * target(held))
-        return Costs(target, Curve.measure(draft.scratch, config.max_num_seqs, MEASURING) if draft else None)
+        if not draft:
+            return Costs(target)
+        return Costs(target, Curve.measure(draft.scratch, config.max_num_seqs, MEASURING), draft.at_once > 1)
 
     def _allocate_results(self, plan: Plan) -> Results:
         rows = max(bucket.rows for bucket in plan.buckets)

@@ -87,7 +87,7 @@ class MedusaDrafting(HeadDrafting):
 
     def __init__(self, gpu: Gpu, engine: Engine, target: Plan, config: ServeConfig, stream: int):
         super().__init__(gpu, engine, target, config, stream)
-        self._most = min(self._most, self._at_once)
+        self._most = min(self._most, self.at_once)
 
     def scratch(self, size: int) -> None:
         """Without sampling, which staging prepares for one guess of a row."""
@@ -98,6 +98,6 @@ class MedusaDrafting(HeadDrafting):
 
     def _guess(self, first: int, later: int, num: int, steps: int) -> np.ndarray:
         self._graphs.replay(first, FIRST, "body", "head", GREEDY)
-        found = self._guesses.reshape(-1)[: num * self._at_once]
+        found = self._guesses.reshape(-1)[: num * self.at_once]
         self._gpu.download(found, self._buffers[SAMPLED], self._stream)
-        return found.reshape(num, self._at_once).T[:steps]
+        return found.reshape(num, self.at_once).T[:steps]

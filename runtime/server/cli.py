@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..cli import Draft, NumDrafts, Speculate
+from ..cli import Draft, NumDrafts, NumNodes, Speculate
 from .logs import LogFormat, LogLevel
 from .logs import set_up as set_up_log
 
@@ -57,6 +57,7 @@ def serve(
     speculate: Speculate = None,
     draft_engine: Draft = None,
     num_draft_tokens: NumDrafts = 4,
+    num_draft_nodes: NumNodes = 0,
     max_waiting: Annotated[int, typer.Option(help="Sequences that may wait; past them clients get 429.")] = 1024,
     max_waiting_tokens: Annotated[int, typer.Option(help="Prompt tokens that may wait.")] = 1 << 20,
     request_timeout: Annotated[float | None, typer.Option(help="Seconds that a request may take.")] = None,
@@ -94,6 +95,7 @@ def serve(
         "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens, "max_model_len": max_model_len,
         "prefix_cache": prefix_cache, "load_format": load_format, "speculate": speculate,
         "draft_engine": None if draft_engine is None else str(draft_engine), "num_draft_tokens": num_draft_tokens,
+        "num_draft_nodes": num_draft_nodes,
     }  # fmt: skip
     if gpu_memory_utilization is not None:
         options["gpu_memory_utilization"] = gpu_memory_utilization

@@ -5,5 +5,5 @@ number, as without speculation, and drafts hold as long as they equal what was s
 whatever is drafted (cf. Daliri et al., arXiv:2408.07978: "drafter-invariant"), and a guess d is accepted with
 probability p(d), the most that any rule reaches for guesses that are not themselves random.
 
-Reading order: verify.py, drafter.py (ngram.py, suffix.py), draft_engine.py, costs.py, control.py.
+Reading order: tree.py, verify.py, drafter.py (ngram.py, suffix.py), draft_engine.py, costs.py, control.py.
 """

@@ -4,12 +4,15 @@ A step's time follows from its tokens (`costs.py`), corrected by how long steps 
 draft gains follows from how often the request's drafts were right lately. While drafts are verified, nobody knows the
 next token before the step is done, so all requests move together and the host's work is not hidden: that is in the
 correction, too. With more requests a step's tokens cost more, and speculation ends; with fewer it comes back.
+
+A tree of drafts is right more often than a chain, and costs more tokens: both are followed, and what pays better is
+asked for. How a chain would have done is seen in a tree, too: its likeliest path is its beginning.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..request import Request, State
@@ -17,8 +20,10 @@ from ..step import Step, Work
 from .costs import Costs
 from .drafter import Drafter
 from .statistics import SpeculationStats
+from .tree import Tree, parents_of
 
 HOPE = 0.7  # of a draft's token to be right, before anything is known
+SPREAD = 0.7  # of a chain's failures that are a tree's, too, before that is known
 WEIGHT, WEIGHT_OF_ALL = 8.0, 40.0  # tokens that a prior counts for: all requests' for one request, HOPE for all
 MEMORY, MEMORY_OF_ALL = 0.95, 0.998  # what is left of a count after one token more
 PAUSE = 8  # steps without speculation between two looks at whether it would pay
@@ -67,9 +72,11 @@ class Outlook:
     """What is known of a request. number: tokens to draft for it. hits: of steps, how many had a draft.
 
     reached: its length when a draft engine last guessed for it. shadow: guesses made only to see how good they are.
+    right: of the next token of a chain. branched: of any node of a tree at the next place.
     """
 
     right: Chance
+    branched: Chance
     hits: float
     number: int
     reached: int = 0
@@ -77,13 +84,17 @@ class Outlook:
 
 
 class Speculation:
-    """Used by the scheduler, in its thread. most: tokens drafted at a time; adapt=False: always so many."""
+    """Used by the scheduler, in its thread. most: tokens drafted at a time; adapt=False: always so many.
 
-    def __init__(self, drafter: Drafter, most: int, costs: Costs, adapt: bool = True):
+    nodes: of a tree; 0: there are none.
+    """
+
+    def __init__(self, drafter: Drafter, most: int, costs: Costs, adapt: bool = True, nodes: int = 0):
         self._drafter, self._most, self._costs, self._adapt = drafter, most, costs, adapt
         self._on = not adapt
         self._outlooks: dict[Request, Outlook] = {}
-        self._right = Chance(MEMORY_OF_ALL, WEIGHT_OF_ALL)
+        self._right, self._branched = (Chance(MEMORY_OF_ALL, WEIGHT_OF_ALL) for _ in range(2))
+        self._nodes, self._tree = nodes, nodes > 0  # of the trees there may be; whether the next drafts are some
         self._pause = self._settling = self._looks = self._trial = self._spell = 0
         self._patience = 1
         self._prompts = 0  # their tokens in the latest step
@@ -125,18 +136,20 @@ class Speculation:
         """Drafts for a request that is about to decode, at most so many."""
         if not request.params.speculate:
             return ()
-        drafts = self._drafter.propose(request, min(most, self._outlook(request).number))
+        most = most if isinstance(request.drafts, Tree) else min(most, self._outlook(request).number)
+        drafts = self._drafter.propose(request, most)
         if not self._drafter.ahead:
             self._hit(request, bool(drafts))
         return drafts
 
-    def num_ahead(self, request: Request) -> int:
-        """Tokens that the executor is to draft for the step after the next."""
+    def num_ahead(self, request: Request, most: int) -> int:
+        """Tokens that the executor is to draft for the step after the next, of which at most `most` can follow one
+        another: the nodes of a tree, or fewer for a chain."""
         if not (self._drafter.ahead and request.params.speculate):
             return 0
         outlook = self._outlook(request)
         outlook.reached = len(request.tokens) + 1
-        return outlook.number
+        return self._nodes if self._tree and most > 0 else max(0, min(most, outlook.number))
 
     def observe(self, step: Step, tokens: Sequence[Sequence[int]], seconds: float) -> None:
         """A step was committed: the tokens of each work that hold, and how long it took."""
@@ -147,7 +160,7 @@ class Speculation:
         for i, (work, found) in enumerate(zip(step, tokens, strict=True)):
             if work.drafts:
                 verified = True
-                self._verified(work.request, len(work.drafts), len(found) - 1)
+                self._verified(work.request, work.drafts, found)
             elif found and i < WATCHED and not self._drafter.ahead and not self._on:
                 self._watch(work.request, found[0])
         self._num_all_steps += 1
@@ -174,15 +187,25 @@ class Speculation:
     def _outlook(self, request: Request) -> Outlook:
         found = self._outlooks.get(request)
         if found is None:
-            found = self._outlooks[request] = Outlook(Chance(MEMORY, WEIGHT), self._hits, self._most)
+            chances = Chance(MEMORY, WEIGHT), Chance(MEMORY, WEIGHT)
+            found = self._outlooks[request] = Outlook(*chances, self._hits, self._most)
         return found
 
-    def _verified(self, request: Request, num: int, num_right: int) -> None:
+    def _verified(self, request: Request, drafts: Sequence[int], found: Sequence[int]) -> None:
         self._num_drafts += 1
-        for i in range(num):
-            self._drafted_at[i] += 1
-            self._accepted_at[i] += i < num_right
-        self._learn(request, num_right, min(num, num_right + 1))
+        parents, num_right = parents_of(drafts), len(found) - 1
+        for depth in drafts.depths if isinstance(drafts, Tree) else range(1, len(drafts) + 1):
+            self._drafted_at[depth - 1] += 1
+        for i in range(num_right):
+            self._accepted_at[i] += 1
+        path = drafts.path(found) if isinstance(drafts, Tree) else range(num_right)
+        if isinstance(drafts, Tree):
+            tried = num_right + ((path[-1] if path else -1) in parents)
+            for chance in self._branched, self._outlook(request).branched:
+                chance.count(num_right, tried)
+        chain = next((i for i, parent in enumerate(parents) if parent != i - 1), len(parents))  # the likeliest path
+        right = next((i for i, node in enumerate(path) if node != i), num_right)
+        self._learn(request, right, min(chain, right + 1))
 
     def _learn(self, request: Request, right: int, tried: int) -> None:
         if outlook := self._outlooks.get(request):
@@ -210,9 +233,11 @@ class Speculation:
     def _doubt(self, some: Sequence[Request]) -> None:
         """What was learnt while speculating is out of date, the more the longer ago that was."""
         if self._drafter.ahead:
-            for request in some:
-                self._outlook(request).right.fade(1 - 0.1 / self._patience)
-            self._right.fade(1 - 0.01 / self._patience)
+            for outlook in map(self._outlook, some):
+                for chance in outlook.right, outlook.branched:
+                    chance.fade(1 - 0.1 / self._patience)
+            for chance in self._right, self._branched:
+                chance.fade(1 - 0.01 / self._patience)
         for key, factor in self._drafting.items():
             factor.value += 0.05 / self._patience * (OVERHEAD * self._factor(self._plain, key) - factor.value)
 
@@ -224,7 +249,7 @@ class Speculation:
         While prompts are computed, drafts are tokens more in steps that are long anyway, and a token saved is worth
         what it would take in the steps of all requests to come.
         """
-        target, draft = self._costs
+        target, draft, at_once = self._costs
         num, prompts = num_others + len(some), self._prompts
         key = num.bit_length()
         if key not in self._plain:  # first what it has to be better than
@@ -240,38 +265,53 @@ class Speculation:
         if draft:
             behind = sum(len(r.tokens) - o.reached for r, o in zip(some, outlooks, strict=True))
             lag = draft(behind) / HORIZON if behind > 2 * self._most * len(some) else 0.0
+
+        def seconds(size: float, nums: Sequence[int]) -> float:
+            """Of a step with so many tokens besides those of prompts, behind which so many are drafted for each."""
+            longer = target(prompts + size) - target(prompts + num)
+            return factor * (share + longer + self._costs.drafting(nums, self._most) + lag)
+
         best, at = 0.0, 0
         gain, reach, size = float(num), [outlook.hits for outlook in outlooks], float(num)
         for i in range(1, self._most + 1):
             reach = [r * c for r, c in zip(reach, chances, strict=True)]  # chance that the i-th is reached and right
             gain += sum(reach)
             size += sum(outlook.hits for outlook in outlooks)
-            longer = target(prompts + size) - target(prompts + num)
-            seconds = factor * (share + longer + (i * draft(len(some)) if draft else 0.0) + lag)
-            if gain / seconds > best:
-                best, at = gain / seconds, i
+            if (speed := gain / seconds(size, [i] * len(some))) > best:
+                best, at = speed, i
+        if self._nodes:
+            with_trees = self._tree_speed(num, outlooks, hope, seconds)
+            self._tree, best = with_trees > best, max(with_trees, best)
         if best < plain * (WORTH if self._trial else 1.0 if self._on else ADVANTAGE):
             self._trial = 0
             return False
         size = prompts + num + at * sum(outlook.hits for outlook in outlooks)
-        price = target(size + 1) - target(size) + (draft(len(some)) / len(some) if draft else 0.0)
+        price = target(size + 1) - target(size) + (draft(len(some)) / len(some) if draft and not at_once else 0.0)
         least = min(1.0, best * factor * price)  # a token that is likelier earns more than the average
         for outlook, chance in zip(outlooks, chances, strict=True):
             outlook.number = self._most if least <= 0 else min(self._most, int(math.log(least) / math.log(chance)))
             if not outlook.number:
                 outlook.right.fade(0.98)  # its drafts may be better some time, which nobody would see
-        return any(outlook.number for outlook in outlooks)
+        return self._tree or any(outlook.number for outlook in outlooks)
+
+    def _tree_speed(
+        self, num: int, outlooks: Sequence[Outlook], hope: float, seconds: Callable[[float, Sequence[int]], float]
+    ) -> float:
+        """Tokens a second where all of `outlooks` among `num` requests have trees; seconds: of a step (`_pays`)."""
+        prior, gain = self._branched(1 - SPREAD * (1 - hope)), float(num)
+        for outlook in outlooks:
+            chance = outlook.branched(prior)
+            gain += sum(chance**i for i in range(1, self._most + 1))
+        nodes = [self._nodes] * len(outlooks)
+        return gain / seconds(num + sum(nodes), nodes)
 
     def _time(self, step: Step, verified: bool, seconds: float) -> None:
         """Learns from a step in which all requests decode how much longer it takes than computed."""
         drafting = any(work.num_ahead for work in step)
         if drafting and not verified:  # the draft engine catches up
             return
-        target, draft = self._costs
-        expected = target(sum(work.num_tokens for work in step))
-        if draft and drafting:
-            nums = [work.num_ahead for work in step]
-            expected += sum(draft(sum(num > i for num in nums)) for i in range(max(nums)))
+        expected = self._costs.target(sum(work.num_tokens for work in step))
+        expected += self._costs.drafting([work.num_ahead for work in step if work.num_ahead], self._most)
         corrections, key = self._drafting if self._on else self._plain, len(step).bit_length()
         if key not in corrections:
             corrections[key] = Median(self._factor(corrections, key))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch  # which engines for a GPU are served without
 
 BUDGET = 0.5  # seconds of measuring: larger sizes are taken to cost as much a token as the largest measured
+BRANCHES = 8  # of a node of a tree at most, and nodes of a level that are run
 REPEATS = 8  # the quickest counts: what is slower was disturbed
 
 
@@ -62,10 +63,31 @@ class Curve:
 
 
 class Costs(NamedTuple):
-    """Of a step of the target, and of one of the draft engine where there is one."""
+    """Of a step of the target, and of one of the draft engine where there is one, by sequences.
+
+    at_once: all guesses of a chain or a tree are one step of the draft engine (Medusa).
+    """
 
     target: Curve
     draft: Curve | None = None
+    at_once: bool = False
+
+    def drafting(self, nums: Sequence[int], depth: int) -> float:
+        """Seconds to guess so many tokens for each request; of more than `depth`, as a tree that deep."""
+        if not self.draft or not nums:
+            return 0.0
+        if self.at_once:
+            return self.draft(sum(num > 0 for num in nums))
+        wide = [run_of_level(num, depth) if num > depth else 1 for num in nums]
+        deep = [min(num, depth) for num in nums]
+        return sum(
+            self.draft(sum(w if i else 1 for w, d in zip(wide, deep, strict=True) if d > i)) for i in range(max(deep))
+        )
+
+
+def run_of_level(nodes: int, depth: int) -> int:
+    """Nodes of a level that a draft engine runs for a tree: those of all levels have room where its nodes will be."""
+    return max(1, min(BRANCHES, (nodes - 1) // max(1, depth - 1)))
 
 
 def scratch_step(size: int, width: int) -> dict[str, torch.Tensor]:

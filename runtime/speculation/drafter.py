@@ -9,12 +9,14 @@ from ..capacity import ServeConfig
 from ..request import Request
 from .ngram import NgramDrafter
 from .suffix import SuffixDrafter
+from .tree import first
 
 
 class Drafter(Protocol):
     """Guesses the next tokens of requests. Used by the loop's thread alone.
 
     ahead: the executor drafts, after a step and for the next one; `propose` hands on what came with its result.
+    Guesses are a chain or, from the executor, a `Tree`.
     What was accepted of a draft is in `request.tokens`: a drafter that keeps an index of them brings it up to date.
     """
 
@@ -35,7 +37,7 @@ class EngineDrafter:
     ahead = True
 
     def propose(self, request: Request, most: int) -> Sequence[int]:
-        return request.drafts[:most]
+        return first(request.drafts, most)
 
     def end(self, request: Request) -> None:
         """Nothing is kept here."""

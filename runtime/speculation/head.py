@@ -9,6 +9,7 @@ a guess may be the worse for it, never an answer.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from ...engines import step as names
 from ..batch import Batch
 from .costs import scratch_step
 from .draft_engine import DraftEngine
+from .tree import Tree, likeliest
 
 
 class HeadEngine(DraftEngine):
@@ -44,6 +46,10 @@ class HeadEngine(DraftEngine):
             self._states[:, begin : begin + some.shape[1]].index_copy_(0, slots, some)
             begin += some.shape[1]
 
+    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+        super().move(source, target)
+        self._states[torch.from_numpy(target).long()] = self._states[torch.from_numpy(source).long()]
+
     def time(self, size: int) -> None:
         state = torch.zeros(size, self._hidden_size, dtype=self._states.dtype)
         self.graph({**scratch_step(size, 4), **self._beside(np.zeros(size, np.int32), state), **self.pools})
@@ -61,6 +67,10 @@ class HeadEngine(DraftEngine):
     def _likeliest(self, logits: torch.Tensor) -> np.ndarray:
         return self._token_ids[logits.argmax(-1).numpy()]
 
+    def _best(self, logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        chances, tokens = super()._best(logits)
+        return chances, self._token_ids[tokens]
+
 
 class MedusaEngine(HeadEngine):
     """Medusa heads: all guesses at once, from the target's state at the token before the newest."""
@@ -70,12 +80,38 @@ class MedusaEngine(HeadEngine):
 
     def _guess(
         self, pages: np.ndarray, rows: np.ndarray, ends: np.ndarray, tokens: np.ndarray, nums: np.ndarray
-    ) -> list[list[int]]:
+    ) -> list[Sequence[int]]:
         page = pages[np.arange(len(pages)), (ends - 2) // self._page_size]
         logits = self._logits(self._slots(page, ends - 2))
-        found = self._likeliest(logits.view(len(rows), -1, len(self._token_ids)))  # [S, heads]
-        return [some[:num].tolist() for some, num in zip(found, nums, strict=True)]
+        logits = logits.view(len(rows), -1, len(self._token_ids))  # [S, heads, V]
+        chains: list[Sequence[int]] = [
+            some[:num].tolist() for some, num in zip(self._likeliest(logits), nums, strict=True)
+        ]
+        if not (trees := self._wants_tree(nums)).any():
+            return chains
+        chances, tokens = self._best(logits[:, : self._depth])  # [S, heads, branches]
+        for row in np.flatnonzero(trees):
+            chains[row] = product(tokens[row], chances[row], self._nodes)
+        return chains
 
     def _logits(self, slots: np.ndarray) -> torch.Tensor:
         states = self._states[torch.from_numpy(slots).long()]
         return self.graph({**scratch_step(len(slots), 1), names.FEATURES: states})[names.LOGITS]
+
+
+def product(tokens: np.ndarray, chances: np.ndarray, num: int) -> Tree:
+    """The likeliest tree of `num` nodes where guesses do not depend on one another: tokens, logarithms of their chances
+    [heads, branches], each head's in descending order (Medusa, arXiv:2401.10774)."""
+    heap = [(-float(chances[0, 0]), 0, 0, -1)]  # minus the chance of the path, head, branch, parent
+    found: list[tuple[int, int, float]] = []
+    while heap and len(found) < num:
+        minus, head, branch, parent = heapq.heappop(heap)
+        node = len(found)
+        found.append((int(tokens[head, branch]), parent, -minus))
+        if branch + 1 < tokens.shape[1]:
+            step = chances[head, branch] - chances[head, branch + 1]
+            heapq.heappush(heap, (minus + float(step), head, branch + 1, parent))
+        if head + 1 < len(tokens):
+            heapq.heappush(heap, (minus - float(chances[head + 1, 0]), head + 1, 0, node))
+    nodes, parents, paths = (np.array(column) for column in zip(*found, strict=True))
+    return likeliest(nodes, parents, paths, num)

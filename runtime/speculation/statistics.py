@@ -11,7 +11,7 @@ class SpeculationStats:
 
     drafts: times that tokens of a request were drafted and verified. drafted, accepted: tokens of them.
     accepted_at: how often the first, second, .. token of a draft was accepted. steps: steps that verified drafts;
-    all_steps: steps that sampled.
+    all_steps: steps that sampled. Of a tree, the tokens of a depth are at one place.
     """
 
     drafts: int = 0

@@ -1,19 +1,57 @@
 """Which samples of a verification step count.
 
 A request's share ends with its last known token and the drafts, and each of these is sampled from. The sample after a
-draft was drawn as if the draft were right; it counts only if all drafts before it are.
+draft was drawn as if the draft, and those that it follows, were right; it counts only if they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
 import numpy as np
 
+from .tree import parents_of
 
-def holding(tokens: np.ndarray, drafts: np.ndarray) -> np.ndarray:
+
+class Nodes(NamedTuple):
+    """What was guessed, as trees; int32 by sample. Each sample is after the token of a row."""
+
+    tokens: np.ndarray  # [N] of the row, a draft; -1: the last known token of its request
+    parents: np.ndarray  # [N] sample of the row that the draft follows; -1 there
+
+    @classmethod
+    def of(cls, drafts: Sequence[Sequence[int]]) -> Nodes:
+        """drafts: of each request that is sampled from."""
+        tokens: list[int] = []
+        parents: list[int] = []
+        for some in drafts:
+            begin = len(tokens)
+            tokens += (-1, *some)
+            parents += (-1, *(begin + 1 + parent for parent in parents_of(some)))
+        return cls(np.array(tokens, np.int32), np.array(parents, np.int32))
+
+    def before(self, samples: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Pairs of (places in `samples`, a draft before each of them), until all drafts before all were told."""
+        at = np.arange(len(samples))
+        while (deep := self.parents[samples] >= 0).any():
+            at, samples = at[deep], samples[deep]
+            yield at, self.tokens[samples]
+            samples = self.parents[samples]
+
+
+def holding(tokens: np.ndarray, drafts: np.ndarray, nodes: Nodes | None = None) -> np.ndarray:
     """tokens [N] sampled, drafts [N] what was guessed for each, -1 for the last of a request -> bool [N].
 
     A request's samples follow one another: up to its first that is not what was guessed, that one included, they hold.
+    nodes: instead of drafts; the samples along the path that holds.
     """
+    if nodes is not None:
+        held = nodes.parents < 0
+        right = ~held & (tokens[nodes.parents] == nodes.tokens)
+        while (more := right & ~held & held[nodes.parents]).any():
+            held |= more
+        return held
     last = drafts < 0
     wrong = (tokens != drafts) & ~last
     before = np.cumsum(wrong) - wrong  # wrong guesses before each sample, of all requests
@@ -26,3 +64,13 @@ def depths(drafts: np.ndarray) -> np.ndarray:
     at = np.arange(len(drafts))
     first = np.concatenate(([True], drafts[:-1] < 0))
     return at - np.maximum.accumulate(np.where(first, at, 0))
+
+
+def moves(held: np.ndarray, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
+    """held [N] of trees -> samples whose rows are not where a chain would have them, and the rows that are: [M] each,
+    of what holds; to be read before anything is written."""
+    index = np.flatnonzero(held)
+    roots = np.flatnonzero(nodes.parents[index] < 0)
+    begin = np.repeat(roots, np.diff(np.append(roots, len(index))))
+    to = index[begin] + np.arange(len(index)) - begin
+    return index[index != to], to[index != to]

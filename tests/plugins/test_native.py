@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from ingot.plugins import OPS, native
 from ingot.plugins.dtypes import TORCH_DTYPES
 from ingot.plugins.native_binders import MAX_ROWS
+from random_tree import bits_of, random_parents
 
 # One rounding of a result near 1 to 8: half an ulp of bf16 at 4 is 2^-7; fp32 sums differ in order only.
 TOLERANCE = {
@@ -193,7 +195,7 @@ class Pool:
             setattr(self, name, pages)
         return self
 
-    def compare(self, kernels, packed, sinks=None, tolerance=None, constant=False, **options):
+    def compare(self, kernels, packed, sinks=None, tolerance=None, constant=False, ancestors=None, **options):
         """Output and both pools after a native launch equal the reference's; the pool's NaN stay NaN."""
         binder, calls = launches_of(kernels["PagedAttention"])
         attributes = {"scale": 0.18, "window": 0, "softcap": 0.0, **options, **self.attributes}
@@ -201,8 +203,11 @@ class Pool:
         pools = [[self.k_pages.clone(), self.v_pages.clone()] for _ in range(2)]
         index = [self.slots, self.query_start, self.kv_len, self.pages]
         known = self.scales if constant else [None, None]
-        got = binder(attributes, (*[None] * 10, *known))(*qkv, *index, *pools[0], sinks, *self.scales)
-        expected = OPS["PagedAttention"].reference(*qkv, *index, *pools[1], sinks, *self.scales, **attributes)
+        run = binder(attributes, (*[None] * 10, *known, None))
+        got = run(*qkv, *index, *pools[0], sinks, *self.scales, ancestors)
+        expected = OPS["PagedAttention"].reference(
+            *qkv, *index, *pools[1], sinks, *self.scales, ancestors, **attributes
+        )
         assert calls
         torch.testing.assert_close(got, expected, **(tolerance or TOLERANCE[got.dtype]))
         for a, b in zip(*pools, strict=True):
@@ -232,6 +237,24 @@ def test_attention_over_pages_of_8_bits(kernels, dtype, pages, heads, kv_heads, 
         pool.compare(kernels, packed=False, constant=True, softcap=2.0, window=90, sinks=sinks)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads,kv_heads,dim,v_dim", [(6, 2, 64, 64), (4, 4, 24, 40), (8, 1, 80, 80)])
+def test_attention_over_a_tree_of_drafts(kernels, dtype, heads, kv_heads, dim, v_dim):
+    """Trees at the end of sequences, some of whose nodes earlier steps wrote; a prompt and a row of decoding beside."""
+    past, new, nodes = [0, 100, 17, 30, 250, 63, 45], [70, 1, 8, 32, 9, 1, 20], [0, 0, 7, 32, 8, 21, 31]
+    rng, ancestors = random.Random(torch.initial_seed()), []
+    for n, num in zip(new, nodes, strict=True):
+        tree = random_parents(rng, num)
+        ancestors += [bits_of(tree, num - n + j, num) if num and n - j <= num else -1 for j in range(n)]
+    told = dict(ancestors=torch.tensor(ancestors, dtype=torch.int32))
+    pool = Pool(past, new, heads, kv_heads, dim, v_dim, dtype)
+    pool.compare(kernels, packed=True, **told)
+    pool.compare(kernels, packed=False, window=20, **told)
+    pool.compare(kernels, packed=False, softcap=2.0, window=5, sinks=torch.randn(heads).to(dtype), **told)
+    scale = torch.tensor([0.004])
+    pool.quantised(torch.int8, scale, scale).compare(kernels, packed=True, softcap=3.0, **told)
+
+
 def test_numbers_are_stored_in_pages_as_torch_stores_them(kernels):
     """Every pattern of the upper 16 bits of fp32: numbers of all sizes, halves between two stored ones, NaN."""
     x = (torch.arange(1 << 16, dtype=torch.int32) << 16).view(torch.float32).view(1, -1)
@@ -243,7 +266,7 @@ def test_numbers_are_stored_in_pages_as_torch_stores_them(kernels):
             [[torch.zeros(1, 1, 1, 1 << 16, dtype=dtype) for _ in "kv"] for _ in range(2)],
             [torch.tensor([scale])] * 2,
         )
-        kernels["PagedAttention"](attributes, (None,) * 12)(x, x, x, *step, *pools[0], None, *scales)
+        kernels["PagedAttention"](attributes, (None,) * 13)(x, x, x, *step, *pools[0], None, *scales)
         OPS["PagedAttention"].reference(x, x, x, *step, *pools[1], None, *scales, **attributes)
         known = slice(None) if dtype.is_floating_point else ~x[0].isnan()  # int8 has no NaN
         for ours, theirs in zip(*pools, strict=True):

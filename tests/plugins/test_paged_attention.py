@@ -10,6 +10,7 @@ import pytest
 import torch
 from ingot.engines.errors import EngineError
 from ingot.plugins import OPS
+from random_tree import bits_of, path_to, random_parents
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 PAGE_SIZE = 4
@@ -199,3 +200,61 @@ def test_pages_and_scales_that_do_not_fit():
     pool.k_pages = pool.k_pages.bfloat16()
     with pytest.raises(EngineError, match="was given torch.float32 for KV pages of torch.bfloat16"):
         pool.run(packed=True, scale=1.0, v_scale=one)
+
+
+TREE_OPTIONS = {
+    "plain": {},
+    "window": {"window": 5},
+    "wide": {"window": 29},
+    "all": {"window": 3, "softcap": 2.0, "sinks": True},
+}
+
+
+def grown(rng, past, new, nodes, **shape):
+    """A pool whose sequence s ends with nodes[s] nodes of a random tree, and what each of its new tokens sees."""
+    pool = Pool(past, new, seed=rng.randrange(2**31), **shape)
+    trees = [random_parents(rng, num) for num in nodes]
+    ancestors = []
+    for n, num, tree in zip(new, nodes, trees, strict=True):
+        ancestors += [bits_of(tree, num - n + j, num) if n - j <= num and num else -1 for j in range(n)]
+    return pool, trees, torch.tensor(ancestors, dtype=torch.int32)
+
+
+def by_path(pool, trees, options):
+    """Each new token by itself, over the keys of its path in their order."""
+    rows = []
+    for q, k, v, tree in zip(pool.queries, pool.keys, pool.values, trees, strict=True):
+        known = len(k) - len(tree)
+        for j in range(len(q)):
+            place = len(k) - len(q) + j
+            seen = [*range(min(known, place + 1)), *(known + node for node in path_to(tree, place - known))]
+            rows.append(naive(q[j : j + 1], k[seen], v[seen], **options))
+    return torch.cat(rows).flatten(1)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("options", TREE_OPTIONS.values(), ids=TREE_OPTIONS)
+def test_a_node_sees_its_path(dtype, options):
+    """Trees that begin in this step, and trees that earlier steps began; at the beginning of a sequence; a chain."""
+    rng = random.Random(seed := torch.seed() % 2**32)
+    past, new, nodes = [40, 0, 70, 21, 9, 30], [9, 12, 4, 1, 40, 32], [8, 11, 30, 17, 0, 32]
+    pool, trees, ancestors = grown(rng, past, new, nodes, heads=4, kv_heads=2, dim=10, v_dim=6, dtype=dtype)
+    options = {"scale": 0.3, **options}
+    if "sinks" in options:
+        options["sinks"] = torch.randn(4).to(dtype)
+    y = pool.run(packed=True, ancestors=ancestors, **options)
+    assert (y.double() - by_path(pool, trees, options)).abs().max() < TOLERANCE[dtype], f"seed {seed}"
+
+
+def test_a_chain_is_what_it_is_without_a_tree():
+    past, new = [30, 0, 5], [4, 9, 1]
+    chains = [bits_of(range(-1, n - 1), j, n) for n in new for j in range(n)]
+    for window in (0, 7):
+        plain, *told = (
+            Pool(past, new, heads=4, kv_heads=2, dim=8, v_dim=8, dtype=torch.float32, seed=1).run(
+                packed=True, scale=0.3, window=window, ancestors=bits and torch.tensor(bits, dtype=torch.int32)
+            )
+            for bits in (None, [-1] * sum(new), chains)
+        )
+        assert torch.allclose(plain, told[0], atol=1e-6)
+        assert torch.allclose(plain, told[1], atol=1e-6)

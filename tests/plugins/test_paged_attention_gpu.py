@@ -17,6 +17,7 @@ from ingot.plugins import OPS, tactics_of
 from ingot.plugins.paged_attention.kernel import tactics
 from ingot.plugins.paged_attention.launches import shared_memory
 from ingot.plugins.tactic import Device, Site, Tensor
+from random_tree import bits_of, random_parents
 from triton_run import DEVICE, described, run_tactic
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton's interpreter
@@ -44,7 +45,7 @@ def some_of(found, num):
 class Case:
     """Random sequences of `past` written and `new` query tokens, and `spare` padded sequences and tokens."""
 
-    def __init__(self, past, new, heads, kv_heads, dim, v_dim, page, dtype, *, packed, spare=0, options):
+    def __init__(self, past, new, heads, kv_heads, dim, v_dim, page, dtype, *, packed, spare=0, options, nodes=None):
         seed = int.from_bytes(os.urandom(4), "little")
         print("seed", seed)  # shown when a test fails
         rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -75,11 +76,18 @@ class Case:
         starts = [0, *torch.tensor(new).cumsum(0).tolist()]
         sinks = random_(heads) if options.pop("sinks", False) else None
         i32 = torch.int32
+        ancestors = None
+        if nodes:  # of a tree at the end of each sequence
+            ancestors = [-1] * total
+            for begin, n, num in zip(starts, new, nodes, strict=False):
+                tree, few = random_parents(rng, num), min(n, num)
+                ancestors[begin + n - few : begin + n] = [bits_of(tree, num - few + j, num) for j in range(few)]
+            ancestors = torch.tensor(ancestors, dtype=i32)
         self.inputs = [
             q, k, v, torch.tensor(slots + [0] * spare, dtype=i32),
             torch.tensor(starts + [self.real] * spare, dtype=i32),
             torch.tensor(lengths + [0] * spare, dtype=i32), pages, pool(dim), pool(v_dim), sinks,
-            None, None,
+            None, None, ancestors,
         ]  # fmt: skip
         self.attributes = {
             "layer": 0, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "v_head_dim": v_dim,
@@ -95,7 +103,7 @@ class Case:
         angles = torch.rand(len(self.inputs[0]), rotary // 2) * 7
         self.inputs[1:3] = [torch.cat((angles.cos(), angles.sin()), 1).to(table)]
         self.op, self.attributes = "RotaryPagedAttention", self.attributes | rotation
-        if table == torch.float32 and self.inputs[-1] is not None:  # what rounds differently is a number further
+        if table == torch.float32 and self.inputs[-2] is not None:  # what rounds differently is a number further
             self.key_bounds = dict(rtol=0.13, atol=1)
         elif table == torch.float32:  # a GPU makes one operation of a product and a sum in fp32, which is rounded once
             self.key_bounds = dict(rtol=torch.finfo(self.dtype).eps, atol=1e-6)
@@ -123,7 +131,7 @@ class Case:
             (y,) = run_tactic(tactic, inputs, [output])
             error = (y.cpu()[: self.real].float() - expected[: self.real].float()).abs().max()
             assert error < TOLERANCE[self.dtype], f"{tactic.name}: {error}"  # false for NaN
-            for ours, theirs, bounds in zip(inputs[-5:-3], copies[-5:-3], (self.key_bounds, EXACT), strict=True):
+            for ours, theirs, bounds in zip(inputs[-6:-4], copies[-6:-4], (self.key_bounds, EXACT), strict=True):
                 # slot 0 holds any padded token
                 ours, theirs = ours.cpu().float().flatten(0, 1)[1:], theirs.float().flatten(0, 1)[1:]
                 same = torch.allclose(ours.nan_to_num(123.0), theirs.nan_to_num(123.0), **bounds)
@@ -265,6 +273,33 @@ def test_verification(dtype, options):
         assert {bool(tactic.workspace) for tactic in found} == {True, False}, "with splits and without"
 
 
+TREES = ([60, 5, 0, 40, 33], [9, 3, 12, 1, 4], [8, 3, 11, 20, 31])  # past and new tokens, nodes of a tree at the end
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", ["plain", "all"])
+def test_trees_of_drafts(dtype, options):
+    """Steps of verification, of single nodes, and beside a prompt; trees that earlier steps began."""
+    past, new, nodes = TREES
+    for more, most in ((new, 12), ([1] * 5, 1), ([9, 40, 12, 1, 4], None)):
+        case = Case(past, more, 6, 2, 20, 12, 8, dtype, packed=most == 12, spare=2, options=OPTIONS[options],
+                    nodes=nodes)  # fmt: skip
+        case.max_query = most
+        assert all(len(tactic.launches) == 2 for tactic in case.check(FEW_SMS, slice(None) if GPU else 1))
+
+
+@pytest.mark.parametrize("pages", [None, *EIGHT_BITS])
+@pytest.mark.parametrize("most", [1, 12, None])
+def test_trees_with_rotation_and_pages_of_8_bits(pages, most):
+    rotary, table, rotation = ROTATIONS[0]
+    past, new, nodes = TREES
+    case = Case(past, [1] * 5 if most == 1 else new, 6, 2, 20, 12, 8, torch.float16, packed=True, spare=1,
+                options={"window": 30}, nodes=nodes)  # fmt: skip
+    case = (case.quantised(pages, 2, 2) if pages else case).rotated(rotary, torch.float16, **rotation)
+    case.max_query = most
+    case.check(FEW_SMS, slice(None) if GPU else 1)
+
+
 @pytest.mark.parametrize("pages", EIGHT_BITS)
 def test_verification_with_rotation_into_pages_of_8_bits(pages):
     rotary, table, rotation = ROTATIONS[0]
@@ -343,12 +378,14 @@ def test_every_tactic_compiles(capability, pages):
     attributes = {"layer": 0, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "v_head_dim": 128,
                   "scale": 128**-0.5, "window": 0, "softcap": 0.0}  # fmt: skip
     kernels = set()
-    for tokens, sequences, max_query in ((4, 4, 1), (256, 16, None), (8, 8, 8)):
+    steps = [(4, 4, 1, 0), (256, 16, None, 0), (8, 8, 8, 0), *([(32, 2, 16, 1)] if pages == "bfloat16" else [])]
+    for tokens, sequences, max_query, tree in steps:
         pools, scale = Tensor((1000, 16, 8, 128), pages), None if pages == "bfloat16" else Tensor((8,), "float32")
         inputs = (bf16(tokens, 6144), None, None, i32(tokens), i32(sequences + 1), i32(sequences), i32(sequences, 512),
-                  pools, pools, None, scale, scale)  # fmt: skip
-        site = Site("PagedAttention", attributes, inputs, (bf16(tokens, 4096),), Device(capability), max_query)
-        found = tactics(site) if pages == "bfloat16" else some_of(tactics(site), 1)
+                  pools, pools, None, scale, scale, i32(tokens) if tree else None)  # fmt: skip
+        site = Site("PagedAttention", {**attributes, "window": 100 * tree}, inputs, (bf16(tokens, 4096),),
+                    Device(capability), max_query)  # fmt: skip
+        found = tactics(site) if pages == "bfloat16" and not tree else some_of(tactics(site), 1)
         kernels |= {launch.kernel for tactic in found for launch in tactic.launches}
     assert len(kernels) >= (4 if pages == "bfloat16" else 2), "a choice for decode and one for chunks"
     if pages == "float8_e4m3fn":

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from ingot import LLM, RequestError, SamplingParams
 from ingot.runtime.grammar import Grammars, StructuredOutputs
+from ingot.runtime.speculation.tree import Tree
 
 pytest.importorskip("llguidance")
 
@@ -98,6 +99,22 @@ def test_neighbours_in_the_batch_are_not_disturbed(demo_engine):
         found = [output.outputs[0].token_ids for output in llm.generate(prompts, params, progress=False)]
         assert llm.metrics().preemptions > 0
     assert found == alone
+
+
+def test_trees_of_drafts_follow_the_grammar(llm):
+    """Each node's mask is that after its own path; what does not fit, or ends the answer, goes with all behind it."""
+    grammars = Grammars(llm.text.tokenizer.to_str(), llm.vocab_size, llm._session.scheduler.eos_token_ids)
+    matcher = grammars.matcher(StructuredOutputs(regex="[ab][cd][0-9]{3}"))
+    a, b, c, d, x, one = (llm.text.encode(text, add_special_tokens=False)[0] for text in "abcdx1")
+    tree = Tree([a, c, b, x, d, c, one, one, x], [-1, 0, -1, -1, 2, 2, 4, 3, 5])
+    fit = matcher.fitting(tree)
+    assert fit == (a, c, b, d, c, one) and fit.parents == (-1, 0, -1, 2, 2, 3)
+    before, masks = matcher.mask.copy(), matcher.masks(fit)
+    assert np.array_equal(matcher.mask, before) and np.array_equal(masks[0], before) and len(masks) == 1 + len(fit)
+    for i, mask in enumerate(masks[1:]):
+        alone = grammars.matcher(StructuredOutputs(regex="[ab][cd][0-9]{3}"))
+        assert not any(map(alone.advance, fit.up_to(i))) and np.array_equal(alone.mask, mask)
+    assert matcher.fitting([a, c, x]) == [a, c] and not matcher.advance(b), "it is where it was"
 
 
 def test_masks_are_those_of_the_tokens_that_may_follow(llm):

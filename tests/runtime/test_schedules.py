@@ -21,6 +21,8 @@ from ingot.runtime.kv import SCRATCH_PAGE, PagePool
 from ingot.runtime.request import Request, RequestError, SamplingParams, State, fan_out
 from ingot.runtime.scheduler import Scheduler
 from ingot.runtime.speculation.statistics import SpeculationStats
+from ingot.runtime.speculation.tree import Tree, depth_of, first, parents_of
+from random_tree import path_to, random_parents
 
 EOS, STOP, VOCABULARY, MOST_DRAFTS = 0, 1, 12, 5
 BASES = [[2, 3, 4, 2, 3, 4, 5, 6] * 4, [2, 3, 4, 2, 3, 5, 5, 9] * 4, [7] * 32]  # prompts begin alike
@@ -80,7 +82,7 @@ class Follower:
         return False
 
     def fitting(self, drafts):
-        return drafts[: self.num_seen % 4]
+        return first(drafts, self.num_seen % 4)
 
 
 class Guesses:
@@ -96,16 +98,20 @@ class Guesses:
     def propose(self, request, most):
         assert request.id not in self.ended and most >= 0
         if self.ahead:
-            return request.drafts[:most]
+            return first(request.drafts, most)
         return self.guess(request, len(request.tokens), min(most, self.rng.choice([0, 1, 3, MOST_DRAFTS])))
 
     def guess(self, request, length, num):
-        record = self.records[request.id]
-        wrong = [self.rng.random() > self.right for _ in range(num)]
-        return [(record.token_at(length + i) + wrong[i]) % VOCABULARY for i in range(num)]
+        record, lucky = self.records[request.id], [self.rng.random() < self.right for _ in range(num + 1)]
+        if self.rng.random() < 0.5:
+            return [(record.token_at(length + i) + (not lucky[i])) % VOCABULARY for i in range(num)]
+        parents = random_parents(self.rng, num)
+        shifts = [parents[:i].count(parent) - (lucky[parent] or -1) for i, parent in enumerate(parents)]  # by sibling
+        right = [record.token_at(length + len(path_to(parents, i)) - 1) for i in range(num)]
+        return Tree([(token + shift) % VOCABULARY for token, shift in zip(right, shifts, strict=True)], parents)
 
-    def num_ahead(self, request):
-        return self.rng.choice([0, 2, MOST_DRAFTS]) if self.ahead else 0
+    def num_ahead(self, request, most):
+        return max(0, min(most, self.rng.choice([0, 2, MOST_DRAFTS]))) if self.ahead else 0
 
     def observe(self, step, tokens, seconds):
         assert len(step) == len(tokens)
@@ -181,17 +187,20 @@ class World:
                 self.events["bound"] += 1
             tokens = [self.last_token[work.row] if token == -1 else token for token in work.tokens]
             assert len(tokens) == work.num_tokens > 0
-            kv, drafted = 0, work.kv_len - len(work.drafts)
+            drafted, parents = work.kv_len - len(work.drafts), parents_of(work.drafts)
             for position, token in enumerate(tokens, work.start):
                 slot = self.slot(work, position)
                 if position < drafted:
                     assert token == record.token_at(position), "the executor would compute another token"
                 assert slot // self.pool.page_size != SCRATCH_PAGE and slot not in written, "two tokens in one slot"
-                kv = written[slot] = record.kv_at(position) if position < drafted else hash((kv, token))
+                if position < drafted:
+                    written[slot] = record.kv_at(position)
+                else:
+                    parent = self.slot(work, drafted + parents[position - drafted])
+                    written[slot] = hash((written[parent], token))
             assert not work.drafts or drafted == len(work.request.tokens)
-            assert work.kv_len < work.request.limit and len(work.pages) * self.pool.page_size >= (
-                work.kv_len + work.num_ahead
-            ), "no room for drafts"
+            assert drafted + depth_of(work.drafts) < work.request.limit and work.kv_len <= self.scheduler.max_model_len
+            assert len(work.pages) * self.pool.page_size >= work.kv_len + work.num_ahead, "no room for drafts"
         assert not any(slots & written.keys() for *_, slots in self.in_flight), "a slot in use is overwritten"
         self.kv |= written
         tokens, scored, slots, drafts = [], [], set(), []
@@ -204,9 +213,14 @@ class World:
             assert work.num_samples <= 1 if not work.drafts else work.num_samples == 1 + len(work.drafts)
             tokens.append([record.token_at(work.kv_len)] * (work.num_samples - len(work.drafts)))
             if work.drafts:
-                right = [record.token_at(known + i) == draft for i, draft in enumerate(work.drafts)]
-                num_right = [*right, False].index(False)
+                tree = Tree(work.drafts, parents_of(work.drafts))
+                path = tree.path([record.token_at(known + i) for i in range(depth_of(tree))])
+                num_right = len(path)
                 tokens[-1] = [record.token_at(known + i) for i in range(num_right + 1)]
+                found = [self.kv[self.slot(work, known + node)] for node in path]
+                assert found == [record.kv_at(known + i) for i in range(num_right)]
+                self.kv |= {self.slot(work, known + i): kv for i, kv in enumerate(found)}  # as the executor moves it
+                self.events["moved"] += path != [*range(num_right)]
                 self.events += Counter(accepted=num_right, rejected=len(work.drafts) - num_right)
             drafts.append(self.guesses.guess(work.request, known + len(tokens[-1]), work.num_ahead)
                           if self.guesses else [])  # fmt: skip
@@ -339,7 +353,7 @@ def test_thousands_of_random_schedules(speculating):
         except Exception as error:
             raise AssertionError(f"seed {seed}") from error
     wanted = ["preemptions", "evictions", "hits", "kv_pool", "ended in flight", "bound"]
-    wanted += ["accepted", "rejected"] if speculating else []
+    wanted += ["accepted", "rejected", "moved"] if speculating else []
     assert min(events[e] for e in wanted) > 100, events
 
 

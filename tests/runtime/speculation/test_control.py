@@ -6,6 +6,7 @@ import pytest
 from ingot.runtime.request import Request, SamplingParams, State
 from ingot.runtime.speculation.control import Speculation
 from ingot.runtime.speculation.costs import Costs, Curve
+from ingot.runtime.speculation.tree import Tree, depth_of, first, parents_of
 from ingot.runtime.step import Work
 
 
@@ -58,7 +59,7 @@ def simulate(num, right, cost, draft_cost=None, steps=300, most=4, wrong_by=1.0,
         works, found = [], []
         for request in requests:
             drafts = speculation.propose(request, most) if on else []
-            ahead = speculation.num_ahead(request) if on else 0
+            ahead = speculation.num_ahead(request, most) if on else 0
             works.append(work_of(request, drafts, ahead))
             held = 1
             while held <= len(drafts) and rng.random() < right:
@@ -172,3 +173,58 @@ def test_who_comes_next_is_drafted_for_at_once():
     assert speculation.plan([]), "its prompt's step is followed by drafts"
     assert speculation.plan([Request("next", [1] * 8, SamplingParams())])
     assert not speculation.plan([Request("other", [1] * 8, SamplingParams(speculate=False))])
+
+
+def grow(nodes, most):
+    """A tree of `nodes` nodes: two children of each of a likeliest path of `most`, as far as they go."""
+    parents = [-1, *range(most - 1), *(i - 1 for i in range(most))][:nodes]
+    return Tree([1] * most + [2] * (nodes - most), parents)
+
+
+def with_trees(num, right, second, cost, draft_cost, steps=400, most=4, nodes=8, seed=0):
+    """As `simulate`, where trees have a second guess, right in `second` of the cases -> speed-up, share of trees."""
+    rng, sizes = random.Random(seed), [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+    costs = Costs(Curve(sizes, list(map(cost, sizes))), Curve(sizes, list(map(draft_cost, sizes))))
+    speculation = Speculation(Oracle(True), most, costs, nodes=nodes)
+    requests = [Request(str(i), [1] * 8, SamplingParams()) for i in range(num)]
+    seconds = tokens = trees = 0.0
+    for _ in range(steps):
+        on, works, found = speculation.plan(requests), [], []
+        for request in requests:
+            drafts = first(request.drafts, nodes) if on else ()
+            ahead = speculation.num_ahead(request, 99) if on else 0
+            request.drafts = grow(ahead, most) if ahead > most else [1] * ahead
+            works.append(work_of(request, drafts, ahead))
+            answer = []  # 1: the likeliest, 2: the second guess, 3: neither
+            while len(answer) <= depth_of(drafts) and (answer or [1])[-1] == 1:
+                dice = rng.random()
+                answer.append(1 if dice < right else 2 if dice < right + second else 3)
+            path = Tree(drafts, parents_of(drafts)).path(answer)
+            found.append(answer[: len(path) + 1] if len(answer) > len(path) else [*answer, 3])
+            trees += isinstance(drafts, Tree)
+        took = cost(sum(work.num_tokens for work in works)) + costs.drafting([w.num_ahead for w in works], most)
+        for request, some in zip(requests, found, strict=True):
+            request.tokens += some
+        speculation.observe(tuple(works), found, took)
+        seconds, tokens = seconds + took, tokens + sum(map(len, found))
+    return cost(num) / num * tokens / seconds, trees / steps / num, speculation.stats()
+
+
+def test_trees_where_they_pay():
+    """Rows that cost nothing, a drafter that is often wrong at first but right at the second guess."""
+    speedup, trees, stats = with_trees(1, 0.5, 0.3, lambda n: max(1.0, 0.02 * n), lambda n: 0.05)
+    assert trees > 0.8 and speedup > 1.8
+    assert stats.drafted_at[0] > 1.5 * stats.drafts and stats.mean_length > 2
+
+
+def test_chains_where_trees_cost_more_than_they_gain():
+    for num, second in ((1, 0.0), (8, 0.3)):
+        speedup, trees, _ = with_trees(num, 0.75, second, lambda n: 0.2 + 0.12 * n, lambda n: 0.02)
+        assert trees < 0.2 and speedup > 0.97
+
+
+def test_drafting_costs_what_it_runs():
+    costs = Costs(Curve([1, 64], [1.0, 1.0]), Curve([1, 2, 4, 8, 16], [1.0, 2.0, 4.0, 8.0, 16.0]))
+    assert costs.drafting([], 4) == 0 and costs.drafting([3], 4) == 3 and costs.drafting([3, 1], 4) == 2 + 1 + 1
+    assert costs.drafting([13], 4) == 1 + 4 + 4 + 4 and costs.drafting([13, 2], 4) == 2 + 5 + 4 + 4
+    assert costs._replace(at_once=True).drafting([13, 2], 4) == 2 and Costs(costs.target).drafting([3], 4) == 0

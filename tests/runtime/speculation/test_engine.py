@@ -4,14 +4,20 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
+import torch
 from answers import PROMPTS, ROOMY, TIGHT, answers, half_right
 from hand_made import DEMO, cast_llama
 from ingot import LLM, SamplingParams
 from ingot.engines.errors import EngineError
 from ingot.engines.manifest import Manifest
+from ingot.runtime import cpu
 from ingot.runtime.capacity import ServeConfig
 from ingot.runtime.executor import open_executor
+from ingot.runtime.speculation.tree import Tree
+from random_tree import grown, same_tree
+from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +38,17 @@ def wanted(engine):
 
 
 @pytest.mark.parametrize("room", [ROOMY, TIGHT], ids=["roomy", "tight"])
-@pytest.mark.parametrize("speculate", ["ngram", "suffix", "draft"])
-def test_answers_are_those_without_drafts(engine, draft, wanted, speculate, room):
-    options = {"draft_engine": draft} if speculate == "draft" else {}
+@pytest.mark.parametrize("speculate", ["ngram", "suffix", "draft", "tree"])
+def test_answers_are_those_without_drafts(engine, draft, wanted, speculate, room, monkeypatch):
+    options = {"draft_engine": draft} if speculate in ("draft", "tree") else {}
+    if speculate == "tree":
+        speculate, options["num_draft_nodes"] = "draft", 12
+    moved = []
+    monkeypatch.setattr(cpu, "move", lambda pools, *slots, move=cpu.move: moved.append(slots) or move(pools, *slots))
     with LLM(engine, speculate=speculate, adapt_drafts=False, num_draft_tokens=3, **options, **room) as llm:
         assert answers(llm) == wanted
         metrics = llm.metrics()
+    assert (len(moved) > 5) == ("num_draft_nodes" in options)
     stats = metrics.speculation
     assert stats.accepted > 20 and stats.drafted > stats.accepted and metrics.kv_utilisation == 0
     assert sum(stats.accepted_at) == stats.accepted and stats.accepted_at[0] >= stats.accepted_at[-1] > 0
@@ -58,8 +69,64 @@ def test_an_engine_that_drafts_for_itself_is_always_right(engine, room):
     assert (preemptions > 0) == (room is TIGHT)
 
 
-def test_adaptation_changes_no_answer(engine, draft, wanted):
-    with LLM(engine, speculate="draft", draft_engine=draft, **ROOMY) as llm:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+def test_slots_are_read_before_they_are_written(dtype):
+    """Pages are anywhere; what moves to a slot that something else moves from, does not move on."""
+    pools = {name: torch.randint(0, 99, (4, 3, 2, 5)).to(dtype) for name in "kv"}
+    before = {name: pool.clone().float().flatten(0, 1) for name, pool in pools.items()}
+    cpu.move(pools, np.array([7, 3, 11], np.int32), np.array([3, 10, 7], np.int32))
+    for name, pool in pools.items():
+        wanted = before[name].clone()
+        wanted[[3, 10, 7]] = before[name][[7, 3, 11]]
+        assert torch.equal(pool.float().flatten(0, 1), wanted)
+
+
+def test_a_tree_from_the_engine_itself_is_always_right(engine):
+    greedy = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    options = dict(speculate="draft", draft_engine=engine, adapt_drafts=False, num_draft_tokens=4, num_draft_nodes=15)
+    with LLM(engine, **options, **TIGHT) as llm:
+        for _ in range(2):
+            llm.generate(PROMPTS, greedy, progress=False)
+        stats, preemptions = llm.metrics().speculation, llm.metrics().preemptions
+    assert preemptions and stats.accepted_at[0] == stats.drafts > 50 and stats.mean_length > 4
+    assert stats.drafted_at[0] > stats.drafts, "no trees were drafted"
+
+
+def test_trees_are_those_of_plain_torch(engine, draft, tmp_path):
+    """What a draft engine guesses for requests that are chunked, thrown out and found in the prefix cache."""
+    model, seen = AutoModelForCausalLM.from_pretrained(half_right(tmp_path / "draft"), dtype=torch.float32), []
+    options = dict(speculate="draft", draft_engine=draft, adapt_drafts=False, num_draft_tokens=3, num_draft_nodes=10)
+    with LLM(engine, **options, **TIGHT) as llm:
+        drafter = llm._session.executor.drafter
+
+        def record(pages, rows, ends, *rest, guess=drafter._guess):
+            guesses = guess(pages, rows, ends, *rest)
+            for row, end, some in zip(pages, ends, guesses, strict=True):
+                at = np.arange(end)
+                seen.append((drafter._token[drafter._slots(row[at // 4], at)].tolist(), some))
+            return guesses
+
+        drafter._guess = record
+        greedy = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+        outputs = [llm.generate(PROMPTS, greedy, progress=False) for _ in range(2)]
+    texts = [[*output.prompt_token_ids, *output.outputs[0].token_ids] for output in outputs[0]]
+    assert all(tokens in [text[: len(tokens)] for text in texts] for tokens, _ in seen), (
+        "other tokens than the target's"
+    )
+    trees = [(tokens, found) for tokens, found in seen if isinstance(found, Tree)]
+    assert len(trees) > 50
+
+    def after(tokens):
+        return lambda path: model(torch.tensor([tokens + path])).logits[0, -1].log_softmax(-1)
+
+    with torch.inference_mode():
+        for tokens, found in trees[:: len(trees) // 30]:
+            assert same_tree(found, grown(after(tokens), 3, 10, run=4))
+
+
+@pytest.mark.parametrize("nodes", [0, 12])
+def test_adaptation_changes_no_answer(engine, draft, wanted, nodes):
+    with LLM(engine, speculate="draft", draft_engine=draft, num_draft_nodes=nodes, **ROOMY) as llm:
         assert answers(llm) == wanted
 
 
@@ -100,6 +167,12 @@ def other_tokenizer(engine, out):
         ({"speculate": "ngram", "num_draft_tokens": 8, "max_model_len": 8}, "a request may have 8 tokens only"),
         ({"speculate": "ngram", "prompt_lookup_min": 5}, "prompt_lookup_min is 5; it must not exceed"),
         ({"speculate": "ngram", "prompt_lookup_max": True}, "prompt_lookup_max is True"),
+        ({"num_draft_nodes": 32}, "num_draft_nodes is 32; it must be an integer from 0 to 31"),
+        ({"speculate": "ngram", "num_draft_nodes": 8}, "num_draft_nodes is for speculate=draft, eagle, medusa, which"),
+        (
+            {"speculate": "draft", "draft_engine": "x", "num_draft_nodes": 4},
+            "num_draft_nodes is 4, but a chain has 4 .* already",
+        ),
     ],
 )
 def test_options_that_cannot_work_are_refused(engine, options, message):
@@ -126,13 +199,16 @@ def test_draft_engines_that_do_not_fit_are_refused(engine, tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_the_tensorrt_target_refuses(engine):
+def test_other_targets_refuse(engine):
     from ingot.runtime.engine import Engine
 
     opened = Engine.open(engine)
     other = dataclasses.replace(opened, manifest=dataclasses.replace(opened.manifest, target="tensorrt"))
     with pytest.raises(EngineError, match="speculate is 'ngram', but .* tensorrt target, which cannot verify drafts;"):
         open_executor(other, ServeConfig(speculate="ngram"))
+    other = dataclasses.replace(opened, manifest=dataclasses.replace(opened.manifest, target="cuda"))
+    with pytest.raises(EngineError, match="num_draft_nodes is 8, but .* cuda target, where drafts are chains so far;"):
+        open_executor(other, ServeConfig(speculate="draft", draft_engine="x", num_draft_nodes=8))
 
 
 def test_the_benchmark_compares_and_draws(engine, tmp_path):

@@ -8,11 +8,13 @@ import pytest
 import torch
 from answers import PROMPTS, ROOMY, TIGHT, answers
 from hand_made import DEMO, cast_llama
-from heads import drafts, medusa_drafts, write_head, write_medusa
+from heads import drafts, logprobs_after, medusa_logits, write_head, write_medusa
 from ingot import LLM, BuildConfig, SamplingParams, build_engine
 from ingot.builder.heads.train import TrainConfig, train_head
 from ingot.engines.errors import EngineError
 from ingot.engines.manifest import Manifest
+from ingot.runtime.speculation.tree import Tree
+from random_tree import grown, same_tree
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +24,12 @@ TARGET = DEMO / "pycoder-draft-2m"
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     return cast_llama(TARGET, tmp_path_factory.mktemp("engines") / "small", hidden_states=(0, 1, 2))
+
+
+@pytest.fixture(scope="module")
+def wanted(engine):
+    with LLM(engine, **ROOMY) as llm:
+        return answers(llm)
 
 
 @pytest.fixture(scope="module")
@@ -117,26 +125,51 @@ def test_drafts_are_those_of_plain_torch(engine, build, trained, head, model, tm
             assert found == drafts(tensors, config, features, tokens, len(found), embedding)
 
 
-def test_medusa_drafts_are_those_of_plain_torch(engine, build, model, tmp_path):
+def test_trees_are_those_of_plain_torch(engine, trained, head, model):
+    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor
+               for name, tensor in load_file(trained[0] / "model.safetensors").items()}  # fmt: skip
+    config, embedding = json.loads((trained[0] / "config.json").read_text()), model.get_input_embeddings().weight
+    trees = 0
+    with torch.inference_mode():
+        for tokens, found in drafted(engine, speculate="eagle", draft_engine=head, num_draft_nodes=9):
+            states = model(torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states
+            rest = tensors, config, torch.cat([states[i][0] for i in (2, 1, 0)], -1), tokens
+            if isinstance(found, Tree):
+                trees += 1
+                wanted = grown(lambda path, rest=rest: logprobs_after(*rest, path, embedding), 3, 9, run=4)
+                assert same_tree(found, wanted)
+                found = [node for i, node in enumerate(found) if [*found.parents[: i + 1]] == [*range(-1, i)]]
+            assert found == drafts(*rest, len(found), embedding)
+    assert trees > 10
+
+
+def test_medusa_drafts_are_those_of_plain_torch(engine, build, model, tmp_path, wanted):
     tensors = write_medusa(tmp_path / "medusa", TARGET, num=2, blocks=2, style="pt")
     heads = build(tmp_path / "medusa")
     with torch.inference_mode():
         for tokens, found in drafted(engine, speculate="medusa", draft_engine=heads):
             states = model(torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states
-            assert found == medusa_drafts(tensors, states[2][0, -1], 2, 2)[: len(found)] and len(found) <= 2
+            said = medusa_logits(tensors, states[2][0, -1], 2, 2)
+            assert found == [int(logits.argmax()) for logits in said][: len(found)] and len(found) <= 2
+        trees = drafted(engine, speculate="medusa", draft_engine=heads, num_draft_nodes=11)
+        for tokens, found in trees:
+            states = model(torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states
+            said = [logits.log_softmax(-1) for logits in medusa_logits(tensors, states[2][0, -1], 2, 2)]
+            if isinstance(found, Tree):
+                assert same_tree(found, grown(lambda path, said=said: said[len(path)], 2, 11, run=8))
+        assert sum(isinstance(found, Tree) for _, found in trees) > 10
+    options = dict(speculate="medusa", draft_engine=heads, adapt_drafts=False, num_draft_tokens=2, num_draft_nodes=11)
+    with LLM(engine, **options, **TIGHT) as llm:
+        assert answers(llm) == wanted
     with pytest.raises(EngineError, match="speculate is eagle, but .* is a head of kind medusa; use speculate=medusa"):
         LLM(engine, speculate="eagle", draft_engine=heads)
 
 
-@pytest.fixture(scope="module")
-def wanted(engine):
-    with LLM(engine, **ROOMY) as llm:
-        return answers(llm)
-
-
+@pytest.mark.parametrize("nodes", [0, 12])
 @pytest.mark.parametrize("room", [ROOMY, TIGHT], ids=["roomy", "tight"])
-def test_answers_are_those_without_drafts(engine, head, wanted, room):
-    with LLM(engine, speculate="eagle", draft_engine=head, adapt_drafts=False, num_draft_tokens=3, **room) as llm:
+def test_answers_are_those_without_drafts(engine, head, wanted, room, nodes):
+    options = dict(speculate="eagle", draft_engine=head, adapt_drafts=False, num_draft_tokens=3)
+    with LLM(engine, **options, num_draft_nodes=nodes, **room) as llm:
         assert answers(llm) == wanted
         metrics = llm.metrics()
     assert metrics.speculation.accepted > 10 and metrics.prefix_hits > 0 and metrics.kv_utilisation == 0

@@ -1,0 +1,20 @@
+"""Graphs whose drafts may be a tree: one more input, which all their attention reads and a step may leave out."""
+
+import onnx_ir as ir
+
+from ...engines.step import ANCESTORS
+from .schema import SCHEMA
+
+PLACE = [each.name for each in SCHEMA.inputs].index(ANCESTORS)
+
+
+def with_ancestors(model: ir.Model) -> ir.Model:
+    """The model itself, each `PagedAttention` of which has the graph's new input `ancestors`, [T] int32."""
+    graph = model.graph
+    given = ir.Value(name=ANCESTORS, type=ir.TensorType(ir.DataType.INT32), shape=ir.Shape(("T",)))
+    graph.inputs.append(given)
+    for node in graph:
+        if node.domain == "ingot" and node.op_type == "PagedAttention":
+            node.resize_inputs(PLACE + 1)
+            node.replace_input_with(PLACE, given)
+    return model

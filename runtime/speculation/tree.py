@@ -1,0 +1,117 @@
+"""Drafts as a tree: several guesses for one place, verified in the same step (Miao et al., arXiv:2305.09781).
+
+A tree is a sequence of tokens, each behind its parent; a plain sequence is a chain. Whoever reads a tree as a chain
+loses guesses, never an answer. In the KV pages each node has a slot of its own, in the order of the sequence, and the
+position of its depth; once verified, the path that holds moves to where a chain would lie. The likeliest path comes
+first, so that it seldom has to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+
+class Tree(tuple[int, ...]):
+    """Tokens; `parents` [n]: the place in it of what each follows, -1: the last token that is known.
+
+    Raises ValueError: a parent that is not before its child, or two children with the same token.
+    """
+
+    parents: tuple[int, ...]
+
+    def __new__(cls, tokens: Sequence[int], parents: Sequence[int]) -> Tree:
+        tree = super().__new__(cls, tokens)
+        tree.parents = tuple(parents)
+        if len(tree) != len(tree.parents) or not all(-1 <= p < i for i, p in enumerate(tree.parents)):
+            raise ValueError(f"{list(parents)} are not the parents of {len(tree)} nodes")
+        if len(set(zip(tree.parents, tree, strict=True))) < len(tree):
+            raise ValueError(f"two of {list(tokens)} under {list(parents)} are the same token in the same place")
+        return tree
+
+    @cached_property
+    def depths(self) -> list[int]:
+        """[n] from 1 on."""
+        found: list[int] = []
+        for parent in self.parents:
+            found.append(1 + (found[parent] if parent >= 0 else 0))
+        return found
+
+    def ancestors(self) -> np.ndarray:
+        """[n] int32 as `PagedAttention` reads them where these are the last keys of a sequence."""
+        num = len(self)
+        paths: list[int] = []
+        for i, parent in enumerate(self.parents):
+            paths.append(1 << i | (paths[parent] if parent >= 0 else 0))
+        return bits(np.array(paths, np.uint64), num)
+
+    def keep(self, wanted: Sequence[bool]) -> Tree:
+        """The nodes that are wanted and whose ancestors are."""
+        place = {-1: -1}
+        for i, (parent, want) in enumerate(zip(self.parents, wanted, strict=True)):
+            if want and parent in place:
+                place[i] = len(place) - 1
+        kept = list(place)[1:]
+        return Tree([self[i] for i in kept], [place[self.parents[i]] for i in kept])
+
+    def up_to(self, node: int) -> list[int]:
+        """The tokens from the first to that of `node`."""
+        found: list[int] = []
+        while node >= 0:
+            found.append(self[node])
+            node = self.parents[node]
+        return found[::-1]
+
+    def path(self, tokens: Sequence[int]) -> list[int]:
+        """Nodes along the beginning of `tokens` that the tree has."""
+        children = {(parent, token): i for i, (parent, token) in enumerate(zip(self.parents, self, strict=True))}
+        found, at = [], -1
+        for token in tokens:
+            if (at := children.get((at, token), -1)) < 0:
+                break
+            found.append(at)
+        return found
+
+
+def bits(paths: np.ndarray, num: int) -> np.ndarray:
+    """paths: bit i for node i of the last `num` keys -> int32 of the last 32: what is before the nodes is seen."""
+    before = 32 - num
+    return (paths << np.uint64(before) | np.uint64((1 << before) - 1)).astype(np.uint32).view(np.int32)
+
+
+def parents_of(drafts: Sequence[int]) -> Sequence[int]:
+    return drafts.parents if isinstance(drafts, Tree) else range(-1, len(drafts) - 1)
+
+
+def depth_of(drafts: Sequence[int]) -> int:
+    """Drafts that follow one another at most."""
+    return max(drafts.depths, default=0) if isinstance(drafts, Tree) else len(drafts)
+
+
+def first(drafts: Sequence[int], num: int) -> Sequence[int]:
+    """At most so many of them."""
+    return Tree(drafts[:num], drafts.parents[:num]) if isinstance(drafts, Tree) else drafts[:num]
+
+
+def no_deeper(drafts: Sequence[int], depth: int) -> Sequence[int]:
+    """Those of which at most `depth` follow one another."""
+    if isinstance(drafts, Tree):
+        return drafts if depth_of(drafts) <= depth else drafts.keep([d <= depth for d in drafts.depths])
+    return drafts[: max(0, depth)]
+
+
+def likeliest(tokens: np.ndarray, parents: np.ndarray, chances: np.ndarray, num: int) -> Tree:
+    """The best tree of `num` of these nodes [n], each behind its parent; chances: logarithms, of whole paths.
+
+    Its likeliest path, from the first step on, comes first, then the others by chance (EAGLE-2, arXiv:2406.16858).
+    """
+    order = np.argsort(-chances, kind="stable")[:num].tolist()  # no node is likelier than its parent
+    chain: list[int] = []
+    for i in order:
+        if parents[i] == (chain[-1] if chain else -1):
+            chain.append(i)
+    order = chain + sorted(set(order) - set(chain), key=order.index)
+    place = {-1: -1} | {i: at for at, i in enumerate(order)}
+    return Tree([int(tokens[i]) for i in order], [place[int(parents[i])] for i in order])
