@@ -200,7 +200,7 @@ def test_rotation_into_pages_of_8_bits(pages, rotary, table, rotation, past, new
 
 @pytest.mark.parametrize("pages", EIGHT_BITS)
 def test_prompts_that_begin_in_the_step_are_attended_apart(pages):
-    case = Case([0, 29, 41, 0], [9, 1, 21, 1], 6, 2, 20, 12, 8, torch.float16, packed=True, spare=2, options={})
+    case = Case([0, 29, 41, 0], [9, 1, 21, 1], 6, 2, 64, 80, 8, torch.float16, packed=True, spare=2, options={})
     found = case.quantised(pages, 2, 2).check(FEW_SMS, slice(-4 if GPU else -1, None))
     assert "new prompts" in found[-1].name and len(found[-1].launches) == 4
 

@@ -92,8 +92,9 @@ class Guesses:
         self.rng, self.records, self.ahead, self.ended = rng, records, rng.random() < 0.5, set()
         self.on, self.right = rng.choice([0.3, 0.9, 1.0]), rng.choice([0.2, 0.7, 1.0])
 
-    def plan(self, requests):
-        return bool(requests) and self.rng.random() < self.on
+    def plan(self, requests, coming):
+        assert coming >= 0
+        return self.rng.random() < self.on
 
     def propose(self, request, most):
         assert request.id not in self.ended and most >= 0
