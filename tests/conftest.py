@@ -44,6 +44,26 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+# after which no call of a process to the GPU succeeds (CUDA driver API: errors that leave it in an inconsistent state)
+FAULTS = ("illegal memory access", "misaligned address", "illegal instruction", "launch failure", "device-side assert")
+faulty: list[str] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed and any(fault in str(report.longrepr) for fault in FAULTS):
+        faulty.append(item.nodeid)
+    return report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_logfinish(nodeid):
+    """A worker of pytest's whose test broke its context ends with it; with --dist load a new one takes what is left."""
+    if faulty and "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(1)
+
+
 def no_gpu() -> str:
     """Why tests marked `gpu` cannot run here; nothing: they can."""
     return "" if torch.cuda.is_available() else "needs an NVIDIA GPU"

@@ -4,6 +4,7 @@ conftest.py asks for the interpreter before any kernel is imported.
 """
 
 import math
+import random
 
 import torch
 from ingot.plugins import jit
@@ -33,3 +34,8 @@ def run_tactic(tactic: Tactic, inputs, outputs):
     workspace = torch.full((max(tactic.workspace, 16),), 0xFF, dtype=torch.uint8, device=DEVICE)  # NaN in any float
     jit.launch(tactic, inputs, results, workspace)
     return results
+
+
+def some_of(found, num):
+    """Some of the tactics, others each time: compiling all of them for every shape takes minutes."""
+    return random.SystemRandom().sample(found, min(num, len(found)))

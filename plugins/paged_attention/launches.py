@@ -11,6 +11,7 @@ import triton
 
 from ...engines.dtypes import DTYPES
 from ..tactic import POINTERS, Kernel, Launch, Operand, Site
+from .attend import WARPGROUP_ROWS
 
 QUERY, KEY, VALUE, SLOTS, QUERY_START, KV_LEN, PAGES, K_PAGES, V_PAGES, SINKS, K_SCALE, V_SCALE, ANCESTORS = range(13)
 TABLE = 13  # of a rotation, which is not PagedAttention's own input
@@ -34,7 +35,9 @@ SCALE_NAMES = ("k_scale", "v_scale")  # of all kernels, behind their other point
 AHEAD = 256  # keys of a sequence that `short.py` asks for in advance
 TREES = ("chunk:", "decode:")  # kernels that take `ancestors`, the last of all
 FP8_FROM = 89  # compute capability that converts fp8
-LEAST_COPIED = 64  # columns of a head
+# Columns of a head. With fewer, and pages of 8 bits, ptxas 12.8 loses the address of a matrix operand: the uniform
+# register that it follows from is never set (`tests/sass.py`). So no warpgroup's matrix instruction is used there.
+LEAST_COLUMNS = 64
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ class Shape:
 
     def fits(self, rows: int, bn: int, warps: int, stages: int) -> bool:
         """Whether the operands of a program fit its shared memory, and its accumulator the registers."""
+        if self.quantised and rows >= WARPGROUP_ROWS.value and min(self.d, self.dv) < LEAST_COLUMNS:
+            return False
         bd, bdv = block(self.d), block(self.dv)
         needed = rows * max(bd, bn) * self.itemsize + stages * bn * (bd + bdv) * DTYPES[self.stored].itemsize
         if self.quantised:  # a block of keys and values that are converted, or stages of those of the step
@@ -275,11 +280,10 @@ class Shape:
 def copies(site: Site) -> tuple[dict[str, Operand], int]:
     """Where, in the workspace, tiles of prompts find keys and values of the step as they are multiplied, besides their
     places in pages of 8 bits: in the order of tokens, [tokens, kv_heads, head_dim] each; and how many bytes they take.
-    ({}, 0) with plain pages, in buckets for few query tokens of a sequence, and with heads of few columns: for those
-    ptxas 12.8 loses the address of a matrix operand between the two loops (its uniform register is never set)."""
+    ({}, 0) with plain pages, in buckets for few query tokens of a sequence, and with heads of few columns."""
     query, k_pages, a = site.inputs[QUERY], site.inputs[K_PAGES], site.attributes
     assert query is not None and k_pages is not None
-    if k_pages.dtype == query.dtype or site.max_query or min(a["head_dim"], a["v_head_dim"]) < LEAST_COPIED:
+    if k_pages.dtype == query.dtype or site.max_query or min(a["head_dim"], a["v_head_dim"]) < LEAST_COLUMNS:
         return {}, 0
     itemsize = 4 if query.dtype == "float32" else 2
     sizes = [_aligned(query.shape[0] * a["num_kv_heads"] * a[d] * itemsize) for d in ("head_dim", "v_head_dim")]

@@ -19,11 +19,15 @@ from .stored import as_stored, column, factors, numbers, unit_of
 
 @triton.jit
 def turned(low, high, cosine, sine, C: tl.constexpr):
-    """Both halves of the columns of a head, rotated, in fp32; rounded where the reference rounds."""
+    """Both halves of the columns of a head, rotated, in fp32; rounded where the reference rounds: a product that has
+    had 0 added to it is not made one operation with the next sum."""
     T: tl.constexpr = low.dtype
     low, high, cosine, sine = low.to(tl.float32), high.to(tl.float32), cosine.to(tl.float32), sine.to(tl.float32)
-    first = (low * cosine).to(C).to(tl.float32) - (high * sine).to(C).to(tl.float32)
-    second = (high * cosine).to(C).to(tl.float32) + (low * sine).to(C).to(tl.float32)
+    nothing = tl.zeros_like(low)
+    low_cosine, high_sine = tl.fma(low, cosine, nothing).to(C), tl.fma(high, sine, nothing).to(C)
+    high_cosine, low_sine = tl.fma(high, cosine, nothing).to(C), tl.fma(low, sine, nothing).to(C)
+    first = low_cosine.to(tl.float32) - high_sine.to(tl.float32)
+    second = high_cosine.to(tl.float32) + low_sine.to(tl.float32)
     return first.to(C).to(T).to(tl.float32), second.to(C).to(T).to(tl.float32)
 
 

@@ -12,13 +12,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from ingot.builder.targets.cubin import Cubin, compile_all
 from ingot.plugins import OPS, tactics_of
 from ingot.plugins.paged_attention.kernel import tactics
-from ingot.plugins.paged_attention.launches import shared_memory
 from ingot.plugins.tactic import Device, Site, Tensor
 from random_tree import bits_of, random_parents
-from triton_run import DEVICE, described, run_tactic
+from triton_run import DEVICE, described, run_tactic, some_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton's interpreter
 
@@ -35,11 +33,6 @@ OPTIONS = {
     "all": {"window": 9, "softcap": 2.0, "sinks": True},
 }
 WIDE_OPTIONS = {"plain": {}, "window": {"window": 300}, "all": {"window": 1000, "softcap": 20.0, "sinks": True}}
-
-
-def some_of(found, num):
-    """Some of the tactics, others each time: compiling all of them for every shape takes minutes."""
-    return random.SystemRandom().sample(found, min(num, len(found)))
 
 
 class Case:
@@ -362,60 +355,3 @@ def test_the_same_input_gives_the_same_bits():
         (first,) = run_tactic(tactic, inputs, [output])
         for _ in range(20):
             assert torch.equal(run_tactic(tactic, inputs, [output])[0], first), tactic.name
-
-
-@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
-@pytest.mark.parametrize("pages", ["bfloat16", "int8", "float8_e4m3fn"])
-def test_every_tactic_compiles(capability, pages):
-    """Llama-3.1-8B in bf16, decode and chunk; each kernel fits the shared memory."""
-
-    def bf16(*shape):
-        return Tensor(shape, "bfloat16")
-
-    def i32(*shape):
-        return Tensor(shape, "int32")
-
-    attributes = {"layer": 0, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "v_head_dim": 128,
-                  "scale": 128**-0.5, "window": 0, "softcap": 0.0}  # fmt: skip
-    kernels = set()
-    steps = [(4, 4, 1, 0), (256, 16, None, 0), (8, 8, 8, 0), *([(32, 2, 16, 1)] if pages == "bfloat16" else [])]
-    for tokens, sequences, max_query, tree in steps:
-        pools, scale = Tensor((1000, 16, 8, 128), pages), None if pages == "bfloat16" else Tensor((8,), "float32")
-        inputs = (bf16(tokens, 6144), None, None, i32(tokens), i32(sequences + 1), i32(sequences), i32(sequences, 512),
-                  pools, pools, None, scale, scale, i32(tokens) if tree else None)  # fmt: skip
-        site = Site("PagedAttention", {**attributes, "window": 100 * tree}, inputs, (bf16(tokens, 4096),),
-                    Device(capability), max_query)  # fmt: skip
-        found = tactics(site) if pages == "bfloat16" and not tree else some_of(tactics(site), 1)
-        kernels |= {launch.kernel for tactic in found for launch in tactic.launches}
-    assert len(kernels) >= (4 if pages == "bfloat16" else 2), "a choice for decode and one for chunks"
-    if pages == "float8_e4m3fn":
-        inputs = (bf16(4, 6144), bf16(4, 128), i32(4), i32(5), i32(4), i32(4, 512), pools, pools, None, scale, scale)
-        rotation = {**attributes, "rotary_offset": 0, "interleaved": 0}
-        site = Site("RotaryPagedAttention", rotation, inputs, (bf16(4, 4096),), Device(capability), 1)
-        kernels.add(tactics_of(site.op)(site)[-1].launches[0].kernel)
-        assert any("short" in kernel.function for kernel in kernels)
-    for kernel, cubin in compile_all(kernels, capability).items():
-        assert isinstance(cubin, Cubin) and cubin.data[:4] == b"\x7fELF", (kernel, cubin)
-        assert cubin.shared <= shared_memory(capability), (kernel, cubin.shared)
-
-
-@pytest.mark.parametrize("capability,dtype", [(86, "bfloat16"), (120, "float32")])
-def test_wide_heads_have_a_tactic_on_every_gpu(capability, dtype):
-    """Gemma's heads of 256 on GPUs with 99 KiB of shared memory: a tactic fits by what its cubins really take."""
-
-    def tensor(*shape, dtype=dtype):
-        return Tensor(shape, dtype)
-
-    attributes = {"layer": 0, "num_heads": 8, "num_kv_heads": 4, "head_dim": 256, "v_head_dim": 256,
-                  "scale": 0.06, "window": 0, "softcap": 0.0}  # fmt: skip
-    for tokens, max_query in ((8, 1), (64, None), (8, 8)):
-        step = (tensor(size, dtype="int32") for size in (tokens, 9, 8))
-        pools = (tensor(1, 16, 4, 256),) * 2
-        inputs = (tensor(tokens, 16 * 256), None, None, *step, tensor(8, 64, dtype="int32"), *pools, None)
-        found = tactics(
-            Site("PagedAttention", attributes, inputs, (tensor(tokens, 2048),), Device(capability), max_query)
-        )
-        compiled = compile_all({launch.kernel for tactic in found for launch in tactic.launches}, capability)
-        fitting = {kernel for kernel, cubin in compiled.items()
-                   if isinstance(cubin, Cubin) and cubin.shared <= shared_memory(capability)}  # fmt: skip
-        assert any(all(launch.kernel in fitting for launch in tactic.launches) for tactic in found), max_query

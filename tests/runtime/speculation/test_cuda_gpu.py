@@ -37,7 +37,7 @@ def test_answers_are_those_without_drafts(engine, draft, wanted, speculate, room
     assert found == wanted[0]
     for one, two in zip(logprobs, wanted[1], strict=True):
         assert (one or {}).keys() == (two or {}).keys() and all(abs(one[t] - two[t]) < 1e-3 for t in one or ())
-    assert metrics.speculation.accepted > 20 and metrics.kv_utilisation == 0 and metrics.prefix_hits > 0
+    assert metrics.speculation.accepted > 10 and metrics.kv_utilisation == 0 and metrics.prefix_hits > 0
     assert (metrics.preemptions > 0) == (room is TIGHT)
 
 
