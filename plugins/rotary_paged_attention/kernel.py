@@ -23,7 +23,6 @@ from ..paged_attention.launches import (
     stored_type,
 )
 from ..paged_attention.launches import TABLE as ROTATION_TABLE
-from ..paged_attention.stored import numbers, stored, unit_of
 from ..pdl import begin
 from ..rope.kernel import rotated
 from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic, Tensor
@@ -34,10 +33,9 @@ X, TABLE, SLOTS, K_PAGES, V_PAGES, K_SCALE, V_SCALE = 0, 1, 2, 6, 7, 9, 10
 
 @triton.jit
 def rotate_kernel(
-    x, table, slots, query, k_pages, v_pages, own_k, own_v, k_scale, v_scale,
+    x, table, slots, query, k_pages, v_pages,
     WIDTH: tl.constexpr, Q_WIDTH: tl.constexpr, K_WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr,
-    OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, DV: tl.constexpr, K_STEP: tl.constexpr,
-    V_STEP: tl.constexpr,
+    OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tokens, column blocks): columns of one token, rotated, to where they belong."""
@@ -48,18 +46,9 @@ def rotate_kernel(
     KEYS: tl.constexpr = Q_WIDTH + K_WIDTH
     value = rotated(x, table, token, column, WIDTH, KEYS, HEAD_DIM, ROTARY, OFFSET, INTERLEAVED)
     tl.store(query + token * Q_WIDTH + column, value, mask=column < Q_WIDTH)
-    # heads are counted from the first column of theirs, and those of other columns are the first or the last
-    k_head = (tl.minimum(tl.maximum(column, Q_WIDTH), KEYS - 1) - Q_WIDTH) // HEAD_DIM
-    v_head = (tl.minimum(tl.maximum(column, KEYS), WIDTH - 1) - KEYS) // DV
-    k = stored(value, unit_of(k_scale, k_head, K_STEP), k_pages)
-    v = stored(value, unit_of(v_scale, v_head, V_STEP), v_pages)
     is_key, is_value = (column >= Q_WIDTH) & (column < KEYS), (column >= KEYS) & (column < WIDTH)
-    tl.store(k_pages + slot * K_WIDTH + column - Q_WIDTH, k, mask=is_key)
-    tl.store(v_pages + slot * (WIDTH - KEYS) + column - KEYS, v, mask=is_value)
-    if own_k is not None:
-        T: tl.constexpr = own_k.dtype.element_ty
-        tl.store(own_k + token * K_WIDTH + column - Q_WIDTH, numbers(k, T), mask=is_key)
-        tl.store(own_v + token * (WIDTH - KEYS) + column - KEYS, numbers(v, T), mask=is_value)
+    tl.store(k_pages + slot * K_WIDTH + column - Q_WIDTH, value, mask=is_key)
+    tl.store(v_pages + slot * (WIDTH - KEYS) + column - KEYS, value, mask=is_value)
 
 
 def tactics(site: Site) -> list[Tactic]:
@@ -127,11 +116,13 @@ def _rotate(site: Site, inner: Site, room: int) -> Launch:
     constants = {
         "WIDTH": width, "Q_WIDTH": a["num_heads"] * a["head_dim"], "K_WIDTH": a["num_kv_heads"] * a["head_dim"],
         "HEAD_DIM": a["head_dim"], "ROTARY": table.shape[1], "OFFSET": a["rotary_offset"],
-        "INTERLEAVED": bool(a["interleaved"]), "BLOCK": block, "DV": a["v_head_dim"],
-        **copy_constants(inner), **scale_constants(inner),
+        "INTERLEAVED": bool(a["interleaved"]), "BLOCK": block,
     }  # fmt: skip
+    quantised = stored_type(inner) != x.dtype
+    if quantised:
+        constants |= {"DV": a["v_head_dim"], **copy_constants(inner), **scale_constants(inner)}
     places = {name: Operand("workspace", room + place.index) for name, place in copies(inner)[0].items()}
-    pointer, pages, quantised = POINTERS[x.dtype], POINTERS[stored_type(inner)], "k_scale" not in constants
+    pointer, pages = POINTERS[x.dtype], POINTERS[stored_type(inner)]
     scales = SCALE_NAMES if quantised else ()
     signature = (
         ("x", pointer), ("table", POINTERS[table.dtype]), ("slots", "*i32"), ("query", pointer), ("k_pages", pages),
