@@ -30,6 +30,28 @@ def slot_of(pages_at, position, columns, PAGE: tl.constexpr):
 
 
 @triton.jit
+def wanted(packed):
+    """Of a packed step: columns of its page table, requests to draft for, and where what is said of them begins."""
+    t = tl.load(packed)
+    s = tl.load(packed + 1)
+    width = tl.load(packed + 2)
+    n = tl.load(packed + 4)
+    return width, n, packed + 8 + s + 1 + 3 * t + s + s * width + 3 * tl.load(packed + 3)
+
+
+@triton.jit
+def copy_pages(pages, table, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The first `columns` of a row of the page table into one of WIDTH, zeros behind them."""
+    i = tl.arange(0, BLOCK)
+    for start in range(0, columns, BLOCK):
+        column = start + i
+        page = tl.load(table + column, mask=column < columns, other=0)
+        tl.store(pages + column, page, mask=column < columns)
+    for start in range(columns, WIDTH, BLOCK):
+        tl.store(pages + start + i, i * 0, mask=start + i < WIDTH)
+
+
+@triton.jit
 def first_kernel(
     packed, target_tokens, target_query_start, target_kv_len, target_pages, sampled,
     tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions,
@@ -39,11 +61,7 @@ def first_kernel(
 ):  # fmt: skip
     """Grid (S + blocks of the longest array): a program for each sequence, then padding."""
     begin(PDL)
-    t = tl.load(packed)
-    s = tl.load(packed + 1)
-    width = tl.load(packed + 2)
-    n = tl.load(packed + 4)
-    ahead = packed + 8 + s + 1 + 3 * t + s + s * width + 3 * tl.load(packed + 3)
+    width, n, ahead = wanted(packed)
     program = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     if program < S:
@@ -62,12 +80,7 @@ def first_kernel(
             newest = tl.minimum(tl.load(sampled + row + right), V - 1)
             table = target_pages + work.to(tl.int64) * tl.load(packed + 5)
             columns = tl.minimum(width, WIDTH)
-            for start in range(0, columns, BLOCK):
-                column = start + i
-                page = tl.load(table + column, mask=column < columns, other=0)
-                tl.store(pages + program.to(tl.int64) * WIDTH + column, page, mask=column < columns)
-            for start in range(columns, WIDTH, BLOCK):
-                tl.store(pages + program.to(tl.int64) * WIDTH + start + i, i * 0, mask=start + i < WIDTH)
+            copy_pages(pages + program.to(tl.int64) * WIDTH, table, columns, WIDTH, BLOCK)
             first = 2 * program
             tl.store(tokens + first, before)
             tl.store(tokens + first + 1, newest)

@@ -15,7 +15,7 @@ where the next one, which has the guess made last, goes on. What is past the pag
 import triton
 import triton.language as tl
 
-from ..draft.kernel import slot_of
+from ..draft.kernel import copy_pages, slot_of, wanted
 from ..pdl import begin
 from ..tactic import Kernel, Launch, Operand, Site, Tactic
 
@@ -32,11 +32,7 @@ def first_kernel(
 ):  # fmt: skip
     """Grid (S + blocks of the longest array): a program for each sequence, then padding."""
     begin(PDL)
-    t = tl.load(packed)
-    s = tl.load(packed + 1)
-    width = tl.load(packed + 2)
-    n = tl.load(packed + 4)
-    ahead = packed + 8 + s + 1 + 3 * t + s + s * width + 3 * tl.load(packed + 3)
+    width, n, ahead = wanted(packed)
     nums = ahead + 2 * n
     program = tl.program_id(0)
     i = tl.arange(0, BLOCK)
@@ -65,12 +61,7 @@ def first_kernel(
                 if j < num - 1:
                     going = going & (token == tl.load(target_tokens + at + 1 + j)).to(tl.int32)
                     right += going
-            for start in range(0, columns, BLOCK):
-                column = start + i
-                page = tl.load(table + column, mask=column < columns, other=0)
-                tl.store(pages + program.to(tl.int64) * WIDTH + column, page, mask=column < columns)
-            for start in range(columns, WIDTH, BLOCK):
-                tl.store(pages + program.to(tl.int64) * WIDTH + start + i, i * 0, mask=start + i < WIDTH)
+            copy_pages(pages + program.to(tl.int64) * WIDTH, table, columns, WIDTH, BLOCK)
             tl.store(kv_len + program, length)
             tl.store(logit_rows + program, first + right)
             for guess in range(0, GUESSES):
