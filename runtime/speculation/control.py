@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from ..request import Request, State
 from ..step import Step, Work
 from .costs import Costs
 from .drafter import Drafter
+from .outlook import Chance, Median, Outlook
 from .statistics import SpeculationStats
 from .tree import Tree, parents_of
 
@@ -32,55 +32,9 @@ TRIAL, LOOKS, WORTH = 4, 32, 0.6  # steps of a trial, after so many looks, where
 LASTING, MOST_PATIENCE = 64, 16  # steps with drafts that show that they pay; how much rarer tries get
 WATCHED = 4  # requests of a step whose drafts are only looked at: looking all of them up took 4% at 64 requests
 OVERHEAD = 1.1  # of steps that are not overlapped, before that is known
-ADVANTAGE = 1.05  # that speculation must have to be turned on; without any it is turned off
+ADVANTAGE = 0.05  # that speculation must have to be turned on; without any it is turned off
+SPREAD_OUT = 0.12  # besides, of many requests: those that are ahead end early, and leave the last ones in small steps
 SURE = 0.1  # how much the latest step says about whether a drafter has an idea
-
-
-class Chance:
-    """A share of successes that forgets, with a prior."""
-
-    def __init__(self, memory: float, weight: float):
-        self._memory, self._weight = memory, weight
-        self._right = self._all = 0.0
-
-    def count(self, right: int, tried: int) -> None:
-        kept = self._memory**tried
-        self._right, self._all = self._right * kept + right, self._all * kept + tried
-
-    def fade(self, kept: float) -> None:
-        """Less is known than before."""
-        self._right, self._all = self._right * kept, self._all * kept
-
-    def __call__(self, prior: float) -> float:
-        return (self._right + self._weight * prior) / (self._all + self._weight)
-
-
-class Median:
-    """Of positive values, followed by steps of a share of it: a step of the engine that was disturbed counts once."""
-
-    def __init__(self, value: float):
-        self.value, self._num = value, 0
-
-    def count(self, value: float) -> None:
-        self._num += 1
-        step = 1 + max(0.03, 0.3 / (1 + self._num))
-        self.value = min(value, self.value * step) if value > self.value else max(value, self.value / step)
-
-
-@dataclass(slots=True)
-class Outlook:
-    """What is known of a request. number: tokens to draft for it. hits: of steps, how many had a draft.
-
-    reached: its length when a draft engine last guessed for it. shadow: guesses made only to see how good they are.
-    right: of the next token of a chain. branched: of any node of a tree at the next place.
-    """
-
-    right: Chance
-    branched: Chance
-    hits: float
-    number: int
-    reached: int = 0
-    shadow: Sequence[int] = ()
 
 
 class Speculation:
@@ -282,7 +236,8 @@ class Speculation:
         if self._nodes:
             with_trees = self._tree_speed(num, outlooks, hope, seconds)
             self._tree, best = with_trees > best, max(with_trees, best)
-        if best < plain * (WORTH if self._trial else 1.0 if self._on else ADVANTAGE):
+        needed = 1.0 + SPREAD_OUT * (1 - 1 / num) + (0.0 if self._on else ADVANTAGE)
+        if best < plain * (WORTH if self._trial else needed):
             self._trial = 0
             return False
         size = prompts + num + at * sum(outlook.hits for outlook in outlooks)

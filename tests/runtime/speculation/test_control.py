@@ -228,3 +228,47 @@ def test_drafting_costs_what_it_runs():
     assert costs.drafting([], 4) == 0 and costs.drafting([3], 4) == 3 and costs.drafting([3, 1], 4) == 2 + 1 + 1
     assert costs.drafting([13], 4) == 1 + 4 + 4 + 4 and costs.drafting([13, 2], 4) == 2 + 5 + 4 + 4
     assert costs._replace(at_once=True).drafting([13, 2], 4) == 2 and Costs(costs.target).drafting([3], 4) == 0
+
+
+def closed(speculation, num, right, most, target, draft, host, length=128):
+    """Of `num` requests that begin together, answers of `length` tokens each: seconds without drafts over those with.
+    The host's, `host` a request, are hidden only where nothing is drafted. Drafts are right with the chance `right`."""
+    rng = random.Random(num)
+    left = {Request(str(i), [1] * 8, SamplingParams()): length for i in range(num)}
+    took = 0.0
+    while left:
+        on = speculation.plan(list(left))
+        works, found = [], []
+        for request, wanted in left.items():
+            drafts = speculation.propose(request, most)[: wanted - 1] if on else []
+            works.append(work_of(request, drafts, speculation.num_ahead(request, most) if on else 0))
+            held = 1
+            while held <= len(drafts) and rng.random() < right:
+                held += 1
+            found.append([1] * held)
+        seconds = target(sum(work.num_tokens for work in works))
+        for i in range(max(work.num_ahead for work in works)):
+            seconds += draft(sum(work.num_ahead > i for work in works))
+        seconds = seconds + host * len(works) if on else max(seconds, host * len(works))
+        for work, some in zip(works, found, strict=True):
+            work.request.tokens += some
+            left[work.request] -= len(some)
+        speculation.observe(tuple(works), found, seconds)
+        took += seconds
+        for request in [request for request, wanted in left.items() if wanted <= 0]:
+            del left[request]
+            request.state = State.FINISHED
+            speculation.end(request)
+    return length * max(target(num), host * num) / took
+
+
+@pytest.mark.parametrize("num", [4, 64, 128, 256])
+def test_a_batch_that_ends_with_its_last_request_is_no_slower(num):
+    """Requests that get ahead end early: the last ones are alone in steps that many could share. In milliseconds, as
+    measured on an H100 with an 8B model."""
+    target = Curve([1, 2, 4, 8, 16, 64, 128, 256, 512, 513], [5.4, 5.8, 5.9, 6.1, 6.9, 7.0, 7.1, 8.4, 12.1, 36.0])
+    draft = Curve([1, 64, 256], [0.2, 0.35, 0.8])
+    speculation = Speculation(Oracle(True), 4, Costs(target, draft))
+    ratios = [closed(speculation, num, 0.7, 4, target, draft, 0.02) for _ in range(5)]
+    assert min(ratios[1:]) > 0.97 and len(ratios) / sum(1 / ratio for ratio in ratios) > 0.97, ratios
+    assert num > 64 or ratios[-1] > 1.2
