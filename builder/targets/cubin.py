@@ -21,6 +21,7 @@ from ...engines import plan
 from ...engines.errors import BuildError
 from ...plugins import cublas, pdl
 from ...plugins.tactic import Gemm, Kernel
+from .sass import lost_operands
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 BATCH = 8  # kernels that a process gets at a time: it takes a second to start
@@ -49,7 +50,8 @@ def compile_kernel(kernel: Kernel, capability: int) -> Cubin:
     """The cubin of `kernel` for compute capability `capability` (90: 9.0).
 
     Raises:
-        BuildError: Triton is not installed, or cannot compile the kernel (its own message in one line).
+        BuildError: Triton is not installed, cannot compile the kernel (its own message in one line), or makes wrong
+            code of it (`sass.py`).
     """
     try:
         import triton
@@ -74,6 +76,10 @@ def compile_kernel(kernel: Kernel, capability: int) -> Cubin:
     except Exception as error:  # Triton raises whatever its passes raise
         message = " ".join(str(error).split())[:300]
         raise BuildError(f"{kernel.function} does not compile for sm_{capability}: {message}") from error
+    if "wgmma" in compiled.asm["ptx"] and (lost := lost_operands(compiled.asm["cubin"])):
+        raise BuildError(
+            f"{kernel.function} is compiled wrongly for sm_{capability}, a matrix operand is lost: {lost[0]}"
+        )
     meta = compiled.metadata
     return Cubin(compiled.asm["cubin"], meta.name, meta.shared, meta.num_warps, constants["PDL"])
 

@@ -5,11 +5,11 @@ import pytest
 pytest.importorskip("triton")
 
 from ingot.builder.targets.cubin import Cubin, compile_all
+from ingot.engines.errors import BuildError
 from ingot.plugins import tactics_of
 from ingot.plugins.paged_attention.kernel import tactics
 from ingot.plugins.paged_attention.launches import Shape, shared_memory
 from ingot.plugins.tactic import Device, Site, Tensor
-from sass import lost_descriptors
 from triton_run import some_of
 
 
@@ -89,11 +89,11 @@ def prompts_over_int8(dim, v_dim):
 def test_no_matrix_operand_is_lost(dim, v_dim):
     kernels = {tactic.launches[1].kernel for tactic in some_of(tactics(prompts_over_int8(dim, v_dim)), 3)}
     for kernel, cubin in compile_all(kernels, 90).items():
-        assert isinstance(cubin, Cubin) and not lost_descriptors(cubin.data), (kernel, lost_descriptors(cubin.data))
+        assert isinstance(cubin, Cubin), (kernel, cubin)
 
 
 def test_a_lost_matrix_operand_is_found():
     """What is left out is what ptxas gets wrong; one that does not would let it be put in again."""
     kernel = Shape.of(prompts_over_int8(32, 16), None).chunk(64, 64, 4, 2, skip_decode=False).kernel
     cubin = compile_all([kernel], 90)[kernel]
-    assert isinstance(cubin, Cubin) and lost_descriptors(cubin.data)
+    assert isinstance(cubin, BuildError) and "a matrix operand is lost" in str(cubin)
