@@ -78,7 +78,7 @@ def compile_kernel(kernel: Kernel, capability: int) -> Cubin:
         raise BuildError(f"{kernel.function} does not compile for sm_{capability}: {message}") from error
     if "wgmma" in compiled.asm["ptx"] and (lost := lost_operands(compiled.asm["cubin"])):
         raise BuildError(
-            f"{kernel.function} is compiled wrongly for sm_{capability}, a matrix operand is lost: {lost[0]}"
+            f"ptxas makes wrong code of {kernel.function} for sm_{capability}, an operand is lost: {lost[0]}"
         )
     meta = compiled.metadata
     return Cubin(compiled.asm["cubin"], meta.name, meta.shared, meta.num_warps, constants["PDL"])

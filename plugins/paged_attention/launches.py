@@ -36,7 +36,7 @@ AHEAD = 256  # keys of a sequence that `short.py` asks for in advance
 TREES = ("chunk:", "decode:")  # kernels that take `ancestors`, the last of all
 FP8_FROM = 89  # compute capability that converts fp8
 # Columns of a head. With fewer, and pages of 8 bits, ptxas 12.8 loses the address of a matrix operand: the uniform
-# register that it follows from is never set (`builder/targets/sass.py`). So no warpgroup's matrix instruction is used there.
+# register that it follows from is never set (`builder/targets/sass.py`). So warpgroups do not multiply there.
 LEAST_COLUMNS = 64
 
 
