@@ -105,6 +105,23 @@ def first_kernel(
 
 
 @triton.jit
+def one_token_each(
+    j, n, position, slot, positions, slots, query_start, kv_len, logit_rows, sample_rows, sample_positions,
+    S: tl.constexpr,
+):  # fmt: skip
+    """What a step of n sequences, padded to S, says of sequences j, each with the token at its position."""
+    there = j < n
+    inside = j < S
+    tl.store(positions + j, position, mask=inside)
+    tl.store(slots + j, slot, mask=inside)
+    tl.store(query_start + j, tl.minimum(j, n), mask=j <= S)
+    tl.store(kv_len + j, tl.where(there, position + 1, 0), mask=inside)
+    tl.store(logit_rows + j, tl.where(there, j, 0), mask=inside)
+    tl.store(sample_rows + j, tl.where(there, j, -1), mask=inside)
+    tl.store(sample_positions + j, tl.where(there, position + 1, 0), mask=inside)
+
+
+@triton.jit
 def next_kernel(
     packed, last_token,
     tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions,
@@ -122,13 +139,9 @@ def next_kernel(
     slot = slot_of(pages + j.to(tl.int64) * WIDTH, position, tl.where(there, WIDTH, 0), PAGE)
     token = tl.load(last_token + j, mask=there, other=0)
     tl.store(tokens + j, tl.minimum(token, V - 1), mask=inside)
-    tl.store(positions + j, position, mask=inside)
-    tl.store(slots + j, slot, mask=inside)
-    tl.store(query_start + j, tl.minimum(j, n), mask=j <= S)
-    tl.store(kv_len + j, tl.where(there, position + 1, 0), mask=inside)
-    tl.store(logit_rows + j, tl.where(there, j, 0), mask=inside)
-    tl.store(sample_rows + j, tl.where(there, j, -1), mask=inside)
-    tl.store(sample_positions + j, tl.where(there, position + 1, 0), mask=inside)
+    one_token_each(
+        j, n, position, slot, positions, slots, query_start, kv_len, logit_rows, sample_rows, sample_positions, S
+    )
 
 
 def tactics(site: Site) -> list[Tactic]:

@@ -15,7 +15,7 @@ where the next one, which has the guess made last, goes on. What is past the pag
 import triton
 import triton.language as tl
 
-from ..draft.kernel import copy_pages, slot_of, wanted
+from ..draft.kernel import copy_pages, one_token_each, slot_of, wanted
 from ..pdl import begin
 from ..tactic import Kernel, Launch, Operand, Site, Tactic
 
@@ -99,13 +99,9 @@ def next_kernel(
     guess = tl.load(last_token + j, mask=there, other=0)
     guess = tl.minimum(tl.maximum(guess, 0), V - 1)
     tl.store(tokens + j, tl.load(token_ids + guess, mask=there, other=0), mask=inside)
-    tl.store(positions + j, position, mask=inside)
-    tl.store(slots + j, slot, mask=inside)
-    tl.store(query_start + j, tl.minimum(j, n), mask=j <= S)
-    tl.store(kv_len + j, tl.where(there, position + 1, 0), mask=inside)
-    tl.store(logit_rows + j, tl.where(there, j, 0), mask=inside)
-    tl.store(sample_rows + j, tl.where(there, j, -1), mask=inside)
-    tl.store(sample_positions + j, tl.where(there, position + 1, 0), mask=inside)
+    one_token_each(
+        j, n, position, slot, positions, slots, query_start, kv_len, logit_rows, sample_rows, sample_positions, S
+    )
 
 
 def tactics(site: Site) -> list[Tactic]:
