@@ -115,9 +115,9 @@ class CudaExecutor:
         self._gpu.use()
         for placement in batch.placements:
             self._tables.place(placement)
+        before = depths(batch.drafts) if batch.masks and batch.drafts is not None else None
         for i, bits in batch.masks:
-            before = 0 if batch.drafts is None else int(depths(batch.drafts)[i])
-            self._tables.mask(int(batch.sample_rows[i]), before, bits)
+            self._tables.mask(int(batch.sample_rows[i]), 0 if before is None else int(before[i]), bits)
         self._buffers |= self._tables.addresses
         batch.packed[5] = self._plan.max_pages  # where a draft engine finds a row of the page table
         self._gpu.upload(self._buffers[PACKED], batch.packed, self._stream)
