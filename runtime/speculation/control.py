@@ -68,8 +68,9 @@ class Speculation:
         some = [request for request in requests if request.params.speculate]
         if not self._adapt:
             self._on = bool(some)
-        if not some or not self._adapt:
-            return self._on and (bool(some) or not requests)  # whoever comes first goes on as the last one ended
+            return self._on
+        if not some:
+            return self._on and not requests  # whoever comes first goes on as the last one ended
         if not self._on:
             self._pause -= 1
             if self._pause > 0:
@@ -208,10 +209,10 @@ class Speculation:
         key = num.bit_length()
         if key not in self._plain:  # first what it has to be better than
             return False
-        factors = self._factor(self._plain, key), self._factor(self._drafting, key)
         everyone = num + coming if prompts else num
         share = target(everyone) * num / everyone  # seconds of a step without drafts that are theirs
-        factor, plain = factors[1], num / (factors[0] * share)  # tokens a second
+        factor = self._factor(self._drafting, key)
+        plain = num / (self._factor(self._plain, key) * share)  # tokens a second
         outlooks = [self._outlook(request) for request in some]
         hope = self._right(HOPE)
         chances = [min(outlook.right(hope), 0.99) for outlook in outlooks]

@@ -43,6 +43,14 @@ def work_of(request, drafts, ahead=0):
     return Work(request, 0, len(request.tokens) - 1, num, num, [], num, False, drafts, ahead)
 
 
+def held_of(drafts, right, rng):
+    """How many tokens a request gets, if each draft is right with a certain chance."""
+    held = 1
+    while held <= len(drafts) and rng.random() < right:
+        held += 1
+    return held
+
+
 def simulate(num, right, cost, draft_cost=None, steps=300, most=4, wrong_by=1.0, seed=0, speculation=None):
     """Seconds a token with speculation and without, and the share of steps that speculated, for `num` requests.
 
@@ -61,9 +69,7 @@ def simulate(num, right, cost, draft_cost=None, steps=300, most=4, wrong_by=1.0,
             drafts = speculation.propose(request, most) if on else []
             ahead = speculation.num_ahead(request, most) if on else 0
             works.append(work_of(request, drafts, ahead))
-            held = 1
-            while held <= len(drafts) and rng.random() < right:
-                held += 1
+            held = held_of(drafts, right, rng)
             found.append([1 if held > 1 or rng.random() < right else 2] * held)
         took = cost(sum(work.num_tokens for work in works)) * (wrong_by if on else 1.0)
         if draft_cost and on:
@@ -242,10 +248,7 @@ def closed(speculation, num, right, most, target, draft, host, length=128):
         for request, wanted in left.items():
             drafts = speculation.propose(request, most)[: wanted - 1] if on else []
             works.append(work_of(request, drafts, speculation.num_ahead(request, most) if on else 0))
-            held = 1
-            while held <= len(drafts) and rng.random() < right:
-                held += 1
-            found.append([1] * held)
+            found.append([1] * held_of(drafts, right, rng))
         seconds = target(sum(work.num_tokens for work in works))
         for i in range(max(work.num_ahead for work in works)):
             seconds += draft(sum(work.num_ahead > i for work in works))
