@@ -8,13 +8,13 @@ import triton.language as tl
 
 from ..pdl import begin
 from .select import ordered, row_peak, threshold
-from .values import NOTHING, adjusted_logits, depth_of, gumbel, image, pack, unpack, uses_penalties
+from .values import NOTHING, adjusted_logits, depth_of, gumbel, image, own_bit, pack, unpack, uses_penalties
 
 
 @triton.jit
 def race_kernel(
     logits, sample_rows, sample_positions, temperatures, top_k, top_p, min_p, seeds,
-    penalties, counts, bias_ids, bias_values, stop_ids, min_length, masks, step_tokens, logit_rows, peaks, tables,
+    penalties, counts, bias_ids, bias_values, stop_ids, min_length, masks, step_tokens, logit_rows, ancestors, peaks, tables,
     states, best_images, best_tokens,
     V: tl.constexpr, SPAN: tl.constexpr, N: tl.constexpr, B: tl.constexpr, BIASES: tl.constexpr, S: tl.constexpr,
     EXTRAS: tl.constexpr, ROWS: tl.constexpr, DRAFTS: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr,
@@ -44,7 +44,7 @@ def race_kernel(
     for start in range(block * SPAN, tl.minimum(block * SPAN + SPAN, V), N):
         t = start + tl.arange(0, N)
         z = adjusted_logits(logits, r, row, depth, position, start, penalties, counts, bias_ids, bias_values,
-                            stop_ids, min_length, masks, step_tokens, logit_rows, V, N, B, BIASES, S, EXTRAS, ROWS,
+                            stop_ids, min_length, masks, step_tokens, logit_rows, ancestors, V, N, B, BIASES, S, EXTRAS, ROWS,
                             DRAFTS)  # fmt: skip
         keep = t < V
         if RANDOM:
@@ -74,7 +74,7 @@ def winner(best_images, best_tokens, r, V: tl.constexpr, BLOCKS: tl.constexpr, P
 
 @triton.jit
 def take_kernel(
-    sample_rows, penalties, counts, step_tokens, logit_rows, best_images, best_tokens, last_token, tokens,
+    sample_rows, penalties, counts, step_tokens, logit_rows, ancestors, best_images, best_tokens, last_token, tokens,
     V: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, EXTRAS: tl.constexpr, DRAFTS: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
@@ -82,6 +82,7 @@ def take_kernel(
 
     DRAFTS: a sample holds if the drafts before it are what was sampled there; only those that hold are counted, and
     the last of them is the row's last token. The draft that a sample had to meet is the token behind the sample's own.
+    Where drafts may be trees, and `ancestors` says what is before what, a row that has some keeps its last token.
     """
     begin(PDL)
     r = tl.program_id(0)
@@ -94,13 +95,24 @@ def take_kernel(
     holds = row >= 0
     last = holds
     if DRAFTS > 0:
-        for back in range(1, depth_of(sample_rows, r, row, DRAFTS) + 1):
-            guess = tl.load(step_tokens + tl.load(logit_rows + r - back + 1))
-            holds &= winner(best_images, best_tokens, r - back, V, BLOCKS, PADDED) == guess
+        depth = depth_of(sample_rows, r, row, DRAFTS)
         inside = r + 1 < tl.num_programs(0)
         followed = tl.load(sample_rows + r + 1, mask=inside, other=-1) == row
-        next_row = tl.load(logit_rows + r + 1, mask=followed, other=0)
-        last = holds & ~(followed & (tl.load(step_tokens + next_row) == token))
+        if ancestors is None:
+            for back in range(1, depth + 1):
+                guess = tl.load(step_tokens + tl.load(logit_rows + r - back + 1))
+                holds &= winner(best_images, best_tokens, r - back, V, BLOCKS, PADDED) == guess
+            next_row = tl.load(logit_rows + r + 1, mask=followed, other=0)
+            last = holds & ~(followed & (tl.load(step_tokens + next_row) == token))
+        else:
+            guess = tl.load(step_tokens + tl.load(logit_rows + r))
+            seen = tl.load(ancestors + tl.load(logit_rows + r))
+            own = own_bit(seen, DRAFTS)
+            for back in range(1, depth + 1):
+                if (seen >> (own - back)) & 1 != 0:
+                    holds &= winner(best_images, best_tokens, r - back, V, BLOCKS, PADDED) == guess
+                    guess = tl.load(step_tokens + tl.load(logit_rows + r - back))
+            last = holds & ~followed & (depth == 0)
     tl.store(last_token + row, token, mask=last)
     if EXTRAS:
         place = row.to(tl.int64)

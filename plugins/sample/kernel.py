@@ -21,6 +21,8 @@ row of the scheduler:
        (written)
     16 step_tokens [T] int32 and 17 logit_rows [R] int32, where drafts are verified: the tokens of the step, drafts
        among them, and the one that each sample follows. masks has `num_rows` rows for each number of drafts before it
+    18 ancestors [T] int32, where drafts may be trees: the drafts before a sample are those that its token sees
+       (`PagedAttention`), each has masks of its own, and the last_token of a request with drafts stays as it was
 
 Outputs: 0 tokens [R] int32, -1 for padding; with L > 0 also 1 chosen_logprob [R] fp32, 2 chosen_rank [R] int32 (tokens
 strictly more likely, plus one), 3 top_ids [R, L] int32, 4 top_logprobs [R, L] fp32, all of the raw logits; those of
@@ -39,7 +41,7 @@ from .select import STATE, TABLE, peak_kernel, select_kernel
 INPUTS = (
     "logits", "sample_rows", "sample_positions", "temperatures", "top_k", "top_p", "min_p", "seeds", "penalties",
     "counts", "bias_ids", "bias_values", "stop_ids", "min_length", "masks", "last_token",
-    "step_tokens", "logit_rows",
+    "step_tokens", "logit_rows", "ancestors",
 )  # fmt: skip
 OUTPUTS = ("tokens", "chosen_logprob", "chosen_rank", "top_ids", "top_logprobs")
 TILE = 512  # tokens of a step of a program
@@ -99,6 +101,8 @@ class _Sampling:
             "TRUNCATE": self.truncate, "ROWS": options["num_rows"],
             "DRAFTS": triton.next_power_of_2(drafts) if drafts else 0,
         }  # fmt: skip
+        if given[INPUTS.index("ancestors")] is None:
+            self.constants["ancestors"] = None
 
     def tactic(self) -> Tactic:
         spans = (self.blocks, self.rows, 1)
@@ -150,8 +154,9 @@ class _Sampling:
     def _launch(self, module: str, function: Any, grid: tuple[int, int, int], num_warps: int = 4, **values: Any):
         """A kernel given, by the names of its arguments, the operands, `values`, and the constants of the site."""
         names = [n for n in function.arg_names if n != "PDL"]  # which the compiler passes
-        constants = tuple((n, (self.constants | values)[n]) for n in names if n.isupper())
-        plain = [n for n in names if not n.isupper()]
+        fixed = {n: value for n, value in (self.constants | values).items() if n.isupper() or value is None}
+        plain = [n for n in names if n not in fixed]
+        constants = tuple((n, fixed[n]) for n in names if n in fixed)
         signature = tuple((n, self.operands[n][1] if n in self.operands else "i32") for n in plain)
         arguments = tuple(self.operands[n][0] if n in self.operands else values[n] for n in plain)
         aligned = ("logits", "counts") if self.vocab % 16 == 0 else ()

@@ -33,6 +33,7 @@ def sample(
     last_token: Tensor,
     step_tokens: Tensor | None = None,
     logit_rows: Tensor | None = None,
+    ancestors: Tensor | None = None,
     *,
     num_logprobs: int = 0,
 ) -> tuple[Tensor, ...]:
@@ -44,19 +45,22 @@ def sample(
     rows, positions = sample_rows[live].long(), sample_positions[live]
     values = logits[live].float()
     depth, guesses = torch.zeros_like(rows), torch.full_like(rows, -1)
+    before: list[list[int]] = [[] for _ in rows]  # the samples after whose tokens a draft is before each sample
     if step_tokens is not None:
         assert logit_rows is not None
         depth = torch.tensor([(rows[:i] == row).sum() for i, row in enumerate(rows)], device=rows.device).long()
         guesses = step_tokens[logit_rows[live]].long()
+        seen = None if ancestors is None else ancestors[logit_rows[live]].tolist()
+        before = [_path(i, int(num), seen) for i, num in enumerate(depth)]
     if penalties is not None:
         assert counts is not None and bias_ids is not None and bias_values is not None
         assert stop_ids is not None and min_length is not None and masks is not None
-        seen = counts[rows]
-        for i in range(len(rows)):
-            drafts = guesses[i + 1 - depth[i] : i + 1]  # before this sample
-            seen[i].index_add_(0, drafts, torch.ones_like(drafts, dtype=seen.dtype))
+        put_out = counts[rows]
+        for i, path in enumerate(before):
+            drafts = guesses[path]
+            put_out[i].index_add_(0, drafts, torch.ones_like(drafts, dtype=put_out.dtype))
         values = adjusted(
-            values, positions, penalties[rows], seen, bias_ids[rows], bias_values[rows], stop_ids[rows],
+            values, positions, penalties[rows], put_out, bias_ids[rows], bias_values[rows], stop_ids[rows],
             min_length[rows], masks[rows + depth * len(last_token)],
         )  # fmt: skip
     race = values
@@ -70,12 +74,13 @@ def sample(
     chosen = race.argmax(-1)
     tokens = torch.full_like(sample_rows, -1)
     tokens[live] = chosen.int()
-    holds = True
     for i, row in enumerate(rows.tolist()):  # a sample holds if the drafts before it are what was sampled there
-        holds = not depth[i] or (holds and bool(chosen[i - 1] == guesses[i]))
-        if not holds:
+        root = i - int(depth[i])
+        path = [root, *before[i]]
+        if any(chosen[parent] != guesses[node] for parent, node in zip(path, path[1:], strict=False)):
             continue
-        last_token[row] = chosen[i]
+        if ancestors is None or not (rows == row).sum() > 1:
+            last_token[row] = chosen[i]
         if penalties is not None and counts is not None and penalties[row].tolist() != [1.0, 0.0, 0.0]:
             counts[row, chosen[i]] += 1
     if not num_logprobs:
@@ -86,6 +91,15 @@ def sample(
     rank = (raw > raw.gather(1, at)).sum(-1) + 1
     ids = raw.sort(dim=-1, descending=True, stable=True).indices[:, :num_logprobs]  # the lowest id first among equals
     return tokens, logprobs.gather(1, at)[:, 0], rank.int(), ids.int(), logprobs.gather(1, ids)
+
+
+def _path(i: int, depth: int, seen: list[int] | None) -> list[int]:
+    """Of the samples of a request up to i, the first of which follows what is known, `depth` before it: those whose
+    tokens are drafts that sample i's token sees, in order. seen: bits, the highest that is set a token's own."""
+    if seen is None:
+        return list(range(i - depth + 1, i + 1))
+    own = (seen[i] & _WORD).bit_length() - 1
+    return [i - back for back in range(depth - 1, -1, -1) if seen[i] >> (own - back) & 1]
 
 
 def adjusted(

@@ -31,16 +31,26 @@ def depth_of(sample_rows, r, row, DRAFTS: tl.constexpr):
 
 
 @triton.jit
+def own_bit(seen, DRAFTS: tl.constexpr):
+    """Of what a token sees of the last keys: the number of the highest bit, its own; 31 where it sees all."""
+    own = seen * 0 + 31
+    for i in range(DRAFTS):
+        own -= 1 - ((seen >> own) & 1)
+    return own
+
+
+@triton.jit
 def adjusted_logits(
     logits, r, row, depth, position, start, penalties, counts, bias_ids, bias_values, stop_ids, min_length, masks,
-    step_tokens, logit_rows,
+    step_tokens, logit_rows, ancestors,
     V: tl.constexpr, N: tl.constexpr, B: tl.constexpr, BIASES: tl.constexpr, S: tl.constexpr, EXTRAS: tl.constexpr,
     ROWS: tl.constexpr, DRAFTS: tl.constexpr,
 ):  # fmt: skip
     """Logits [N] fp32 from token `start` on, after masks, bias, min_tokens and penalties; -inf past the vocabulary.
 
     BIASES: B slots of bias, rounded up to a power of two. Only slots with a token of this block cost a step.
-    depth: see `depth_of`; the drafts before a sample count as put out, and each depth has its own ROWS masks.
+    depth: see `depth_of`; the drafts before a sample count as put out, and each depth has its own ROWS masks. Of a tree
+    those before it are its `ancestors`; without one that is None.
     """
     t = start + tl.arange(0, N)
     z = raw_logits(logits, r, t, V)
@@ -67,8 +77,15 @@ def adjusted_logits(
             repetition, presence, frequency = row_penalties(penalties, place)
             count = tl.load(counts + place * V + t, mask=t < V, other=0)
             if DRAFTS > 0:
-                for back in range(0, depth):
-                    count += (t == tl.load(step_tokens + tl.load(logit_rows + r - back))).to(tl.int32)
+                if ancestors is None:
+                    for back in range(0, depth):
+                        count += (t == tl.load(step_tokens + tl.load(logit_rows + r - back))).to(tl.int32)
+                else:
+                    seen = tl.load(ancestors + tl.load(logit_rows + r))
+                    own = own_bit(seen, DRAFTS)
+                    for back in range(0, depth):
+                        draft = t == tl.load(step_tokens + tl.load(logit_rows + r - back))
+                        count += (draft & ((seen >> (own - back)) & 1 != 0)).to(tl.int32)
             times = (count & (IN_PROMPT - 1)).to(tl.float32)
             z = tl.where(count != 0, tl.where(z > 0, z / repetition, z * repetition), z)
             z = tl.fma(-frequency, times, z)

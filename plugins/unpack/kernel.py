@@ -2,10 +2,11 @@
 
 One copy brings the step to the GPU, one launch spreads it. The host packs what there is, without padding:
 
-    T, S, width of the page table, R, 0, 0, 0, 0 (eight numbers), then query_start [S+1], tokens [T], positions [T],
-    slots [T], kv_len [S], pages [S, width], logit_rows [R], sample_rows [R], sample_positions [R]
+    T, S, width of the page table, R, M, 0, 1 if there is a tree of drafts, 0 (eight numbers), then query_start [S+1],
+    tokens [T], positions [T], slots [T], kv_len [S], pages [S, width], logit_rows [R], sample_rows [R],
+    sample_positions [R], what `plugins/draft` reads [3, M] and, with a tree, ancestors [T]
 
-A token below 0 is in flight: -1 - row. Padding: slot 0, no tokens, no keys, logit row 0, sample row -1.
+A token below 0 is in flight: -1 - row. Padding: slot 0, no tokens, no keys, logit row 0, sample row -1, all ancestors.
 """
 
 import triton
@@ -21,10 +22,14 @@ BLOCK = 256
 @triton.jit
 def unpack_kernel(
     packed, last_token, tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions,
+    ancestors,
     T: tl.constexpr, S: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Grid (S + blocks of the longest array): a program for each row of the page table, then one for each block."""
+    """Grid (S + blocks of the longest array): a program for each row of the page table, then one for each block.
+
+    ancestors: None in buckets whose attention reads none.
+    """
     begin(PDL)
     t = tl.load(packed)
     s = tl.load(packed + 1)
@@ -55,14 +60,19 @@ def unpack_kernel(
     tl.store(logit_rows + i, tl.load(rows_at + i, mask=i < r, other=0), mask=i < R)
     tl.store(sample_rows + i, tl.load(rows_at + r + i, mask=i < r, other=-1), mask=i < R)
     tl.store(sample_positions + i, tl.load(rows_at + 2 * r + i, mask=i < r, other=0), mask=i < R)
+    if ancestors is not None:
+        ancestors_at = rows_at + 3 * r + 3 * tl.load(packed + 4)
+        there = (i < t) & (tl.load(packed + 6) != 0)
+        tl.store(ancestors + i, tl.load(ancestors_at + i, mask=there, other=-1), mask=i < T)
 
 
 def tactics(site: Site) -> list[Tactic]:
     """inputs: packed, last_token. outputs: tokens, positions, slots, query_start, kv_len, pages, logit_rows,
-    sample_rows, sample_positions, all int32."""
+    sample_rows, sample_positions and, where attention reads them, ancestors, all int32."""
     tokens, pages, rows = site.outputs[0].shape[0], site.outputs[5].shape, site.outputs[6].shape[0]
     constants = (("T", tokens), ("S", pages[0]), ("R", rows), ("WIDTH", pages[1]), ("BLOCK", BLOCK))
     names = unpack_kernel.arg_names[: 2 + len(site.outputs)]
+    constants += () if "ancestors" in names else (("ancestors", None),)
     kernel = Kernel("unpack.kernel:unpack_kernel", tuple((name, "*i32") for name in names), constants)
     arguments = (*(Operand("input", i) for i in range(2)), *(Operand("output", i) for i in range(len(site.outputs))))
     grid = (pages[0] + triton.cdiv(max(tokens, pages[0] + 1, rows), BLOCK), 1, 1)

@@ -1,6 +1,7 @@
 """Sampling kernels against their definition in torch: on the GPU where there is one, interpreted otherwise."""
 
 import os
+import random
 import subprocess
 import sys
 
@@ -15,10 +16,11 @@ from ingot.plugins import jit, tactics_of
 from ingot.plugins.sample import adjusted, probabilities, sample
 from ingot.plugins.sample.reference import IN_PROMPT, gumbel, kept
 from ingot.plugins.sample.select import threshold
-from ingot.plugins.tactic import Device, Site, Tensor
-from triton_run import DEVICE, described, run_tactic
+from ingot.plugins.tactic import Site, Tensor
+from random_tree import bits_of, path_to, random_parents
+from sample_run import DRAFTS, GPU, compare, make_inputs, run, site_of
+from triton_run import DEVICE
 
-GPU = DEVICE == "cuda"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -26,95 +28,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def fresh():
     torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
     print("seed", torch.initial_seed())  # shown when a test fails
-
-
-def table(num_rows, values, dtype, default=0):
-    """[num_rows] of `values` (a number, or row -> number), the rest `default`."""
-    full = torch.full((num_rows,), default, dtype=dtype)
-    for row, value in (values if isinstance(values, dict) else dict.fromkeys(range(num_rows), values)).items():
-        full[row] = value
-    return full
-
-
-def make_inputs(
-    logits, rows=None, positions=None, num_rows=None, *, temperature=None, top_k=0, top_p=1.0, min_p=0.0, seed=None,
-    truncate=False, penalties=None, counts=None, bias=None, stop=None, min_length=0, masks=None,
-):  # fmt: skip
-    """The site's inputs. bias: row -> {token: value}; stop, masks: row -> tokens; penalties [num_rows, 3]."""
-    size, vocab = logits.shape
-    rows = torch.arange(size, dtype=torch.int32) if rows is None else torch.tensor(rows, dtype=torch.int32)
-    positions = torch.arange(size) * 3 + 5 if positions is None else torch.as_tensor(positions)
-    num_rows = num_rows or size
-    random = [None] * 5
-    if temperature is not None:
-        truncation = [
-            table(num_rows, top_k, torch.int32), table(num_rows, top_p, torch.float32, 1),
-            table(num_rows, min_p, torch.float32),
-        ]  # fmt: skip
-        seed = torch.randint(-(2**63), 2**63 - 1, (num_rows,)) if seed is None else table(num_rows, seed, torch.int64)
-        random = [table(num_rows, temperature, torch.float32), *(truncation if truncate else [None] * 3), seed]
-    extras = [None] * 7
-    if any(x is not None for x in (penalties, bias, stop, masks)):
-        if penalties is None:
-            penalties = torch.tensor([[1.0, 0, 0]]).repeat(num_rows, 1)
-        if counts is None:
-            counts = torch.zeros(num_rows, vocab, dtype=torch.int32)
-        ids, values, stops = torch.full((num_rows, 6), -1), torch.zeros(num_rows, 6), torch.full((num_rows, 4), -1)
-        for row, biases in (bias or {}).items():
-            for slot, (token, value) in enumerate(biases.items(), 1):  # the first slot is empty
-                ids[row, slot], values[row, slot] = token, value
-        for row, tokens in (stop or {}).items():
-            stops[row, 1 : 1 + len(tokens)] = torch.tensor(tokens)
-        bits = torch.ones(num_rows, -(-vocab // 32) * 32, dtype=torch.int64)
-        for row, tokens in (masks or {}).items():
-            bits[row] = 0
-            bits[row, torch.as_tensor(tokens)] = 1
-        words = (bits.view(num_rows, -1, 32) << torch.arange(32)).sum(-1)
-        words = torch.where(words >= 2**31, words - 2**32, words).int()
-        extras = [penalties, counts, ids.int(), values, stops.int(), table(num_rows, min_length, torch.int32), words]
-    last = torch.full((num_rows,), 77, dtype=torch.int32)
-    return [logits, rows, positions.int(), *random, *extras, last]
-
-
-def site_of(inputs, num_logprobs=0, device=None):
-    inputs = [described(x) for x in inputs]
-    rows = inputs[0].shape[0]
-    extras = inputs[8] is not None
-    attributes = {
-        "num_rows": inputs[15].shape[0], "num_bias": inputs[10].shape[1] if extras else 0,
-        "num_stop": inputs[12].shape[1] if extras else 0, "num_logprobs": num_logprobs,
-        "random": inputs[3] is not None, "truncate": inputs[4] is not None, "extras": extras,
-        "drafts": 3 if len(inputs) > 16 else 0,
-    }  # fmt: skip
-    outputs = [Tensor((rows,), "int32")]
-    if num_logprobs:
-        outputs += [Tensor((rows,), "float32"), Tensor((rows,), "int32"), Tensor((rows, num_logprobs), "int32"),
-                    Tensor((rows, num_logprobs), "float32")]  # fmt: skip
-    return Site("Sample", attributes, tuple(inputs), tuple(outputs), device or Device())
-
-
-def run(inputs, num_logprobs=0, tactic=0):
-    """-> outputs, the inputs afterwards (copies: the caller's are untouched)."""
-    site = site_of(inputs, num_logprobs)
-    found = tactics_of("Sample")(site)
-    after = [None if x is None else x.clone().to(DEVICE) for x in inputs]
-    outputs = run_tactic(found[tactic], after, site.outputs)
-    return [y.cpu() for y in outputs], [None if x is None else x.cpu() for x in after]
-
-
-def compare(inputs, num_logprobs=0, every=GPU):
-    """Tokens, counts and last tokens are the reference's, nothing else changes; in every tactic. -> tokens."""
-    expected = [None if x is None else x.clone() for x in inputs]
-    outputs = sample(*expected, num_logprobs=num_logprobs)
-    live = inputs[1] >= 0
-    for tactic in range(len(tactics_of("Sample")(site_of(inputs, num_logprobs))) if every else 1):
-        ours, after = run(inputs, num_logprobs, tactic)
-        torch.testing.assert_close(ours[0], outputs[0], rtol=0, atol=0)
-        for mine, theirs in zip(ours[1:], outputs[1:], strict=True):
-            torch.testing.assert_close(mine[live], theirs[live], rtol=1e-5, atol=1e-5)
-        for mine, theirs in zip(after, expected, strict=True):
-            assert mine is None or mine.equal(theirs)
-    return outputs[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -324,6 +237,36 @@ def test_drafts_are_counted_and_masked_and_only_what_holds_is_kept():
         tokens[logit_rows[5]] = found[4]
     assert kept == [1, 2, 3, 4]
     assert after[9][0, found[4]] >= 1 and after[9][5].sum() == 0
+
+
+def test_a_sample_of_a_tree_follows_its_ancestors_alone():
+    """Row 2 verifies a tree, row 0 a chain, row 4 nothing; each node is put right in turn."""
+    rng, vocab, num_rows = random.Random(torch.initial_seed()), 90, 5
+    parents = random_parents(rng, DRAFTS)
+    rows = [2] * (1 + DRAFTS) + [0] * 3 + [4, -1]
+    logits = (torch.randn(len(rows), vocab) * 2)[[0] * len(rows)]  # the same: penalties alone tell samples apart
+    depths = [0, *(len(path_to(parents, i)) for i in range(DRAFTS)), 0, 1, 2, 0, 0]
+    penalties = torch.tensor([[1.5, 0.9, 0.4]] * num_rows)
+    base = make_inputs(logits, rows, [9 + d for d in depths], num_rows, penalties=penalties, stop={})
+    words = base[14].repeat(1 + DRAFTS, 1)
+    words[2::num_rows] = torch.randint(-(2**31), 2**31 - 1, (1 + DRAFTS, words.shape[1]), dtype=torch.int32)
+    base[14] = words
+    seen = [-1, *(bits_of(parents, i, DRAFTS) for i in range(DRAFTS)), *[-1] * 5]
+    order = torch.randperm(20)[: len(rows)].int()  # rows of the step's tokens
+    ancestors = torch.zeros(20, dtype=torch.int32)
+    ancestors[order] = torch.tensor(seen, dtype=torch.int32)
+    tokens = torch.randint(vocab, (20,), dtype=torch.int32)
+    for node in range(DRAFTS):  # parents come first: with each the path to it is right
+        inputs = [*base, tokens.clone(), order, ancestors]
+        found = compare(inputs, every=False)
+        tokens[order[1 + node]] = found[1 + parents[node]]
+    inputs = [*base, tokens.clone(), order, ancestors]
+    compare(inputs)
+    (ours,), after = run(inputs)
+    held = {-1} | {n for n in range(DRAFTS) if all(ours[1 + parents[i]] == tokens[order[1 + i]]
+                                                   for i in path_to(parents, n))}  # fmt: skip
+    assert len(held) > DRAFTS / 2 and int(after[9][2].sum()) == len(held)
+    assert after[15].tolist() == [77, 77, 77, 77, ours[-2]], "the last token of who has drafts is the host's to say"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
