@@ -14,8 +14,8 @@ from .values import NOTHING, adjusted_logits, depth_of, gumbel, image, own_bit, 
 @triton.jit
 def race_kernel(
     logits, sample_rows, sample_positions, temperatures, top_k, top_p, min_p, seeds,
-    penalties, counts, bias_ids, bias_values, stop_ids, min_length, masks, step_tokens, logit_rows, ancestors, peaks, tables,
-    states, best_images, best_tokens,
+    penalties, counts, bias_ids, bias_values, stop_ids, min_length, masks, step_tokens, logit_rows, ancestors, peaks,
+    tables, states, best_images, best_tokens,
     V: tl.constexpr, SPAN: tl.constexpr, N: tl.constexpr, B: tl.constexpr, BIASES: tl.constexpr, S: tl.constexpr,
     EXTRAS: tl.constexpr, ROWS: tl.constexpr, DRAFTS: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr,
     LEVELS: tl.constexpr, RANDOM: tl.constexpr, TRUNCATE: tl.constexpr,
@@ -44,8 +44,8 @@ def race_kernel(
     for start in range(block * SPAN, tl.minimum(block * SPAN + SPAN, V), N):
         t = start + tl.arange(0, N)
         z = adjusted_logits(logits, r, row, depth, position, start, penalties, counts, bias_ids, bias_values,
-                            stop_ids, min_length, masks, step_tokens, logit_rows, ancestors, V, N, B, BIASES, S, EXTRAS, ROWS,
-                            DRAFTS)  # fmt: skip
+                            stop_ids, min_length, masks, step_tokens, logit_rows, ancestors, V, N, B, BIASES, S,
+                            EXTRAS, ROWS, DRAFTS)  # fmt: skip
         keep = t < V
         if RANDOM:
             if temperature > 0:

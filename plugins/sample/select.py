@@ -45,8 +45,8 @@ def peak_kernel(
     top = tl.full([N], float("-inf"), tl.float32)
     for start in range(block * SPAN, tl.minimum(block * SPAN + SPAN, V), N):
         z = adjusted_logits(logits, r, row, depth, position, start, penalties, counts, bias_ids, bias_values,
-                            stop_ids, min_length, masks, step_tokens, logit_rows, ancestors, V, N, B, BIASES, S, EXTRAS, ROWS,
-                            DRAFTS)  # fmt: skip
+                            stop_ids, min_length, masks, step_tokens, logit_rows, ancestors, V, N, B, BIASES, S,
+                            EXTRAS, ROWS, DRAFTS)  # fmt: skip
         top = tl.maximum(top, z)
     tl.store(peaks + r * tl.num_programs(0) + block, tl.max(top, 0))
 
@@ -92,8 +92,8 @@ def descend(table, prefix, need, share, MASS: tl.constexpr):
 @triton.jit
 def select_kernel(
     logits, sample_rows, sample_positions, temperatures, top_k, top_p, min_p,
-    penalties, counts, bias_ids, bias_values, stop_ids, min_length, masks, step_tokens, logit_rows, ancestors, peaks, tables,
-    states, level,
+    penalties, counts, bias_ids, bias_values, stop_ids, min_length, masks, step_tokens, logit_rows, ancestors, peaks,
+    tables, states, level,
     V: tl.constexpr, SPAN: tl.constexpr, N: tl.constexpr, B: tl.constexpr, BIASES: tl.constexpr, S: tl.constexpr,
     EXTRAS: tl.constexpr, ROWS: tl.constexpr, DRAFTS: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr,
     LEVELS: tl.constexpr, MASS: tl.constexpr,
@@ -153,8 +153,8 @@ def select_kernel(
     high = tl.zeros([BINS, N], tl.int32)
     for start in range(block * SPAN, tl.minimum(block * SPAN + SPAN, V), N):
         z = adjusted_logits(logits, r, row, depth, position, start, penalties, counts, bias_ids, bias_values,
-                            stop_ids, min_length, masks, step_tokens, logit_rows, ancestors, V, N, B, BIASES, S, EXTRAS, ROWS,
-                            DRAFTS)  # fmt: skip
+                            stop_ids, min_length, masks, step_tokens, logit_rows, ancestors, V, N, B, BIASES, S,
+                            EXTRAS, ROWS, DRAFTS)  # fmt: skip
         u = ordered(z)
         rest = u >> shift.to(tl.uint32)
         counted = (start + tl.arange(0, N) < V) & ((rest >> 4) == prefix)

@@ -34,7 +34,7 @@ def depth_of(sample_rows, r, row, DRAFTS: tl.constexpr):
 def own_bit(seen, DRAFTS: tl.constexpr):
     """Of what a token sees of the last keys: the number of the highest bit, its own; 31 where it sees all."""
     own = seen * 0 + 31
-    for i in range(DRAFTS):
+    for _i in range(DRAFTS):
         own -= 1 - ((seen >> own) & 1)
     return own
 
