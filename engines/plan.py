@@ -20,6 +20,9 @@ PLAN_FILE = "plan.json"
 FIRST, NEXT = "first", "next"
 TARGET = "target."  # before the names of the target's buffers
 POOL = "states."  # before the number of a pool that a head reads, in the order of `HeadInfo.reads`
+# [N, 2] int32, rows of pools to be moved (`MoveRows`, plugins/rows), and the part of buckets for verification that
+# moves those of KV pools
+MOVES = "moves"
 ZEROS = "zeros"  # a buffer of `Plan.zeros` bytes, zero before and after every launch
 
 
@@ -27,6 +30,11 @@ def keep(states: str) -> str:
     """The part of a target's buckets that copies these hidden states [T, width] to the buffer of the same name, a pool
     [num_slots, width]; replayed behind the body where a head reads them."""
     return f"keep.{states}"
+
+
+def move(states: str) -> str:
+    """The part of a target's buckets for verification that moves rows of the pool of that name, as MOVES does."""
+    return f"{MOVES}.{states}"
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,8 @@ class Bucket:
     max_context: int
     arena: int
     logits: int
-    # stage, body, head (neither for TensorRT), sample.KIND, and FIRST or NEXT; `keep` of each hidden state
+    # stage, body, head (neither for TensorRT), sample.KIND, and FIRST or NEXT; MOVES; `keep` and `move` of each hidden
+    # state
     parts: dict[str, tuple[Launch, ...]]
 
 

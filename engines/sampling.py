@@ -15,6 +15,7 @@ MASKS = "masks"
 LAST_TOKEN = "last_token"  # [rows] int32: the token sampled last in each row
 
 MAX_BIAS, MAX_STOP, MAX_LOGPROBS = 1024, 64, 20  # entries of one request
+MAX_BRANCHES = 8  # of a node of a tree of drafts
 
 VOCABULARY, BITS = -1, -2  # columns: one for each token, or one for every 32
 # name -> element type, columns (0: a vector)
@@ -77,6 +78,13 @@ class Kind:
         return frozenset(names)
 
     @property
+    def num_logprobs(self) -> int:
+        """How many of the best tokens of each row it tells."""
+        if not self.logprobs:
+            return 0
+        return MAX_LOGPROBS if self.extras else MAX_BRANCHES
+
+    @property
     def results(self) -> tuple[str, ...]:
         """The outputs it writes, in the order of the op."""
         return tuple(RESULTS) if self.logprobs else (SAMPLED,)
@@ -94,3 +102,5 @@ KINDS: dict[str, Kind] = {
     "any": Kind(random=True, truncate=True, extras=True),
     "logprobs": Kind(random=True, truncate=True, extras=True, logprobs=True),
 }
+# of drafts that are to be trees
+BRANCHING: dict[str, Kind] = {"branches": Kind(logprobs=True)}

@@ -37,6 +37,7 @@ _KERNELS = {
     "LayerNormalization": "reduce",
     "KeepStates": "rows",
     "Linear": "linear",
+    "MoveRows": "rows",
     "Mul": "elementwise",
     "Neg": "elementwise",
     "PagedAttention": "paged_attention",

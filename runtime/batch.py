@@ -58,12 +58,12 @@ class Batch(NamedTuple):
     scored: list[Scored]
 
 
-HEADER = 8  # numbers in front of the packed arrays: T, S, width, R, M of `Ahead`, and three to spare
+HEADER = 8  # numbers in front of the packed arrays, see `plugins/unpack/kernel.py`
 
 
 def packed_size(max_num_seqs: int, max_num_batched_tokens: int, width: int) -> int:
     """Numbers that the packed arrays of a step have at most; every token may want logits."""
-    return HEADER + 6 * max_num_batched_tokens + (width + 8) * max_num_seqs + 8
+    return HEADER + 7 * max_num_batched_tokens + (width + 8) * max_num_seqs + 8
 
 
 def packed_step(
@@ -160,7 +160,10 @@ class Arena:
             table = cut(3 * len(works)).reshape(3, -1)
             table[:] = works, logit_ends[works] - num_samples[works], num_samples[works]
             ahead = Ahead(table, [step[i].request.tokens for i in works])
-        header[:] = num_tokens, num_works, width, len(logit_rows), len(ahead.known) if ahead else 0, 0, 0, 0
+        if ancestors is not None:
+            cut(num_tokens)[:] = ancestors
+        header[:4] = num_tokens, num_works, width, len(logit_rows)
+        header[4:] = len(ahead.known) if ahead else 0, 0, ancestors is not None, 0
         return Batch(
             inputs={
                 names.TOKENS: tokens, names.POSITIONS: positions, names.SLOTS: slots, names.QUERY_START: query_start,

@@ -66,11 +66,6 @@ class Executor(Protocol):
 def open_executor(engine: Engine, config: ServeConfig) -> Executor:
     """The executor of the engine's target, KV pool allocated. EngineError: it does not fit, or cannot run here."""
     if engine.manifest.target == "cuda":
-        if config.num_draft_nodes:
-            raise EngineError(
-                f"num_draft_nodes is {config.num_draft_nodes}, but {engine.folder} is an engine for the cuda target,"
-                " where drafts are chains so far; leave it out, or build the engine for the cpu target."
-            )
         from .cuda.executor import CudaExecutor
 
         return CudaExecutor(engine, config)

@@ -58,8 +58,9 @@ def recorded(llm, instead=lambda tokens, guesses: guesses):
         found = settle(batch, tokens, guesses)
         for known, work in zip(batch.ahead.known, guesses.works, strict=True) if guesses else ():
             mine = batch.sample_works == work
-            held = tokens[mine] if batch.drafts is None else tokens[mine][holding(tokens[mine], batch.drafts[mine])]
-            seen.append(([*known, *held.tolist()], found[work]))
+            if batch.drafts is not None:
+                mine &= holding(tokens, batch.drafts, batch.nodes)
+            seen.append(([*known, *tokens[mine].tolist()], found[work]))
             found[work] = instead(*seen[-1])
         return found
 

@@ -19,7 +19,7 @@ from ingot.builder.heads.build import HeadBuild
 from ingot.builder.passes import optimise
 from ingot.builder.record import kv_layers
 from ingot.builder.targets.buckets import bucket_sizes
-from ingot.builder.targets.fusion import fuse
+from ingot.builder.targets.fusion import FUSIONS, VERIFYING, fuse
 from ingot.builder.targets.head_planner import HeadPlanner
 from ingot.builder.targets.planner import Planner
 from ingot.engines.manifest import BuildRecord, KVLayer, Manifest, ModelInfo
@@ -119,7 +119,13 @@ def quick(site):
 def save_plan(graph, folder, head=None, max_num_seqs=3, max_num_batched_tokens=16, max_draft_tokens=3):
     """Writes the plan and returns its kernels."""
     planner = (partial(HeadPlanner, head=head) if head else Planner)(
-        fuse(graph.graph), Device(90, 4), PAGE, LENGTH // PAGE, max_num_seqs, quick, max_draft_tokens=max_draft_tokens
+        fuse(graph.graph, VERIFYING if max_draft_tokens and not head else FUSIONS),
+        Device(90, 4),
+        PAGE,
+        LENGTH // PAGE,
+        max_num_seqs,
+        quick,
+        max_draft_tokens=max_draft_tokens,
     )
     sizes = bucket_sizes(max_num_seqs, max_num_batched_tokens, LENGTH, max_draft_tokens)
     buckets = tuple(planner.plan(each) for each in sizes)

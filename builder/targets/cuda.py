@@ -25,7 +25,7 @@ from ...plugins.gpu import Gpu
 from ...plugins.tactic import Device
 from . import NOBODY, Audience, Compile, cubin
 from .buckets import bucket_sizes
-from .fusion import fuse
+from .fusion import FUSIONS, VERIFYING, fuse
 from .head_planner import HeadPlanner, check_guesses
 from .planner import Planner, key_of
 from .table import default_table
@@ -81,7 +81,7 @@ def make_plan(
     choices: dict[Any, Choice] = {}
     if head:
         check_guesses(graph, head)
-    fused = fuse(graph)
+    fused = fuse(graph, VERIFYING if config.max_draft_tokens and not head else FUSIONS)
     check_fp8(any(_multiplies_fp8(node) for node in fused), device.capability)
     kind = partial(HeadPlanner, head=head) if head else Planner
     planner = kind(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
+from ...plugins.paged_attention.trees import with_ancestors
 from ..passes import drop_dead
 from ..passes.graph import INGOT, attributes, dims, made_by, new, nodes, operand, replace
 from ..passes.lowering import lower_quantised
@@ -79,6 +80,11 @@ def quantised_results(model: ir.Model) -> None:
             replace(old, fresh)
 
 
+def tree_drafts(model: ir.Model) -> None:
+    """Attention reads `ancestors`, so that drafts to be verified may be a tree."""
+    with_ancestors(model)
+
+
 def _read_elsewhere(value: ir.Value) -> bool:
     return value.is_graph_output() or len(value.uses()) != 1
 
@@ -86,6 +92,7 @@ def _read_elsewhere(value: ir.Value) -> bool:
 FUSIONS: tuple[Fusion, ...] = (
     lower_quantised, gated_linears, gated_quantised_linears, quantised_results, rotary_attentions
 )  # fmt: skip
+VERIFYING: tuple[Fusion, ...] = (tree_drafts, *FUSIONS)  # of graphs that verify drafts
 
 
 def fuse(graph: ir.Graph, fusions: Sequence[Fusion] = FUSIONS) -> ir.Graph:

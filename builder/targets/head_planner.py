@@ -8,16 +8,28 @@ that it gives is written where the next step reads it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from ...engines.errors import BuildError
 from ...engines.manifest import HeadInfo
-from ...engines.plan import FIRST, NEXT, POOL, TARGET
-from ...engines.sampling import LAST_TOKEN, PACKED, SAMPLED
-from ...engines.step import DRAFTED, FEATURES, HIDDEN, KV_LEN, LOGITS, PAGES, QUERY_START, SLOTS, TOKEN_IDS, TOKENS
+from ...engines.plan import FIRST, MOVES, NEXT, POOL, TARGET
+from ...engines.sampling import KINDS, LAST_TOKEN, PACKED, SAMPLED, Kind
+from ...engines.step import (
+    ANCESTORS,
+    DRAFTED,
+    FEATURES,
+    HIDDEN,
+    KV_LEN,
+    LOGITS,
+    PAGES,
+    QUERY_START,
+    SLOTS,
+    TOKEN_IDS,
+    TOKENS,
+)
 from ...plugins.tactic import Site, Tensor
 from .buckets import Sizes
 from .planner import STAGING, Planner, Work
@@ -49,8 +61,8 @@ class HeadPlanner(Planner):
         return [stage, *([] if own else [self._reading(sizes)]), *_without(zero, work, self._hidden)]
 
     @property
-    def kinds(self) -> Collection[str]:
-        return ("greedy",)
+    def kinds(self) -> Mapping[str, Kind]:
+        return {"greedy": KINDS["greedy"]}
 
     def drafts_in(self, sizes: Sizes) -> bool:
         """Medusa heads say all in the first step."""
@@ -69,24 +81,34 @@ class HeadPlanner(Planner):
 
     def _reading(self, sizes: Sizes) -> Work:
         assert self.head
-        features, num = self.tensor(self._features, sizes), len(self.head.reads)
-        pool = Tensor((1, self.head.target_hidden_size), features.dtype, cold=True)
+        features, pools = self.tensor(self._features, sizes), self._pools(sizes)
         slots = Tensor((sizes.tokens,), "int32")
-        site = Site("ReadStates", {}, (slots, *[pool] * num), (features,), self.device)
-        pools = [f"{TARGET}{POOL}{i}" for i in range(num)]
+        site = Site("ReadStates", {}, (slots, *pools.values()), (features,), self.device)
         return Work("body", STAGING, site, (SLOTS, *pools), (self._features,))
 
-    def _drafting(self, sizes: Sizes) -> Work:
+    def _pools(self, sizes: Sizes) -> dict[str, Tensor]:
+        """Of the target's states, by their names here."""
+        assert self.head
+        pool = Tensor((1, self.head.target_hidden_size), self.tensor(self._features, sizes).dtype, cold=True)
+        return {f"{TARGET}{POOL}{i}": pool for i in range(len(self.head.reads))}
+
+    def _drafting(self, sizes: Sizes) -> list[Work]:
+        """The first step moves what the target left of a sample that is not where a chain would have it, too."""
         assert self.head
         first = sizes.max_query != 1
-        stage, vocab = self._staging(sizes), self.tensor(self._token_ids, sizes)
-        names = (PACKED, QUERY_START, KV_LEN, PAGES, SAMPLED, TOKENS)
+        outputs, tensors = self._staged(sizes)
+        samples = Tensor((sizes.rows * self.head.guesses,), "int32")
+        tensors = (*tensors[:-2], samples, samples)
+        names = (PACKED, QUERY_START, KV_LEN, PAGES, SAMPLED, TOKENS, ANCESTORS)
         inputs: tuple[Value, ...] = (*(TARGET + name for name in names), LAST_TOKEN, self._token_ids)
         attributes = {"page_size": self.page_size, "guesses": self.head.guesses, "first": first}
-        shapes = (*[Tensor((1,), "int32")] * len(names), Tensor((self.max_num_seqs,), "int32"), vocab)
-        samples = Tensor((sizes.rows * self.head.guesses,), "int32")
-        site = Site("DraftHead", attributes, shapes, (*stage.site.outputs[:-2], samples, samples), self.device)
-        return Work(FIRST if first else NEXT, STAGING, site, inputs, stage.outputs)
+        shapes = (*[Tensor((1,), "int32")] * len(names), Tensor((self.max_num_seqs,), "int32"))
+        shapes += (self.tensor(self._token_ids, sizes),)
+        if not first:
+            return [Work(NEXT, STAGING, Site("DraftHead", attributes, shapes, tensors, self.device), inputs, outputs)]
+        tensors, outputs = (*tensors, Tensor((sizes.sequences, 2), "int32")), (*outputs, MOVES)
+        stage = Work(FIRST, STAGING, Site("DraftHead", attributes, shapes, tensors, self.device), inputs, outputs)
+        return [stage, *(self._moving(FIRST, name, pool, sizes) for name, pool in self._pools(sizes).items())]
 
 
 def check_guesses(graph: ir.Graph, head: HeadInfo) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,13 +10,13 @@ import onnx_ir as ir
 
 from ...engines.dtypes import DTYPES
 from ...engines.errors import BuildError
-from ...engines.plan import FIRST, NEXT, TARGET, ZEROS, Argument, Bucket, Launch, keep
+from ...engines.plan import FIRST, MOVES, NEXT, TARGET, ZEROS, Argument, Bucket, Launch, keep, move
 from ...engines.sampling import (
+    BRANCHING,
     KINDS,
     LAST_TOKEN,
     MASKS,
     MAX_BIAS,
-    MAX_LOGPROBS,
     MAX_STOP,
     PACKED,
     RESULTS,
@@ -27,7 +27,18 @@ from ...engines.sampling import (
     Kind,
     width,
 )
-from ...engines.step import KV_LEN, LOGIT_ROWS, LOGITS, PAGES, QUERY_START, SLOTS, STATES, STEP_INPUTS, TOKENS
+from ...engines.step import (
+    ANCESTORS,
+    KV_LEN,
+    LOGIT_ROWS,
+    LOGITS,
+    PAGES,
+    QUERY_START,
+    SLOTS,
+    STATES,
+    STEP_INPUTS,
+    TOKENS,
+)
 from ...plugins import OPS
 from ...plugins.opschema import complete_attributes
 from ...plugins.tactic import Device, Gemm, Kernel, Operand, Site, Tactic, Tensor
@@ -82,6 +93,7 @@ class Planner:
         }
         (self.logits,) = (value for value in self.graph.outputs if value.name == LOGITS)
         self._states = [value for value in self.graph.outputs if (value.name or "").startswith(STATES)]
+        self._ancestors = next((value for value in self._inputs if value.name == ANCESTORS), None)
 
     def sites(self, sizes: Sizes) -> list[Work]:
         """What a bucket launches, in order: staging, the graph's nodes, what keeps hidden states, kinds of sampling."""
@@ -97,6 +109,8 @@ class Planner:
                 num_inputs = OPS[node.op_type].schema.max_input
             attributes.pop("layer", None)  # layers of the same shapes are one site
             inputs = (*node.inputs, *[None] * (num_inputs - len(node.inputs)))
+            if not self._trees_in(sizes):
+                inputs = tuple(None if value is not None and value is self._ancestors else value for value in inputs)
             if self._rows(node.outputs[0]):
                 part = "head"  # and everything behind it
             shapes = tuple(None if value is None else self.tensor(value, sizes) for value in inputs)
@@ -110,8 +124,16 @@ class Planner:
                     f"'{late.name}' is made behind the choice of logit rows, where the cuda target cannot keep it."
                 )
         work += [self._keeping(value, sizes) for value in self._states]
-        work += [self._sampling(name, KINDS[name], sizes) for name in self.kinds]
-        return work + ([self._drafting(sizes)] if self.drafts_in(sizes) else [])
+        if self._trees_in(sizes) and sizes.max_query:
+            pools = [value for value in self.graph.inputs if value in self._inputs and len(value.shape or ()) == 4]
+            work += [self._moving(MOVES, value.name or "", self.tensor(value, sizes), sizes) for value in pools]
+            for value in self._states:
+                name, pool = value.name or "", replace(self.tensor(value, sizes), cold=True)
+                work.append(self._moving(move(name), name, pool, sizes))
+        work += [self._sampling(name, kind, sizes) for name, kind in self.kinds.items()]
+        if not self.drafts_in(sizes):
+            return work
+        return [*work, *self._drafting(sizes), *(self._sampling(name, kind, sizes) for name, kind in BRANCHING.items())]
 
     def _keeping(self, states: ir.Value, sizes: Sizes) -> Work:
         """Copies a hidden state to its pool, a buffer of the same name, for heads that draft from it."""
@@ -121,29 +143,39 @@ class Planner:
         )
         return Work(keep(states.name or ""), STAGING, site, (states, SLOTS), (states.name or "",))
 
-    def _drafting(self, sizes: Sizes) -> Work:
+    def _moving(self, part: str, name: str, pool: Tensor, sizes: Sizes) -> Work:
+        """Moves rows of a pool, a buffer of that name, as MOVES says: one for each sequence."""
+        site = Site("MoveRows", {}, (pool, Tensor((sizes.sequences, 2), "int32")), (pool,), self.device)
+        return Work(part, STAGING, site, (name, MOVES), (name,))
+
+    def _drafting(self, sizes: Sizes) -> list[Work]:
         """Staging of a step in which this engine drafts for another one."""
         part = NEXT if sizes.max_query == 1 else FIRST
-        stage = self._staging(sizes)
-        names = (PACKED, TOKENS, QUERY_START, KV_LEN, PAGES, SAMPLED)
+        outputs, tensors = self._staged(sizes)
+        names = (PACKED, TOKENS, QUERY_START, KV_LEN, PAGES, SAMPLED, ANCESTORS)
         inputs = (*(TARGET + name for name in names), LAST_TOKEN)
         attributes = {"page_size": self.page_size, "vocab_size": self.vocab_size, "first": part == FIRST}
         shapes = (*[Tensor((1,), "int32")] * len(names), Tensor((self.max_num_seqs,), "int32"))
-        site = Site("Draft", attributes, shapes, stage.site.outputs, self.device)
-        return Work(part, STAGING, site, inputs, stage.outputs)
+        site = Site("Draft", attributes, shapes, tensors, self.device)
+        return [Work(part, STAGING, site, inputs, outputs)]
 
     def _staging(self, sizes: Sizes) -> Work:
-        values = {value.name: value for value in self._inputs}
-        outputs = tuple(self.tensor(values[name], sizes) for name in STEP_INPUTS)
-        outputs += (Tensor((sizes.rows,), "int32"),) * 2
+        names, outputs = self._staged(sizes)
+        if self._trees_in(sizes):
+            names, outputs = (*names, ANCESTORS), (*outputs, outputs[0])
         inputs = (Tensor((1,), "int32"), Tensor((self.max_num_seqs,), "int32"))
-        site = Site("Unpack", {}, inputs, outputs, self.device)
-        return Work("stage", STAGING, site, (PACKED, LAST_TOKEN), (*STEP_INPUTS, SAMPLE_ROWS, SAMPLE_POSITIONS))
+        return Work("stage", STAGING, Site("Unpack", {}, inputs, outputs, self.device), (PACKED, LAST_TOKEN), names)
+
+    def _staged(self, sizes: Sizes) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
+        """Step tensors that every staging makes, drafts or not."""
+        values = {value.name: value for value in self._inputs}
+        tensors = tuple(self.tensor(values[name], sizes) for name in STEP_INPUTS)
+        return (*STEP_INPUTS, SAMPLE_ROWS, SAMPLE_POSITIONS), (*tensors, *[Tensor((sizes.rows,), "int32")] * 2)
 
     def _sampling(self, name: str, kind: Kind, sizes: Sizes) -> Work:
         logits = self.logits_of(sizes)
         num_rows, vocab = logits.shape
-        num_logprobs = min(MAX_LOGPROBS, vocab)
+        num_logprobs = min(kind.num_logprobs, vocab)
         tables: dict[str, Tensor] = {}
         for table, (dtype, _) in TABLES.items():
             columns = width(table, vocab)
@@ -152,30 +184,35 @@ class Planner:
         shapes = [tables[table] if table in kind.tables else None for table in TABLES]
         row = Tensor((num_rows,), "int32")
         drafts = self.drafts_of(sizes)
-        verified = (Tensor((sizes.tokens,), "int32"), row) if drafts else (None, None)
+        step = Tensor((sizes.tokens,), "int32")
+        verified = (step, row, step if self._trees_in(sizes) else None) if drafts else (None, None, None)
         outputs = tuple(
             Tensor((num_rows, num_logprobs) if columns else (num_rows,), dtype)
             for dtype, columns in (RESULTS[result] for result in kind.results)
         )
         attributes = {
             "num_rows": self.max_num_seqs, "num_bias": MAX_BIAS, "num_stop": MAX_STOP, "random": kind.random,
-            "num_logprobs": num_logprobs if kind.logprobs else 0, "truncate": kind.truncate, "extras": kind.extras,
+            "num_logprobs": num_logprobs, "truncate": kind.truncate, "extras": kind.extras,
             "drafts": drafts,
         }  # fmt: skip
         site = Site("Sample", attributes, (logits, row, row, *shapes, *verified), outputs, self.device)
         inputs: tuple[ir.Value | str, ...] = (
-            self.logits, SAMPLE_ROWS, SAMPLE_POSITIONS, *TABLES, TOKENS, LOGIT_ROWS
+            self.logits, SAMPLE_ROWS, SAMPLE_POSITIONS, *TABLES, TOKENS, LOGIT_ROWS, ANCESTORS
         )  # fmt: skip
         return Work(f"sample.{name}", SAMPLING, site, inputs, kind.results)
 
     @property
-    def kinds(self) -> Collection[str]:
-        """How tokens are sampled, names of `KINDS`."""
+    def kinds(self) -> Mapping[str, Kind]:
+        """How tokens are sampled, besides those of drafts that are to be trees."""
         return KINDS
 
     def drafts_in(self, sizes: Sizes) -> bool:
         """Whether this engine drafts for another one in steps of such a bucket."""
         return bool(self.max_draft_tokens and sizes.max_query)
+
+    def _trees_in(self, sizes: Sizes) -> bool:
+        """Whether drafts in steps of such a bucket may be trees."""
+        return self._ancestors is not None and sizes.max_query != 1
 
     def logits_of(self, sizes: Sizes) -> Tensor:
         """What is sampled from: a row for each token."""

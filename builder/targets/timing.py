@@ -22,6 +22,7 @@ SPREAD = 64  # keys by which sequences differ: equal lengths of whole pages suit
 LONG = 1 << 17  # keys of all sequences together where contexts may be long
 LONGEST = 1 << 15  # keys of one sequence among short ones
 SLOTS = {"PagedAttention": 3, "RotaryPagedAttention": 2}  # first of slots, query_start, kv_len, pages, k_pages
+ANCESTORS = 9  # inputs behind slots
 REPLAYS = 5
 GRAPH_MS = 2.0  # a graph runs at least this long, within the bounds below
 FEWEST, MOST = 3, 24  # launches of the tactic in a graph
@@ -192,7 +193,10 @@ class Step:
             begin, end = starts[s], starts[s + 1]
             slots[begin:end] = first * page_size + np.arange(length - (end - begin), length)
             first += count
-        return {at: slots, at + 1: starts, at + 2: np.array(self.lengths, np.int32), at + 3: pages}
+        found = {at: slots, at + 1: starts, at + 2: np.array(self.lengths, np.int32), at + 3: pages}
+        if any(site.inputs[at + ANCESTORS :]):  # which the mask costs, whatever it says
+            found[at + ANCESTORS] = np.full(slots.shape, -1, np.int32)
+        return found
 
 
 def steps(site: Site) -> list[Step | None]:

@@ -6,7 +6,8 @@ Site: op `Draft`; attributes `page_size`, `vocab_size` (of the draft engine), `f
       the step, the rows of logits of their first samples, how many samples they have; N is the header's fifth number,
       columns of `pages` its sixth
     1 tokens [T']    2 query_start [S'+1]    3 kv_len [S']    4 pages [S', width']    5 sampled [R'] of that step
-    6 last_token: the token that the draft engine guessed last for each of the N
+    6 ancestors [T'] of that step, or of the longest, where drafts are chains: all ones
+    7 last_token: the token that the draft engine guessed last for each of the N
 
 Outputs: those of `Unpack`, for a step of N sequences: the first has two tokens each, the last one sampled and the one
 before it; the next ones have the token guessed last, and take `kv_len` and `pages` as the step before left them.
@@ -40,6 +41,29 @@ def wanted(packed):
 
 
 @triton.jit
+def follows(sampled, tokens, ancestors, num, last, j):
+    """Whether draft j of a request, of whose samples number `last` holds, says what was sampled there.
+
+    What a token sees of the last `num` keys, the one in front of the drafts first, tells which of them it follows.
+    """
+    between = (tl.load(ancestors + j) >> (32 - num + last)) & ((1 << (j - last)) - 1)
+    return (between == 1) & (tl.load(sampled + last) == tl.load(tokens + j))
+
+
+@triton.jit
+def follow(sampled, tokens, ancestors, num):
+    """Of a request's `num` samples, and the tokens that they follow, the drafts behind the first: (the last sample that
+    holds, how many drafts are before it)."""
+    last = num * 0
+    right = last
+    for j in range(1, num):
+        holds = follows(sampled, tokens, ancestors, num, last, j)
+        last = tl.where(holds, j, last)
+        right += holds.to(tl.int32)
+    return last, right
+
+
+@triton.jit
 def copy_pages(pages, table, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """The first `columns` of a row of the page table into one of WIDTH, zeros behind them."""
     i = tl.arange(0, BLOCK)
@@ -53,7 +77,7 @@ def copy_pages(pages, table, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def first_kernel(
-    packed, target_tokens, target_query_start, target_kv_len, target_pages, sampled,
+    packed, target_tokens, target_query_start, target_kv_len, target_pages, sampled, ancestors,
     tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions,
     T: tl.constexpr, S: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
     V: tl.constexpr,
@@ -69,25 +93,21 @@ def first_kernel(
             work = tl.load(ahead + program)
             row = tl.load(ahead + n + program)
             num = tl.load(ahead + 2 * n + program)
-            at = tl.load(target_query_start + work + 1) - num  # the token that the first sample follows
-            right = 0
-            going = 1
-            for j in range(0, num - 1):
-                going = going & (tl.load(sampled + row + j) == tl.load(target_tokens + at + 1 + j)).to(tl.int32)
-                right += going
+            first = tl.load(target_query_start + work + 1) - num  # the token that the first sample follows
+            last, right = follow(sampled + row, target_tokens + first, ancestors + first, num)
             position = tl.load(target_kv_len + work) - num + right
-            before = tl.minimum(tl.load(target_tokens + at + right), V - 1)
-            newest = tl.minimum(tl.load(sampled + row + right), V - 1)
+            before = tl.minimum(tl.load(target_tokens + first + last), V - 1)
+            newest = tl.minimum(tl.load(sampled + row + last), V - 1)
             table = target_pages + work.to(tl.int64) * tl.load(packed + 5)
             columns = tl.minimum(width, WIDTH)
             copy_pages(pages + program.to(tl.int64) * WIDTH, table, columns, WIDTH, BLOCK)
-            first = 2 * program
-            tl.store(tokens + first, before)
-            tl.store(tokens + first + 1, newest)
-            tl.store(positions + first, position)
-            tl.store(positions + first + 1, position + 1)
-            tl.store(slots + first, slot_of(table, position, columns, PAGE))
-            tl.store(slots + first + 1, slot_of(table, position + 1, columns, PAGE))
+            at = 2 * program
+            tl.store(tokens + at, before)
+            tl.store(tokens + at + 1, newest)
+            tl.store(positions + at, position)
+            tl.store(positions + at + 1, position + 1)
+            tl.store(slots + at, slot_of(table, position, columns, PAGE))
+            tl.store(slots + at + 1, slot_of(table, position + 1, columns, PAGE))
             tl.store(kv_len + program, position + 2)
             tl.store(sample_positions + program, position + 2)
         else:
@@ -152,10 +172,10 @@ def tactics(site: Site) -> list[Tactic]:
                  "V": a["vocab_size"]}  # fmt: skip
     outputs = tuple(Operand("output", i) for i in range(len(site.outputs)))
     if a["first"]:
-        function, inputs = first_kernel, tuple(Operand("input", i) for i in range(6))
+        function, inputs = first_kernel, tuple(Operand("input", i) for i in range(7))
         grid = sequences + triton.cdiv(max(num_tokens, sequences + 1, rows), BLOCK)
     else:
-        function, inputs = next_kernel, (Operand("input", 0), Operand("input", 6))
+        function, inputs = next_kernel, (Operand("input", 0), Operand("input", 7))
         constants = {name: value for name, value in constants.items() if name not in ("T", "R")}
         grid = triton.cdiv(sequences + 1, BLOCK)
     names = [name for name in function.arg_names if not name.isupper()]

@@ -14,19 +14,26 @@ class Share(NamedTuple):
     kv_len: int
 
 
-def first_step(tokens: Sequence[int], kv_len: int, sampled: Sequence[int]) -> Share:
+def first_step(tokens: Sequence[int], kv_len: int, sampled: Sequence[int], parents: Sequence[int] = ()) -> Share:
     """tokens: of the request's share of the target's step, the drafts last; sampled: one for each draft and one more.
+    parents: of the drafts, where they are a tree; -1: the token before them.
 
     Up to the first sample that is not what was guessed they hold, that one included: the draft engine gets the last of
     them and the token before it, which it may not have seen.
     """
-    drafts = tokens[len(tokens) - len(sampled) + 1 :]
-    right = 0
-    while right < len(drafts) and drafts[right] == sampled[right]:
-        right += 1
+    begin = len(tokens) - len(sampled)
+    last, right = follow(tokens[begin + 1 :], sampled, parents or range(-1, len(sampled) - 2))
     position = kv_len - len(sampled) + right
-    before = tokens[len(tokens) - len(sampled) + right]
-    return Share([before, sampled[right]], [position, position + 1], position + 2)
+    return Share([tokens[begin + last], sampled[last]], [position, position + 1], position + 2)
+
+
+def follow(drafts: Sequence[int], sampled: Sequence[int], parents: Sequence[int]) -> tuple[int, int]:
+    """(the last of the samples that holds, how many drafts are before it); the sample after draft i is number i + 1."""
+    last = right = 0
+    for i, (draft, parent) in enumerate(zip(drafts, parents, strict=True)):
+        if parent + 1 == last and sampled[last] == draft:
+            last, right = i + 1, right + 1
+    return last, right
 
 
 def next_step(guess: int, kv_len: int) -> Share:

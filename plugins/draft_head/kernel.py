@@ -4,18 +4,21 @@ Site: op `DraftHead`; attributes `page_size`, `guesses` (that a row of logits ma
 heads), `first`. Inputs, all int32:
 
     0 packed: as `Draft` has it    1 query_start [S'+1]    2 kv_len [S']    3 pages [S', width']    4 sampled [R']
-    5 target_tokens [T'], all of the target's step    6 last_token: the guess made last for each of the N requests to
-      draft for    7 token_ids [V]: the target's token of each guess
+    5 target_tokens and 6 ancestors [T'], all of the target's step    7 last_token: the guess made last for each of the
+      N requests to draft for    8 token_ids [V]: the target's token of each guess
 
 Outputs: those of `Unpack`, for a step of N sequences, the last two with a place for each guess of a row. The first step
-takes all samples of a request, shifted by one position (`reference.py`); sample_positions is then what is right of it,
-where the next one, which has the guess made last, goes on. What is past the page table goes to slot 0, as padding does.
+takes the samples of a request that hold, shifted by one position (`reference.py`), as many tokens as it has samples in
+all; sample_positions is then what is right of it, where the next one, which has the guess made last, goes on. What is
+past the page table goes to slot 0, as padding does. The first has one output more:
+
+    moves [S, 2]: where the target left the states of the last sample that holds, and where they are to be; -1: there
 """
 
 import triton
 import triton.language as tl
 
-from ..draft.kernel import copy_pages, one_token_each, slot_of, wanted
+from ..draft.kernel import copy_pages, follows, one_token_each, slot_of, wanted
 from ..pdl import begin
 from ..tactic import Kernel, Launch, Operand, Site, Tactic
 
@@ -24,8 +27,8 @@ BLOCK = 256
 
 @triton.jit
 def first_kernel(
-    packed, target_query_start, target_kv_len, target_pages, sampled, target_tokens,
-    tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions,
+    packed, target_query_start, target_kv_len, target_pages, sampled, target_tokens, ancestors,
+    tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions, moves,
     T: tl.constexpr, S: tl.constexpr, R: tl.constexpr, GUESSES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     PAGE: tl.constexpr,
     PDL: tl.constexpr = False,
@@ -50,24 +53,30 @@ def first_kernel(
             length = tl.load(target_kv_len + work)
             table = target_pages + work.to(tl.int64) * tl.load(packed + 5)
             columns = tl.minimum(width, WIDTH)
-            right = 0
-            going = 1
+            root = length - num
             for j in range(0, num):
-                token = tl.load(sampled + row + j)
-                position = length - num + j
-                tl.store(tokens + first + j, token)
-                tl.store(positions + first + j, position)
-                tl.store(slots + first + j, slot_of(table, position, columns, PAGE))
-                if j < num - 1:
-                    going = going & (token == tl.load(target_tokens + at + 1 + j)).to(tl.int32)
-                    right += going
+                tl.store(tokens + first + j, tl.load(sampled + row))
+                tl.store(positions + first + j, root + j)
+                tl.store(slots + first + j, slot_of(table, root + j, columns, PAGE))
+            last = num * 0
+            right = last
+            for j in range(1, num):  # as `follow`, which does not tell the way
+                holds = follows(sampled + row, target_tokens + at, ancestors + at, num, last, j)
+                last = tl.where(holds, j, last)
+                right += holds.to(tl.int32)
+                tl.store(tokens + first + right, tl.load(sampled + row + last))
+            moved = last != right
+            tl.store(moves + 2 * program, tl.where(moved, slot_of(table, root + last, columns, PAGE), -1))
+            tl.store(moves + 2 * program + 1, tl.where(moved, slot_of(table, root + right, columns, PAGE), -1))
             copy_pages(pages + program.to(tl.int64) * WIDTH, table, columns, WIDTH, BLOCK)
             tl.store(kv_len + program, length)
             tl.store(logit_rows + program, first + right)
             for guess in range(0, GUESSES):
-                tl.store(sample_positions + program * GUESSES + guess, length - num + right + 1)
+                tl.store(sample_positions + program * GUESSES + guess, root + right + 1)
         else:
             tl.store(kv_len + program, 0)
+            tl.store(moves + 2 * program, -1)
+            tl.store(moves + 2 * program + 1, -1)
         return
     i += (program - S) * BLOCK
     padding = (i >= first) & (i < T)
@@ -107,16 +116,16 @@ def next_kernel(
 def tactics(site: Site) -> list[Tactic]:
     """One launch."""
     num_tokens, (sequences, width), rows = site.outputs[0].shape[0], site.outputs[5].shape, site.outputs[6].shape[0]
-    guesses, vocab = site.attributes["guesses"], site.inputs[7]
+    guesses, vocab = site.attributes["guesses"], site.inputs[8]
     assert vocab is not None
     constants = {"T": num_tokens, "S": sequences, "R": rows, "GUESSES": guesses, "WIDTH": width, "BLOCK": BLOCK,
                  "PAGE": site.attributes["page_size"], "V": vocab.shape[0]}  # fmt: skip
     outputs = tuple(Operand("output", i) for i in range(len(site.outputs)))
     if site.attributes["first"]:
-        function, inputs = first_kernel, tuple(Operand("input", i) for i in range(6))
+        function, inputs = first_kernel, tuple(Operand("input", i) for i in range(7))
         grid = sequences + triton.cdiv(max(num_tokens, sequences + 1, rows * guesses), BLOCK)
     else:
-        function, inputs = next_kernel, (Operand("input", 0), Operand("input", 6), Operand("input", 7))
+        function, inputs = next_kernel, (Operand("input", 0), Operand("input", 7), Operand("input", 8))
         grid = triton.cdiv(sequences + 1, BLOCK)
     names = [name for name in function.arg_names if name != "PDL"]
     plain = [name for name in names if not name.isupper()]

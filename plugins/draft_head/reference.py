@@ -8,29 +8,35 @@ from typing import NamedTuple
 
 class Share(NamedTuple):
     """A request's share of the head's step. At each position is the token behind it; number `row` wants logits, and
-    `length` positions are right: where the next step goes on."""
+    `length` positions are right: where the next step goes on. move: positions, of the key where the target left the
+    states of the last that holds, and where they are to be; None: there."""
 
     tokens: list[int]
     positions: list[int]
     kv_len: int
     row: int
     length: int
+    move: tuple[int, int] | None = None
 
 
-def first_step(tokens: Sequence[int], kv_len: int, sampled: Sequence[int]) -> Share:
+def first_step(tokens: Sequence[int], kv_len: int, sampled: Sequence[int], parents: Sequence[int] = ()) -> Share:
     """tokens: of the request's share of the target's step, the drafts last; sampled: one for each draft and one more.
+    parents: of the drafts, where they are a tree; -1: the token before them.
 
-    Up to the first sample that is not what was guessed they hold, that one included. The head is given all of them, one
-    position earlier than the target will have them: at the positions where the target was sampled from and whose states
-    it left. What is behind the last that holds is seen by none before it, and written again.
+    Up to the first sample that is not what was guessed they hold, that one included. The head is given these, one
+    position earlier than the target will have them: where the target was sampled from and whose states it left. What is
+    behind the last that holds, as many tokens as there are samples, is seen by none before it, and written again.
     """
     num = len(sampled)
-    drafts = tokens[len(tokens) - num + 1 :]
-    right = 0
-    while right < len(drafts) and drafts[right] == sampled[right]:
-        right += 1
-    start = kv_len - num
-    return Share(list(sampled), list(range(start, kv_len)), kv_len, right, start + right + 1)
+    drafts, held, last = tokens[len(tokens) - num + 1 :], [sampled[0]], 0
+    for i, (draft, parent) in enumerate(zip(drafts, parents or range(-1, num - 2), strict=True)):
+        if parent + 1 == last and sampled[last] == draft:
+            last = i + 1
+            held.append(sampled[last])
+    start, right = kv_len - num, len(held) - 1
+    move = None if last == right else (start + last, start + right)
+    held += [sampled[0]] * (num - len(held))
+    return Share(held, list(range(start, kv_len)), kv_len, right, start + right + 1, move)
 
 
 def next_step(guess: int, length: int, token_ids: Sequence[int]) -> Share:

@@ -1,8 +1,8 @@
-"""Graphs whose drafts may be a tree: one more input, which all their attention reads and a step may leave out."""
+"""Graphs whose drafts may be a tree: one more input, which all their attention reads; absent or all ones without."""
 
 import onnx_ir as ir
 
-from ...engines.step import ANCESTORS
+from ...engines.step import ANCESTORS, TOKENS
 from .schema import SCHEMA
 
 PLACE = [each.name for each in SCHEMA.inputs].index(ANCESTORS)
@@ -11,7 +11,8 @@ PLACE = [each.name for each in SCHEMA.inputs].index(ANCESTORS)
 def with_ancestors(model: ir.Model) -> ir.Model:
     """The model itself, each `PagedAttention` of which has the graph's new input `ancestors`, [T] int32."""
     graph = model.graph
-    given = ir.Value(name=ANCESTORS, type=ir.TensorType(ir.DataType.INT32), shape=ir.Shape(("T",)))
+    (tokens,) = (value for value in graph.inputs if value.name == TOKENS)
+    given = ir.Value(name=ANCESTORS, type=tokens.type, shape=tokens.shape)
     graph.inputs.append(given)
     for node in graph:
         if node.domain == "ingot" and node.op_type == "PagedAttention":

@@ -70,6 +70,7 @@ def tactics(site: Site) -> list[Tactic]:
     """inputs: packed, last_token. outputs: tokens, positions, slots, query_start, kv_len, pages, logit_rows,
     sample_rows, sample_positions and, where attention reads them, ancestors, all int32."""
     tokens, pages, rows = site.outputs[0].shape[0], site.outputs[5].shape, site.outputs[6].shape[0]
+    constants: tuple[tuple[str, int | None], ...]
     constants = (("T", tokens), ("S", pages[0]), ("R", rows), ("WIDTH", pages[1]), ("BLOCK", BLOCK))
     names = unpack_kernel.arg_names[: 2 + len(site.outputs)]
     constants += () if "ancestors" in names else (("ancestors", None),)

@@ -8,7 +8,8 @@ are wanted, and only then. Nothing here bears on what is sampled: a wrong guess 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,37 +17,46 @@ import numpy as np
 from ...engines import step as names
 from ...engines.errors import EngineError
 from ...engines.plan import FIRST, FOLDER, NEXT, TARGET, Plan
-from ...engines.sampling import LAST_TOKEN, PACKED, SAMPLED
+from ...engines.sampling import LAST_TOKEN, MAX_BRANCHES, PACKED, SAMPLED
 from ...plugins.gpu import Gpu
 from ..batch import Batch, packed_size, packed_step
 from ..capacity import ServeConfig
 from ..engine import Engine
+from ..speculation.tree import Tree, along
 from ..speculation.verify import holding
 from .graphs import Graphs, arena_bytes
 from .memory import GRAPH_RESERVE, check_plan, kv_pools, step_buffers
 from .weights import Weights
 
-GREEDY = "sample.greedy"
+GREEDY, BRANCHES = "sample.greedy", "sample.branches"
 
 
 class Guesses(NamedTuple):
-    """On their way to the host: tokens [steps, M] for the works [M] of a batch, as many for each as `nums` says."""
+    """On their way to the host: a chain [steps, M] for the works [M] of a batch, as many for each as `nums` says.
+
+    branches, chances: where some want a tree (`trees` [M]), the best tokens in each place of the chain and the
+    logarithms of their chances [steps, M, branches].
+    """
 
     works: np.ndarray
     nums: np.ndarray
+    trees: np.ndarray
     tokens: np.ndarray
+    branches: np.ndarray
+    chances: np.ndarray
 
 
 class Drafting:
     """`engine` drafts for the one whose plan is `target`. `prepare` is called when memory is settled.
 
     weights: on their way from the moment this exists; to be left as a context. keeps: parts of the target's buckets,
-    replayed behind their bodies, that keep what it reads.
+    replayed behind their bodies, that keep what it reads; moves: those that move it (`moves.py`).
     Raises EngineError: plans that do not go together, or too little memory.
     """
 
     lag = 0  # positions behind that of a token at which it stands here
     keeps: tuple[str, ...] = ()
+    moves: tuple[str, ...] = ()
 
     def __init__(self, gpu: Gpu, engine: Engine, target: Plan, config: ServeConfig, stream: int):
         assert config.max_num_seqs is not None
@@ -57,6 +67,7 @@ class Drafting:
         self._num_known = head.target_vocab_size if head else engine.manifest.model.vocab_size  # tokens
         self._vocab_size = min(target.vocab_size, self._num_known)
         self._most, self.at_once = config.num_draft_tokens, head.guesses if head else 1
+        self._nodes = config.num_draft_nodes
         self._most_tokens = max(bucket.tokens for bucket in self.plan.buckets if bucket.max_query > 1)
         self._seen = np.zeros(config.max_num_seqs, np.int64)  # leading positions of a row whose keys are right
         self.weights = Weights(gpu, engine, dummy=config.load_format == "dummy")
@@ -74,12 +85,14 @@ class Drafting:
         )
         size = packed_size(plan.max_num_seqs, plan.max_num_batched_tokens, plan.max_pages)
         self._packed = gpu.pinned(4 * size).view(np.int32)
-        most = max(self._most, self.at_once)
-        self._guesses = gpu.pinned(4 * most * plan.max_num_seqs).view(np.int32).reshape(most, plan.max_num_seqs)
+        width = min(MAX_BRANCHES, plan.vocab_size) if self._nodes else 0
+        self._guesses, self._branches = self._room(np.int32), self._room(np.int32, width)
+        self._chances = self._room(np.float32, width)
         for number, bucket in enumerate(plan.buckets):
             part = NEXT if bucket.max_query == 1 else FIRST
-            if part in bucket.parts:
-                self._graphs.capture(number, part, "body", "head", GREEDY)
+            for how in (GREEDY, BRANCHES) if self._nodes else (GREEDY,):
+                if part in bucket.parts:
+                    self._graphs.capture(number, part, "body", "head", how)
 
     @property
     def arena_bytes(self) -> int:
@@ -99,7 +112,7 @@ class Drafting:
         """The target runs this step: what is known of its rows here. `launch` asks for it, too."""
         page_size, inputs = self.plan.page_size, batch.inputs
         slots, positions = inputs[names.SLOTS], inputs[names.POSITIONS]
-        self._whole[slots[positions % page_size == 0] // page_size] = False
+        self._whole[slots[slots % page_size == 0] // page_size] = False
         for placement in batch.placements:
             work = int(np.flatnonzero(batch.rows == placement.row)[0])
             start = positions[inputs[names.QUERY_START][work]]
@@ -117,30 +130,38 @@ class Drafting:
         if num_tokens > self._most_tokens:
             return None
         self._catch_up(batch)
-        nums = np.minimum(batch.num_ahead[works], self._most)
+        nums, trees = np.minimum(batch.num_ahead[works], self._most), batch.num_ahead[works] > self._most
         steps, num = int(nums.max()), len(works)
         longest = min(int(batch.inputs[names.KV_LEN][works].max()) + steps, plan.max_pages * plan.page_size)
         first = plan.bucket(num_tokens, num, longest, max_query=longest_share)
-        return Guesses(works.copy(), nums, self._guess(first, plan.bucket(num, num, longest, max_query=1), num, steps))
+        later = plan.bucket(num, num, longest, max_query=1)
+        self._guess(first, later, num, steps, BRANCHES if trees.any() else GREEDY)
+        told = (part[:steps, :num] for part in (self._guesses, self._branches, self._chances))
+        return Guesses(works.copy(), nums, trees, *told)
 
-    def settle(self, batch: Batch, tokens: np.ndarray, guesses: Guesses | None) -> list[list[int]] | None:
+    def settle(self, batch: Batch, tokens: np.ndarray, guesses: Guesses | None) -> list[Sequence[int]] | None:
         """The step is done, and `tokens` [N] were sampled: the guesses of each work, and what is known of its rows."""
-        held = np.ones(len(tokens), bool) if batch.drafts is None else holding(tokens, batch.drafts)
         works = batch.sample_works
-        last = held & np.append(~held[1:] | (works[1:] != works[:-1]), True) if len(works) else held
+        held = np.ones(len(works), bool) if batch.drafts is None else holding(tokens, batch.drafts, batch.nodes)
+        holds = np.flatnonzero(held)
+        last = holds[np.append(works[holds][1:] != works[holds][:-1], True)] if len(holds) else holds
         rows, newest = batch.sample_rows[last], batch.sample_positions[last]
-        self._seen[rows] = np.minimum(self._seen[rows], newest)
+        # what held last may have been a branch of a tree, of which there are no keys
+        self._seen[rows] = np.minimum(self._seen[rows], newest - (batch.nodes is not None))
         if guesses is None:
             return None
         row_of, newest_of = np.zeros(batch.num_works, np.int64), np.zeros(batch.num_works, np.int64)
         row_of[works[last]], newest_of[works[last]] = rows, newest
         self._seen[row_of[guesses.works]] = self._seen_after(newest_of[guesses.works], len(guesses.tokens))
-        found: list[list[int]] = [[] for _ in range(batch.num_works)]
-        columns = self._tokens(guesses.tokens).T.tolist()
-        for work, num, column in zip(guesses.works.tolist(), guesses.nums.tolist(), columns, strict=True):
-            some = column[:num]
-            strange = next((i for i, token in enumerate(some) if token >= self._vocab_size), num)
-            found[work] = some[:strange]
+        found: list[Sequence[int]] = [[] for _ in range(batch.num_works)]
+        columns, branches = self._tokens(guesses.tokens).T, self._tokens(guesses.branches)
+        for i, work in enumerate(guesses.works.tolist()):
+            if guesses.trees[i]:
+                tree = self._tree(columns[i], branches[:, i], guesses.chances[:, i])
+                found[work] = tree.keep([token < self._vocab_size for token in tree])
+            else:
+                chain = columns[i, : guesses.nums[i]].tolist()
+                found[work] = chain[: next((j for j, t in enumerate(chain) if t >= self._vocab_size), len(chain))]
         return found
 
     def scratch(self, size: int) -> None:
@@ -156,28 +177,35 @@ class Drafting:
 
     def _reads(self, buffers: Mapping[str, int]) -> dict[str, int]:
         """Buffers of its launches that are not its own, from the target's."""
-        shared = (PACKED, names.TOKENS, names.QUERY_START, names.KV_LEN, names.PAGES, SAMPLED)
+        shared = (PACKED, names.TOKENS, names.QUERY_START, names.KV_LEN, names.PAGES, names.ANCESTORS, SAMPLED)
         return {TARGET + name: buffers[name] for name in shared}
 
     def _first(self, samples: np.ndarray) -> tuple[int, int]:
         """(tokens of the first step, most of a sequence): of each the one sampled last and the one before, unseen."""
         return 2 * len(samples), 2
 
-    def _guess(self, first: int, later: int, num: int, steps: int) -> np.ndarray:
-        """Enqueues `steps` steps for `num` sequences, in these buckets -> [steps, num], there when they are done."""
+    def _guess(self, first: int, later: int, num: int, steps: int, how: str) -> None:
+        """Enqueues `steps` steps for `num` sequences, in these buckets; what they say is there when they are done.
+
+        how: GREEDY, or BRANCHES, whose steps tell the best tokens besides.
+        """
         for i in range(steps):
             bucket, part = (later, NEXT) if i else (first, FIRST)
-            self._graphs.replay(bucket, part, "body", "head", GREEDY)
-            self._gpu.download(self._guesses[i, :num], self._buffers[SAMPLED], self._stream)
-        return self._guesses[:steps, :num]
+            self._graphs.replay(bucket, part, "body", "head", how)
+            self._told(how, self._guesses[i, :num], self._branches[i, :num], self._chances[i, :num])
+
+    def _tree(self, chain: np.ndarray, branches: np.ndarray, chances: np.ndarray) -> Tree:
+        """What a work's guesses make: chain [D], branches and their chances [D, branches]."""
+        return along(chain, branches, chances, self._nodes)
 
     def _tokens(self, guesses: np.ndarray) -> np.ndarray:
         """The target's tokens of guesses."""
         return guesses
 
-    def _before_first(self, kv_len: np.ndarray, samples: np.ndarray) -> np.ndarray:
-        """Leading positions that the first step relies on, from keys and samples of each sequence of the target's."""
-        return kv_len - 1
+    def _before_first(self, begins: np.ndarray, deepest: np.ndarray) -> np.ndarray:
+        """Leading positions that the first step relies on, from those of the tokens that the first sample of each
+        sequence follows, and of its last draft."""
+        return deepest
 
     def _seen_after(self, newest: np.ndarray, steps: int) -> np.ndarray:
         """Leading positions whose keys are right if all guesses are, `newest` being that of the newest token."""
@@ -190,7 +218,8 @@ class Drafting:
         assert batch.ahead
         works, _, samples = batch.ahead.table
         kv_len, rows = batch.inputs[names.KV_LEN][works].astype(np.int64), batch.rows[works]
-        begins, ends = self._seen[rows], self._before_first(kv_len, samples)
+        deepest = np.maximum.reduceat(batch.inputs[names.POSITIONS], batch.inputs[names.QUERY_START][:-1])[works]
+        begins, ends = self._seen[rows], self._before_first(kv_len - samples, deepest.astype(np.int64))
         left = np.maximum(ends - begins, 0)
         sequences = [self._text(batch, i) if left[i] else [] for i in range(len(works))]
         pages = batch.inputs[names.PAGES][works]
@@ -223,6 +252,19 @@ class Drafting:
             return known
         stop = int(batch.inputs[names.QUERY_START][work + 1])
         return known + batch.inputs[names.TOKENS][stop - drafts : stop].tolist()
+
+    def _told(self, how: str, *arrays: np.ndarray) -> None:
+        """Enqueues copies of what a step says: its guesses and, with BRANCHES, the best tokens and their chances."""
+        for name, array in zip((SAMPLED, "top_ids", "top_logprobs"), arrays, strict=True):
+            if name == SAMPLED or how == BRANCHES:
+                self._gpu.download(array, self._buffers[name], self._stream)
+
+    def _room(self, dtype: type, *columns: int) -> np.ndarray:
+        """[steps, rows, ..] for what is told of guesses."""
+        return self._pinned(dtype, self._most, self.plan.max_num_seqs, *columns)
+
+    def _pinned(self, dtype: type, *shape: int) -> np.ndarray:
+        return self._gpu.pinned(4 * max(1, math.prod(shape))).view(dtype)[: math.prod(shape)].reshape(shape)
 
     def _stage(self, pages: np.ndarray, parts: list[list[int]], begins: np.ndarray) -> None:
         """Packs and uploads a step without logits: pages [S, width], tokens of each sequence, positions `begins`."""

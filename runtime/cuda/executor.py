@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ...engines.dtypes import DTYPES
-from ...engines.plan import FOLDER, Plan
-from ...engines.sampling import KINDS, MAX_LOGPROBS, PACKED, RESULTS, SAMPLE_POSITIONS, SAMPLE_ROWS
+from ...engines.plan import FOLDER, MOVES, Plan
+from ...engines.sampling import KINDS, MAX_LOGPROBS, PACKED, RESULTS, SAMPLE_POSITIONS, SAMPLE_ROWS, SAMPLED
 from ...engines.step import KV_LEN, LOGIT_ROWS, QUERY_START, TOKENS
 from ...plugins.gpu import Gpu, GpuFault, opening
 from ..batch import Batch, packed_size, packed_step
@@ -29,6 +29,7 @@ from .graphs import Graphs, Replays, arena_bytes, logits_of
 from .heads import open_drafting
 from .logprobs import top_logprobs
 from .memory import check_plan, kv_pools, pages_of_pool, state_pools, step_buffers
+from .moves import Moves
 from .sampling import SamplingTables, check_params
 from .weights import Weights
 
@@ -96,6 +97,8 @@ class CudaExecutor:
                     self._graphs.capture(number, *self._body, "head", "sample.greedy")
             if draft:
                 draft.prepare(self._buffers, self._arena, self.num_pages)
+            moved = (MOVES, *(draft.moves if draft else ()))
+            self._moves = Moves(gpu, plan, self._buffers, self._graphs, moved, self._stream)
             self._drafting = draft
             gpu.synchronise(self._stream)
             captured = time.perf_counter()
@@ -113,6 +116,7 @@ class CudaExecutor:
 
     def launch(self, batch: Batch) -> Pending:
         self._gpu.use()
+        self._moves.launch()
         for placement in batch.placements:
             self._tables.place(placement)
         before = depths(batch.drafts) if batch.masks and batch.drafts is not None else None
@@ -161,14 +165,15 @@ class CudaExecutor:
     def result(self, batch: Batch, arrays: dict[str, np.ndarray], sample: str, guesses: Guesses | None) -> Result:
         """Tokens, log-probabilities and guesses of a step that is done, by work."""
         result = self._sampled(batch, arrays, sample)
+        self._moves.note(batch, arrays[SAMPLED][batch.sample_index])
         if self._drafting:
-            drafts = self._drafting.settle(batch, arrays["sampled"][batch.sample_index], guesses)
+            drafts = self._drafting.settle(batch, arrays[SAMPLED][batch.sample_index], guesses)
             result = result._replace(drafts=drafts)
         return result
 
     def _sampled(self, batch: Batch, arrays: dict[str, np.ndarray], sample: str) -> Result:
         index = batch.sample_index
-        tokens = arrays["sampled"][index].tolist()
+        tokens = arrays[SAMPLED][index].tolist()
         if not KINDS[sample.removeprefix("sample.")].logprobs:
             return Result(*by_work(batch, tokens, None))
         found: list[Logprobs | None] = []
@@ -257,13 +262,12 @@ class CudaExecutor:
             self._gpu.synchronise(self._stream)
 
         held = max(bucket.tokens for bucket in plan.buckets if bucket.max_query)
-        most = config.max_num_seqs * (1 + config.num_draft_tokens)
+        most = config.max_num_seqs * (1 + max(config.num_draft_tokens, config.num_draft_nodes))
         target = Curve.measure(run, min(held, most), MEASURING)
         if most > held:  # the logits of larger steps come in pieces, with the host in between
             target = target.then(held + 1, BEYOND * target(held))
-        if not draft:
-            return Costs(target)
-        return Costs(target, Curve.measure(draft.scratch, config.max_num_seqs, MEASURING), draft.at_once > 1)
+        drafting = Curve.measure(draft.scratch, config.max_num_seqs, MEASURING) if draft else None
+        return Costs(target, drafting, at_once=draft is not None and draft.at_once > 1, wide=False)
 
     def _allocate_results(self, plan: Plan) -> Results:
         rows = max(bucket.rows for bucket in plan.buckets)

@@ -14,15 +14,15 @@ from functools import cached_property
 import numpy as np
 
 from ...engines.dtypes import DTYPES
-from ...engines.plan import FIRST, POOL, TARGET, Plan, keep
-from ...engines.sampling import SAMPLED
+from ...engines.plan import FIRST, POOL, TARGET, Plan, keep, move
 from ...engines.step import DRAFTED, TOKEN_IDS, hidden_states
 from ...plugins.gpu import Gpu
 from ..batch import Batch
 from ..capacity import ServeConfig
 from ..engine import Engine
 from ..speculation.pairing import check_drafter
-from .drafting import GREEDY, Drafting
+from ..speculation.tree import Tree, product
+from .drafting import Drafting
 
 
 def open_drafting(gpu: Gpu, target: Engine, plan: Plan, config: ServeConfig, stream: int) -> Drafting:
@@ -44,7 +44,8 @@ class HeadDrafting(Drafting):
         super().__init__(gpu, engine, target, config, stream)
         assert engine.manifest.head
         self._layers = engine.manifest.head.reads
-        self.keeps = tuple(keep(hidden_states(layer)) for layer in sorted(set(self._layers)))
+        states = [hidden_states(layer) for layer in sorted(set(self._layers))]
+        self.keeps, self.moves = tuple(map(keep, states)), tuple(map(move, states))
 
     @property
     def buffer_bytes(self) -> int:
@@ -75,8 +76,8 @@ class HeadDrafting(Drafting):
     def _tokens(self, guesses: np.ndarray) -> np.ndarray:
         return self._token_ids[guesses]
 
-    def _before_first(self, kv_len: np.ndarray, samples: np.ndarray) -> np.ndarray:
-        return kv_len - samples
+    def _before_first(self, begins: np.ndarray, deepest: np.ndarray) -> np.ndarray:
+        return begins
 
     def _seen_after(self, newest: np.ndarray, steps: int) -> np.ndarray:
         return newest
@@ -96,8 +97,13 @@ class MedusaDrafting(HeadDrafting):
     def _catch_up(self, batch: Batch) -> None:
         """There is nothing to have seen."""
 
-    def _guess(self, first: int, later: int, num: int, steps: int) -> np.ndarray:
-        self._graphs.replay(first, FIRST, "body", "head", GREEDY)
-        found = self._guesses.reshape(-1)[: num * self.at_once]
-        self._gpu.download(found, self._buffers[SAMPLED], self._stream)
-        return found.reshape(num, self.at_once).T[:steps]
+    def _guess(self, first: int, later: int, num: int, steps: int, how: str) -> None:
+        """All guesses of a work follow one another."""
+        self._graphs.replay(first, FIRST, "body", "head", how)
+        self._told(how, *(part.swapaxes(0, 1)[:num] for part in (self._guesses, self._branches, self._chances)))
+
+    def _room(self, dtype: type, *columns: int) -> np.ndarray:
+        return self._pinned(dtype, self.plan.max_num_seqs, self.at_once, *columns).swapaxes(0, 1)
+
+    def _tree(self, chain: np.ndarray, branches: np.ndarray, chances: np.ndarray) -> Tree:
+        return product(branches, chances, self._nodes)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ...engines.dtypes import DTYPES
 from ...engines.errors import EngineError
-from ...engines.plan import ZEROS, Plan
+from ...engines.plan import MOVES, ZEROS, Plan
 from ...engines.sampling import MAX_LOGPROBS, PACKED, RESULTS, SAMPLE_POSITIONS, SAMPLE_ROWS
-from ...engines.step import LOGIT_ROWS, STEP_INPUTS, hidden_states, k_pages, v_pages
+from ...engines.step import ANCESTORS, LOGIT_ROWS, STEP_INPUTS, hidden_states, k_pages, v_pages
 from ...plugins.gpu import Gpu
 from ..batch import packed_size
 from ..capacity import ServeConfig, model_len
@@ -24,10 +24,11 @@ def step_buffers(gpu: Gpu, plan: Plan, stream: int, samples: int = 1) -> dict[st
     sizes |= {LOGIT_ROWS: rows, SAMPLE_ROWS: rows * samples, SAMPLE_POSITIONS: rows * samples}
     sizes |= {PACKED: packed_size(sequences, tokens, plan.max_pages)}
     sizes |= {name: rows * samples * (MAX_LOGPROBS if columns else 1) for name, (_, columns) in RESULTS.items()}
-    sizes |= {ZEROS: -(-plan.zeros // 4)}
+    sizes |= {ZEROS: -(-plan.zeros // 4), ANCESTORS: tokens, MOVES: 2 * sequences}
     buffers = {name: gpu.allocate(4 * size, "the tensors of a step") for name, size in sizes.items() if size}
     if ZEROS in buffers:
         gpu.fill(buffers[ZEROS], plan.zeros, 0, stream)
+    gpu.fill(buffers[ANCESTORS], 4 * tokens, 0xFF, stream)  # chains, where nothing else is said
     return buffers
 
 
@@ -68,9 +69,11 @@ def check_plan(plan: Plan, engine: Engine, gpu: Gpu, config: ServeConfig) -> Non
             raise EngineError(
                 f"{name} is {asked}, but {folder} was built for at most {most}; ask for less, or {mend} {option}."
             )
-    if config.speculate and config.num_draft_tokens > plan.max_draft_tokens:
-        found = f"num_draft_tokens is {config.num_draft_tokens}, but {folder} was built to verify"
-        again = f"{mend} --max-draft-tokens {config.num_draft_tokens}"
+    most = max(config.num_draft_tokens, config.num_draft_nodes)
+    if config.speculate and most > plan.max_draft_tokens:
+        name = "num_draft_nodes" if config.num_draft_nodes else "num_draft_tokens"
+        found = f"{name} is {most}, but {folder} was built to verify"
+        again = f"{mend} --max-draft-tokens {most}"
         if not plan.max_draft_tokens:
             raise EngineError(f"{found} none; {again}.")
         raise EngineError(f"{found} at most {plan.max_draft_tokens}; ask for fewer, or {again}.")

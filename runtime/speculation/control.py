@@ -204,7 +204,7 @@ class Speculation:
         While prompts are computed, drafts are tokens more in steps that are long anyway, and a token saved is worth
         what it would take in the steps of all requests to come.
         """
-        target, draft, at_once = self._costs
+        target, draft = self._costs.target, self._costs.draft
         num, prompts = num_others + len(some), self._prompts
         key = num.bit_length()
         if key not in self._plain:  # first what it has to be better than
@@ -242,7 +242,8 @@ class Speculation:
             self._trial = 0
             return False
         size = prompts + num + at * sum(outlook.hits for outlook in outlooks)
-        price = target(size + 1) - target(size) + (draft(len(some)) / len(some) if draft and not at_once else 0.0)
+        price = target(size + 1) - target(size)
+        price += draft(len(some)) / len(some) if draft and not self._costs.at_once else 0.0
         least = min(1.0, best * factor * price)  # a token that is likelier earns more than the average
         for outlook, chance in zip(outlooks, chances, strict=True):
             outlook.number = self._most if least <= 0 else min(self._most, int(math.log(least) / math.log(chance)))

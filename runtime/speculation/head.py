@@ -9,7 +9,6 @@ a guess may be the worse for it, never an answer.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from ...engines import step as names
 from ..batch import Batch
 from .costs import scratch_step
 from .draft_engine import DraftEngine
-from .tree import Tree, likeliest
+from .tree import product
 
 
 class HeadEngine(DraftEngine):
@@ -97,21 +96,3 @@ class MedusaEngine(HeadEngine):
     def _logits(self, slots: np.ndarray) -> torch.Tensor:
         states = self._states[torch.from_numpy(slots).long()]
         return self.graph({**scratch_step(len(slots), 1), names.FEATURES: states})[names.LOGITS]
-
-
-def product(tokens: np.ndarray, chances: np.ndarray, num: int) -> Tree:
-    """The likeliest tree of `num` nodes where guesses do not depend on one another: tokens, logarithms of their chances
-    [heads, branches], each head's in descending order (Medusa, arXiv:2401.10774)."""
-    heap = [(-float(chances[0, 0]), 0, 0, -1)]  # minus the chance of the path, head, branch, parent
-    found: list[tuple[int, int, float]] = []
-    while heap and len(found) < num:
-        minus, head, branch, parent = heapq.heappop(heap)
-        node = len(found)
-        found.append((int(tokens[head, branch]), parent, -minus))
-        if branch + 1 < tokens.shape[1]:
-            step = chances[head, branch] - chances[head, branch + 1]
-            heapq.heappush(heap, (minus + float(step), head, branch + 1, parent))
-        if head + 1 < len(tokens):
-            heapq.heappush(heap, (minus - float(chances[head + 1, 0]), head + 1, 0, node))
-    nodes, parents, paths = (np.array(column) for column in zip(*found, strict=True))
-    return likeliest(nodes, parents, paths, num)

@@ -8,6 +8,7 @@ first, so that it seldom has to.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -115,3 +116,35 @@ def likeliest(tokens: np.ndarray, parents: np.ndarray, chances: np.ndarray, num:
     order = chain + sorted(set(order) - set(chain), key=order.index)
     place = {-1: -1} | {i: at for at, i in enumerate(order)}
     return Tree([int(tokens[i]) for i in order], [place[int(parents[i])] for i in order])
+
+
+def along(chain: np.ndarray, tokens: np.ndarray, chances: np.ndarray, num: int) -> Tree:
+    """The likeliest tree of `num` nodes that leave a chain: chain [D]; tokens, and logarithms of their chances, of what
+    may follow the chain's first 0, 1, .. tokens [D, branches]."""
+    parents, paths = np.full(tokens.shape, -1), chances.copy()
+    for i in range(1, len(chain)):
+        (at,) = np.nonzero(tokens[i - 1] == chain[i - 1])
+        if not len(at):  # so unlikely that the chain has a better one in this place
+            tokens, parents, paths = tokens[:i], parents[:i], paths[:i]
+            break
+        parents[i] = (i - 1) * tokens.shape[1] + at[0]
+        paths[i] += paths[i - 1, at[0]]
+    return likeliest(tokens.reshape(-1), parents.reshape(-1), paths.reshape(-1), num)
+
+
+def product(tokens: np.ndarray, chances: np.ndarray, num: int) -> Tree:
+    """The likeliest tree of `num` nodes where guesses do not depend on one another: tokens, logarithms of their chances
+    [heads, branches], each head's in descending order (Medusa, arXiv:2401.10774)."""
+    heap = [(-float(chances[0, 0]), 0, 0, -1)]  # minus the chance of the path, head, branch, parent
+    found: list[tuple[int, int, float]] = []
+    while heap and len(found) < num:
+        minus, head, branch, parent = heapq.heappop(heap)
+        node = len(found)
+        found.append((int(tokens[head, branch]), parent, -minus))
+        if branch + 1 < tokens.shape[1]:
+            step = chances[head, branch] - chances[head, branch + 1]
+            heapq.heappush(heap, (minus + float(step), head, branch + 1, parent))
+        if head + 1 < len(tokens):
+            heapq.heappush(heap, (minus - float(chances[head + 1, 0]), head + 1, 0, node))
+    nodes, parents, paths = (np.array(column) for column in zip(*found, strict=True))
+    return likeliest(nodes, parents, paths, num)
