@@ -130,7 +130,8 @@ class Drafting:
         if num_tokens > self._most_tokens:
             return None
         self._catch_up(batch)
-        nums, trees = np.minimum(batch.num_ahead[works], self._most), batch.num_ahead[works] > self._most
+        wanted = batch.num_ahead[works]
+        nums, trees = np.minimum(wanted, self._most), (wanted == self._nodes) & (self._nodes > 0)
         steps, num = int(nums.max()), len(works)
         longest = min(int(batch.inputs[names.KV_LEN][works].max()) + steps, plan.max_pages * plan.page_size)
         first = plan.bucket(num_tokens, num, longest, max_query=longest_share)

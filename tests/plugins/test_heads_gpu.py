@@ -7,10 +7,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from ingot.plugins import jit, tactics_of
+from ingot.plugins import draft, jit, tactics_of
 from ingot.plugins.draft_head import first_step, next_step
-from ingot.plugins.rows import keep_states, read_states
+from ingot.plugins.rows import keep_states, move_rows, read_states
 from ingot.plugins.tactic import Site, Tensor
+from random_tree import bits_of, path_to, random_parents
 from triton_run import DEVICE, described, run_tactic
 
 PAGE, WIDTH, VOCAB, DRAFT_VOCAB = 4, 9, 50, 20
@@ -58,25 +59,47 @@ def test_states_come_back_from_where_they_are_kept(rng, dtype, width, num):
     assert torch.equal(read, read_states(again, pools)) and not read.isnan().any()
 
 
-class Steps:
-    """A step of the target as it lies on the GPU, and the head's step tensors, from one step to the next."""
+@pytest.mark.parametrize("dtype, shape", [(torch.float32, (40, 33)), (torch.bfloat16, (8, 5, 3, 800))])
+def test_rows_move(rng, dtype, shape):
+    pool, slots = torch.randn(shape).to(dtype), torch.randperm(40)[:14].int().view(7, 2)
+    slots[rng.randrange(7)] = -1
+    expected = pool.clone()
+    move_rows(expected, slots)
+    assert not torch.equal(expected, pool)
+    inputs, tensor = [pool.to(DEVICE), slots.to(DEVICE)], described(pool)
+    (tactic,) = tactics_of("MoveRows")(Site("MoveRows", {}, tuple(map(described, inputs)), (tensor,)))
+    jit.launch(tactic, inputs, inputs[:1], torch.zeros(16, dtype=torch.uint8, device=DEVICE))
+    assert torch.equal(inputs[0].cpu(), expected)
 
-    def __init__(self, rng, num_works, num_ahead, guesses, sizes):
-        self.rng, self.guesses, self.sizes = rng, guesses, sizes
+
+class Steps:
+    """A step of the target as it lies on the GPU, and the head's step tensors, from one step to the next.
+
+    Drafts of the requests are chains and trees, of which some path is what was sampled.
+    """
+
+    def __init__(self, rng, num_works, num_ahead, guesses):
+        self.rng, self.guesses = rng, guesses
         works, starts, row = [], [0], 0
         for _ in range(num_works):
-            num_samples = rng.choice((1, 1, 2, 3, 4))
+            num_samples = rng.choice((1, 1, 2, 3, 6))
             share = [rng.randrange(VOCAB) for _ in range(num_samples + rng.choice((0, 0, 5)))]
-            works.append((share, len(share) + rng.randrange(WIDTH * PAGE - len(share) - 3), row, num_samples))
+            parents = random_parents(rng, num_samples - 1) if rng.random() < 0.6 else [*range(-1, num_samples - 2)]
+            kv_len = len(share) + rng.randrange(WIDTH * PAGE - len(share) - 3)
+            works.append((share, kv_len, row, num_samples, parents))
             starts.append(starts[-1] + len(share))
             row += num_samples
         self.works, self.ahead = works, rng.sample(range(num_works), num_ahead)
         self.table = torch.tensor([rng.sample(range(1, 99), WIDTH) for _ in works])
-        sampled = []
-        for share, _, _, num in works:
-            drafts = share[len(share) - num + 1 :]
-            right = rng.randrange(num)
-            sampled += [*drafts[:right], *(rng.randrange(VOCAB) for _ in range(num - right))]
+        sampled, seen = [], []
+        for share, _, _, num, parents in works:
+            drafts, mine = share[len(share) - num + 1 :], [rng.randrange(VOCAB) for _ in range(num)]
+            for node in path_to(parents, rng.randrange(-1, num - 1)):
+                mine[parents[node] + 1] = drafts[node]
+            sampled += mine
+            chain = parents == [*range(-1, num - 2)]
+            seen += [-1] * (len(share) - num + 1)
+            seen += [-1 if chain else bits_of(parents, i, num - 1) for i in range(num - 1)]
         tokens = [token for share, *_ in works for token in share]
         width = rng.choice((WIDTH, WIDTH - 1))
         header = [len(tokens), num_works, width, row, num_ahead, WIDTH, 0, 0]
@@ -85,15 +108,21 @@ class Steps:
         ints = lambda values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
         self.sampled, self.width = sampled, width
         self.inputs = [ints(header + between + ahead), ints(starts), ints([length for _, length, *_ in works]),
-                       self.table.int(), ints(sampled), ints(tokens)]  # fmt: skip
+                       self.table.int(), ints(sampled), ints(tokens), ints(seen)]  # fmt: skip
         self.ids = torch.randperm(VOCAB)[:DRAFT_VOCAB].int()
+
+    def told(self, i):
+        """What the reference is told of the target's work."""
+        share, kv_len, row, num, parents = self.works[i]
+        return share, kv_len, self.sampled[row : row + num], parents
 
     def site(self, first, buckets, before=None):
         """The outputs of a step; `before`: those of the step before, which a next step goes on from."""
         tokens, sequences, rows = buckets
         last = torch.tensor([self.rng.randrange(DRAFT_VOCAB) for _ in range(max(1, len(self.ahead)))]).int()
         outputs = [Tensor(shape, "int32") for shape in ((tokens,), (tokens,), (tokens,), (sequences + 1,), (sequences,),
-                   (sequences, WIDTH), (rows,), (rows * self.guesses,), (rows * self.guesses,))]  # fmt: skip
+                   (sequences, WIDTH), (rows,), (rows * self.guesses,), (rows * self.guesses,),
+                   *([(sequences, 2)] if first else []))]  # fmt: skip
         inputs = [*self.inputs, last, self.ids]
         attributes = {"page_size": PAGE, "guesses": self.guesses, "first": first}
         site = Site("DraftHead", attributes, tuple(map(described, inputs)), tuple(outputs))
@@ -119,13 +148,12 @@ class Steps:
 @pytest.mark.parametrize("num_works, num_ahead", [(1, 1), (7, 4), (5, 0), (300, 290)])
 def test_steps_of_a_head(rng, num_works, num_ahead, guesses):
     """The first takes all samples of the works to draft for, each next one the guess made last."""
-    steps = Steps(rng, num_works, num_ahead, guesses, None)
-    shares = [first_step(steps.works[i][0], steps.works[i][1], steps.sampled[steps.works[i][2] :][: steps.works[i][3]])
-              for i in steps.ahead]  # fmt: skip
+    steps = Steps(rng, num_works, num_ahead, guesses)
+    shares = [first_step(*steps.told(i)) for i in steps.ahead]
     num_tokens = sum(len(share.tokens) for share in shares)
     sequences = num_ahead + rng.randrange(3) + (not num_ahead)
     _, first = steps.site(True, (num_tokens + rng.randrange(9) + 1, sequences, max(1, num_tokens)))
-    tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions = first
+    tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions, moves = first
     begin = 0
     for j, (work, share) in enumerate(zip(steps.ahead, shares, strict=True)):
         end = begin + len(share.tokens)
@@ -136,6 +164,8 @@ def test_steps_of_a_head(rng, num_works, num_ahead, guesses):
         assert torch.equal(pages[j], known.int()) and logit_rows[j] == begin + share.row
         assert sample_positions[j * guesses : (j + 1) * guesses].tolist() == [share.length] * guesses
         begin = end
+        assert moves[j].tolist() == ([-1, -1] if share.move is None else [steps.slot(work, at) for at in share.move])
+    assert (moves[num_ahead:] == -1).all()
     assert query_start[num_ahead:].tolist() == [begin] * (sequences + 1 - num_ahead)
     assert not kv_len[num_ahead:].any() and not slots[begin:].any() and not logit_rows[num_ahead:].any()
     assert (
@@ -163,3 +193,28 @@ def test_steps_of_a_head(rng, num_works, num_ahead, guesses):
         assert found[7].tolist() == [*range(num_ahead), *[-1] * (sequences - num_ahead)]
         assert not any(found[i][num_ahead:].any() for i in (0, 1, 2, 4, 6, 8))
         before = found
+
+
+@pytest.mark.parametrize("num_works, num_ahead", [(1, 1), (7, 4), (5, 0), (300, 290)])
+def test_first_step_of_a_draft_engine(rng, num_works, num_ahead):
+    """The last token that holds, and the one that was sampled behind it."""
+    steps = Steps(rng, num_works, num_ahead, 1)
+    sequences, vocab = num_ahead + rng.randrange(3) + (not num_ahead), VOCAB - 5
+    shapes = [(2 * sequences,)] * 3 + [(sequences + 1,), (sequences,), (sequences, WIDTH)] + [(sequences,)] * 3
+    packed, starts, kv_len, pages, sampled, tokens, seen = steps.inputs
+    inputs = [packed, tokens, starts, kv_len, pages, sampled, seen, torch.zeros(1).int()]
+    options = {"page_size": PAGE, "vocab_size": vocab, "first": True}
+    outputs = run("Draft", inputs, [Tensor(shape, "int32") for shape in shapes], **options)
+    tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions = outputs
+    for j, work in enumerate(steps.ahead):
+        share = draft.first_step(*steps.told(work))
+        assert tokens[2 * j : 2 * j + 2].tolist() == [min(token, vocab - 1) for token in share.tokens]
+        assert positions[2 * j : 2 * j + 2].tolist() == share.positions and kv_len[j] == share.kv_len
+        assert slots[2 * j : 2 * j + 2].tolist() == [steps.slot(work, position) for position in share.positions]
+        assert torch.equal(pages[j], (steps.table[work] * (torch.arange(WIDTH) < steps.width)).int())
+        assert logit_rows[j] == 2 * j + 1 and sample_positions[j] == share.kv_len
+    some = torch.arange(sequences + 1)
+    assert torch.equal(query_start, 2 * some.clamp(max=num_ahead).int())
+    assert torch.equal(sample_rows, torch.where(some < num_ahead, some, -1)[:-1].int())
+    assert not any(x[num_ahead:].any() for x in (kv_len, logit_rows, sample_positions))
+    assert not any(x[2 * num_ahead :].any() for x in (tokens, positions, slots))

@@ -75,7 +75,7 @@ def test_a_draft_engine_grows_the_trees_of_plain_torch(target, draft, room):
     assert moved > 2 and metrics.speculation.accepted_at[1] > 0
     model = AutoModelForCausalLM.from_pretrained(draft[0], dtype=torch.float32)
     with torch.inference_mode():
-        for tokens, found in trees_of(seen, 8):
+        for tokens, found in trees_of(seen, 5):
 
             def after(path, tokens=tokens):
                 return model(torch.tensor([tokens + path])).logits[0, -1].log_softmax(-1)
@@ -114,7 +114,7 @@ def test_heads_grow_the_trees_of_plain_torch(target, tmp_path, kind):
     config, embedding = json.loads((tmp_path / "head" / "config.json").read_text()), model.get_input_embeddings().weight
     reads = (1, 0, 0) if kind == "eagle3" else (1,)
     with torch.inference_mode():
-        for tokens, found in trees_of(seen, 8):
+        for tokens, found in trees_of(seen, 5):
             states = model(torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states
             if kind == "medusa":
                 said = [x.log_softmax(-1) for x in medusa_logits(tensors, states[1][0, -1], DEPTH, 1)]
