@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from heads import drafts, write_head, write_medusa
+from ingot.runtime.speculation.tree import Tree
 from ingot.runtime.speculation.verify import holding
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -68,13 +69,38 @@ def recorded(llm, instead=lambda tokens, guesses: guesses):
     return seen
 
 
+def what_comes(prompts, answers):
+    """(tokens) -> what follows them, where a request's text is one of these; else nothing."""
+    texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    return lambda tokens: next((text[len(tokens) :] for text in texts if text[: len(tokens)] == tokens), [])
+
+
 def often_right(prompts, answers):
-    """For `recorded`: none, some or all guesses are the truth instead, where a request's text is one of these."""
-    texts, turn = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)], itertools.count()
+    """For `recorded`: none, some or all guesses are the truth instead."""
+    coming, turn = what_comes(prompts, answers), itertools.count()
+    return lambda tokens, guesses: [*coming(tokens)[: (1, 2, 0, 3)[next(turn) % 4]], *guesses][: len(guesses)]
+
+
+def often_in_trees(prompts, answers, wide=False):
+    """For `recorded`: trees of three with the truth on their likeliest path, or beside it.
+
+    wide: also on a path of its own, as Medusa's trees have it.
+    """
+    coming, turn = what_comes(prompts, answers), itertools.count()
 
     def call(tokens, guesses):
-        text = next((text for text in texts if text[: len(tokens)] == tokens), tokens)
-        return [*text[len(tokens) :][: (1, 2, 0, 3)[next(turn) % 4]], *guesses][: len(guesses)]
+        truth = coming(tokens)[:2]
+        if len(truth) < 2 or not isinstance(guesses, Tree):
+            return guesses
+        wrong = [2 if token != 2 else 3 for token in truth]
+        match next(turn) % 4:
+            case 0:  # wrong, the first beside it
+                return Tree([wrong[0], 4, truth[0]], [-1, 0, -1])
+            case 1:  # right, then wrong, the second beside that
+                return Tree([truth[0], wrong[1], truth[1]], [-1, 0, 0])
+            case 2 if wide:
+                return Tree([wrong[0], *truth], [-1, -1, 1])
+        return guesses
 
     return call
 

@@ -28,10 +28,12 @@ def wanted(engine):
 
 
 @pytest.mark.parametrize("room", [ROOMY, TIGHT], ids=["roomy", "tight"])
-@pytest.mark.parametrize("speculate", ["ngram", "suffix", "draft"])
+@pytest.mark.parametrize("speculate", ["ngram", "suffix", "draft", "tree"])
 def test_answers_are_those_without_drafts(engine, draft, wanted, speculate, room):
-    options = {"draft_engine": draft} if speculate == "draft" else {}
-    with LLM(engine, speculate=speculate, adapt_drafts=False, num_draft_tokens=3, **options, **room) as llm:
+    options = {"draft_engine": draft} if speculate in ("draft", "tree") else {}
+    options |= {"num_draft_tokens": 2, "num_draft_nodes": 3} if speculate == "tree" else {"num_draft_tokens": 3}
+    speculate = "draft" if speculate == "tree" else speculate
+    with LLM(engine, speculate=speculate, adapt_drafts=False, **options, **room) as llm:
         found, logprobs = told(llm)
         metrics = llm.metrics()
     assert found == wanted[0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from answers import PARAMS, PROMPTS, told
 from cuda_engines import ROOMY, TIGHT, built
-from fitted_heads import drafter, often_right, recorded, write_fitted
+from fitted_heads import drafter, often_in_trees, often_right, recorded, write_fitted
 from hand_made import DEMO
 from ingot import LLM, SamplingParams
 from made_once import made_once
@@ -79,6 +79,22 @@ def test_drafts_are_those_of_plain_torch(engine, heads, shared, kind, room):
     some = seen[:: max(1, len(seen) // 60)]
     right = sum(found == draft(tokens, len(found)) for tokens, found in some)
     assert len(some) > 30 and right >= 0.95 * len(some), f"{right} of {len(some)}"
+
+
+@pytest.mark.parametrize("kind, room", [("eagle", ROOMY), ("eagle3", TIGHT), ("medusa", ROOMY)])
+def test_answers_are_those_without_trees(engine, heads, wanted, kind, room):
+    """What branches left of keys and states is where the next steps read it."""
+    prompts = [prompt for prompt, params in zip(PROMPTS, PARAMS, strict=True) for _ in range(params.n)]
+    truth = [token_ids for token_ids, *_ in wanted[0][: len(prompts)]]
+    moved = []
+    with LLM(engine, **heads(kind, num_draft_tokens=2, num_draft_nodes=3), **room) as llm:
+        recorded(llm, often_in_trees(prompts, truth, wide=kind == "medusa"))
+        moves = llm._session.executor._moves
+        note = moves.note
+        moves.note = lambda *step: (note(*step), moved.extend(moves._due))[0]
+        found, _ = told(llm)
+        stats = llm.metrics().speculation
+    assert found == wanted[0] and len(moved) > 10 and stats.accepted > 40
 
 
 def test_adaptation_and_other_numbers_of_drafts_change_no_answer(engine, heads, wanted):

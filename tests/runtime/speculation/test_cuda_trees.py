@@ -1,11 +1,10 @@
 """Trees of drafts on the cuda target, in Triton's interpreter: drafts against plain torch, answers against none."""
 
-import itertools
 import json
 
 import pytest
 import torch
-from fitted_heads import recorded
+from fitted_heads import often_in_trees, recorded, what_comes
 from heads import logprobs_after, medusa_logits, write_head, write_medusa
 from ingot import LLM, SamplingParams
 
@@ -106,7 +105,7 @@ def test_heads_grow_the_trees_of_plain_torch(target, tmp_path, kind):
     sizes = dict(max_draft_tokens=NODES)
     head = cast_head(tmp_path / "engine", *export_head(tmp_path / "head", checkpoint), **sizes)
     with interpreted_gpu() as replays, growing(engine, head, "medusa" if kind == "medusa" else "eagle") as llm:
-        seen = recorded(llm, with_truth(wanted, kind))
+        seen = recorded(llm, often_in_trees(PROMPTS, wanted, wide=kind == "medusa"))
         assert answers(llm) == wanted
         stats, moved = llm.metrics().speculation, sum(MOVES in parts for _, parts in replays)
     assert stats.accepted > 7 and moved > 3
@@ -125,42 +124,15 @@ def test_heads_grow_the_trees_of_plain_torch(target, tmp_path, kind):
             assert same_tree(found, grown(after, DEPTH, NODES, run=1))
 
 
-def what_comes(wanted):
-    """(tokens) -> what follows them, where that is known."""
-    texts = [[*prompt, *answer] for prompt, answer in zip(PROMPTS, wanted, strict=True)]
-    return lambda tokens: next((text[len(tokens) :] for text in texts if text[: len(tokens)] == tokens), [])
-
-
 def with_truth_beside(wanted):
     """For `recorded`: the likeliest path and, where it goes wrong, the truth beside it."""
-    coming = what_comes(wanted)
+    coming = what_comes(PROMPTS, wanted)
 
     def call(tokens, guesses):
         truth = coming(tokens)
         chain = [token for i, token in enumerate(guesses) if [*parents_of(guesses)[: i + 1]] == [*range(-1, i)]]
         right = next((i for i, pair in enumerate(zip(chain, truth, strict=False)) if pair[0] != pair[1]), None)
         return guesses if right is None else Tree([*chain, truth[right]], [*range(-1, len(chain) - 1), right - 1])
-
-    return call
-
-
-def with_truth(wanted, kind):
-    """For `recorded`: trees with the truth on their likeliest path or beside it."""
-    coming, turn = what_comes(wanted), itertools.count()
-
-    def call(tokens, guesses):
-        truth = coming(tokens)[:2]
-        if len(truth) < 2 or not guesses:
-            return guesses
-        wrong = [2 if token != 2 else 3 for token in truth]
-        match next(turn) % 4:
-            case 0:  # wrong, the first beside it
-                return Tree([wrong[0], 4, truth[0]], [-1, 0, -1])
-            case 1:  # right, then wrong, the second beside that
-                return Tree([truth[0], wrong[1], truth[1]], [-1, 0, 0])
-            case 2 if kind == "medusa":  # two in a branch of their own, as products have it
-                return Tree([wrong[0], truth[0], truth[1]], [-1, -1, 1])
-        return guesses
 
     return call
 
