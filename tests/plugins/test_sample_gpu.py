@@ -307,7 +307,7 @@ def test_every_kernel_compiles_for_every_architecture():
 
 
 def compile_every_kernel():
-    """Prints how many cubins there are: all extras, and none, of 4 rows in bf16."""
+    """Prints how many cubins there are: all extras, with trees of drafts, and none, of 4 rows in bf16."""
     from ingot.builder.targets.cubin import CAPABILITIES, compile_all
 
     def make(shape, *dtypes):
@@ -322,13 +322,13 @@ def compile_every_kernel():
     outputs = (*make((rows,), "int32", "float32", "int32"), *make((rows, 20), "int32", "float32"))
     off = dict(num_rows=n, num_bias=0, num_stop=0, num_logprobs=0, random=False, truncate=False, extras=False)
     random, truncate = off | {"random": True}, off | {"random": True, "truncate": True}
-    everything = truncate | dict(extras=True, num_bias=300, num_stop=8, num_logprobs=20)
+    everything = truncate | dict(extras=True, num_bias=300, num_stop=8, num_logprobs=20, drafts=16)
     none = (None,) * 7
     sites = [
         Site("Sample", off, (*step, *none[:5], *none, *last), outputs[:1]),
         Site("Sample", random, (*step, draw[0], *none[:3], draw[4], *none, *last), outputs[:1]),
         Site("Sample", truncate, (*step, *draw, *none, *last), outputs[:1]),
-        Site("Sample", everything, (*step, *draw, *extras, *last), outputs),
+        Site("Sample", everything, (*step, *draw, *extras, *last, *make((rows,), *["int32"] * 3)), outputs),
     ]
     kernels = {launch.kernel for site in sites for t in tactics_of("Sample")(site)[:1] for launch in t.launches}
     count = 0
