@@ -1,6 +1,7 @@
 """Speculation on a GPU: is it exact, and what does it gain at the cost of an 8B model?
 
-    python benchmarks/gpu_speculation.py TEXT [--head HEAD] [--part all|build|exact|speed] [--seconds 540] [--work DIR]
+    python benchmarks/gpu_speculation.py TEXT [--head HEAD] [--nodes 7] [--part all|build|exact|speed] [--seconds 540]
+        [--work DIR]
 
 TEXT: documents separated by a line `<|endoftext|>`, which prompts are cut from. HEAD: the checkpoint of an EAGLE-3 head
 of pycoder-14m (`ingot train-head`), to measure as drafter `eagle`. Models and engines are made in DIR (`build`: the
@@ -10,7 +11,8 @@ small that requests are thrown out: greedy answers to 200 prompts against those 
 gap between the two likeliest tokens: other shapes of a step sum in another order, so near ties may differ.
 speed: the same inside the shapes of Llama-3.1-8B, of a draft model (`embedded_checkpoint.py`) and of a head for it
 (`embedded_head.py`), bf16. Both an engine without speculation (opened as one) and one with it answer the same prompts
-in turn; the former twice, which says what the machine's noise is (A/A). The exit status is the number of findings: an
+in turn; the former twice, which says what the machine's noise is (A/A). With --nodes each drafter is measured with
+trees of so many nodes, too, where those pay. The exit status is the number of findings: an
 answer that parts at a gap beyond rounding, a batch below 0.97x, or batch 1 below 2x (draft) and 2.3x (eagle).
 `--target cpu --shape tiny --draft-shape tiny-draft` goes through it all without a GPU; its times say nothing.
 """
@@ -48,7 +50,10 @@ def compare(llm: LLM, prompts: Sequence[list[int]], found: list[Any], wanted: li
 def exact(args: argparse.Namespace, end: float) -> dict[str, Any]:
     engines = args.engines.small()
     target = engines.pop("")
-    DRAFTERS.update({name: {"draft_engine": engine} for name, engine in engines.items()})
+    for name, engine in engines.items():
+        DRAFTERS[name] = {"draft_engine": engine}
+        if args.nodes:
+            DRAFTERS[f"{name} trees"] = {"draft_engine": engine} | trees(args.drafts, args.nodes)
     with LLM(target, num_kv_pages=4000) as llm:
         prompts = prompts_of(llm, args.text, args.prompts)
         wanted = answers(llm, prompts, args.max_tokens)
@@ -63,9 +68,8 @@ def exact(args: argparse.Namespace, end: float) -> dict[str, Any]:
                 return result
             start = time.perf_counter()
             pool = {} if "num_kv_pages" in room else {"num_kv_pages": 4000}
-            with LLM(
-                target, speculate=name, num_draft_tokens=args.drafts, adapt_drafts=False, **how, **room, **pool
-            ) as llm:
+            how = {"num_draft_tokens": args.drafts} | how
+            with LLM(target, speculate=name.split()[0], adapt_drafts=False, **how, **room, **pool) as llm:
                 found = answers(llm, prompts, args.max_tokens, 2 if setting == "batched" else 1)
                 metrics = llm.metrics()
             stats = metrics.speculation
@@ -80,7 +84,7 @@ def exact(args: argparse.Namespace, end: float) -> dict[str, Any]:
             }  # fmt: skip
             result["settings"].append(entry)
             save(args, {"exact": result})
-            print(f"  {name:6} {setting:13} {entry['same']} of {len(prompts)} the same"
+            print(f"  {name:11} {setting:13} {entry['same']} of {len(prompts)} the same"
                   + (f" (gaps up to {max(gaps):.1e})" if gaps else "") + f"; {stats.mean_length or 1:.2f} tokens a "
                   f"verification; {metrics.preemptions} thrown out, {metrics.prefix_hits} prefix hits; "
                   f"{time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
@@ -114,19 +118,22 @@ def speed(args: argparse.Namespace, end: float) -> dict[str, Any]:
     pages = 1 + max(levels) * -(-(160 + args.output + 20) // 16)
     result: dict[str, Any] = {"target": args.shape, "draft": args.draft_shape, "head": str(args.head), "levels": []}
     names = [name for name in args.drafters.split(",") if name in engines]
+    names = [each for name in names for each in ((name, f"{name} trees") if args.nodes else (name,))]
     with opened(target, pages, args.target) as plain:
         prompts = prompts_of(plain, args.text, args.prompts)
         rate(plain, prompts[: max(levels)], 8)
         for i, name in enumerate(names):
             until = time.monotonic() + (end - time.monotonic()) / (len(names) - i)
-            num = args.head_drafts if name == "eagle" else args.drafts
-            how = dict(speculate=name, draft_engine=engines[name], num_draft_tokens=num, adapt_drafts=not args.always)
+            kind, _, tree = name.partition(" ")
+            num = args.head_drafts if kind == "eagle" else args.drafts
+            how = dict(speculate=kind, draft_engine=engines[kind], num_draft_tokens=num, adapt_drafts=not args.always)
+            how |= trees(num, args.nodes) if tree else {}
             with opened(target, pages, args.target, **how) as drafting:
-                result[name] = {"drafts": num} | steps_of(drafting)
+                result[name] = {"drafts": how["num_draft_tokens"]} | steps_of(drafting)
                 print(f"{name}: a step of the target, ms by tokens: ", result[name]["target_ms"], flush=True)
                 print(f"{name}: a step of the drafter, ms by sequences: ", result[name]["draft_ms"], flush=True)
                 rate(drafting, prompts[: max(levels)], 8)
-                print("drafter batch  plain tok/s  drafting  speed-up   A/A  tokens/verification  ms a step  "
+                print("drafter     batch  plain tok/s  drafting  speed-up   A/A  tokens/verification  ms a step  "
                       "drafting in  differ (gap)")  # fmt: skip
                 for j, level in enumerate(levels):
                     budget = (until - time.monotonic()) / (len(levels) - j)
@@ -134,11 +141,16 @@ def speed(args: argparse.Namespace, end: float) -> dict[str, Any]:
                     result["levels"].append(entry)
                     save(args, {"speed": result})
                     gaps = f" ({max(entry['gaps']):.3f})" if entry["gaps"] else ""
-                    print(f"{name:7} {level:5} {entry['plain']:12.0f} {entry['drafting']:9.0f} "
+                    print(f"{name:11} {level:5} {entry['plain']:12.0f} {entry['drafting']:9.0f} "
                           f"{entry['speedup']:8.2f}x {entry['aa']:5.2f} {entry['mean_length']:20.2f} "
                           f"{entry['step_ms']:10.2f} {entry['share']:12.0%}  {len(entry['gaps'])} of "
                           f"{entry['compared']}{gaps}", flush=True)  # fmt: skip
     return result
+
+
+def trees(drafts: int, nodes: int) -> dict[str, int]:
+    """Options: a little less deep than a chain of `drafts`, if that would leave no nodes for branches."""
+    return {"num_draft_tokens": min(drafts, nodes - 2), "num_draft_nodes": nodes}
 
 
 def steps_of(drafting: LLM) -> dict[str, Any]:
@@ -195,7 +207,7 @@ def findings(result: dict[str, Any]) -> list[str]:
     ]
     for entry in result.get("speed", {}).get("levels", ()):
         where = f"{entry['drafter']}, batch {entry['batch']}"
-        if entry["speedup"] < (WANTED[entry["drafter"]] if entry["batch"] == 1 else LEAST):
+        if entry["speedup"] < (WANTED[entry["drafter"].split()[0]] if entry["batch"] == 1 else LEAST):
             found.append(f"{where}: {entry['speedup']:.2f}x")
         if max(entry["gaps"], default=0.0) > ROUNDING["bfloat16"]:
             found.append(f"{where}: answers part where the gap is {max(entry['gaps']):.2f} nats")
@@ -214,6 +226,7 @@ def main() -> None:
     parser.add_argument("--drafters", default="draft,eagle", help="to measure the speed of")
     parser.add_argument("--drafts", type=int, default=4)
     parser.add_argument("--head-drafts", type=int, default=7)
+    parser.add_argument("--nodes", type=int, default=0, help="of trees, 4 to 16; 0: chains only")
     parser.add_argument("--always", action="store_true", help="draft in every step, whether it pays or not")
     parser.add_argument("--target", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--shape", default="llama-8b", choices=SHAPES | TINY)
@@ -226,7 +239,7 @@ def main() -> None:
     args = parser.parse_args()
     end = time.monotonic() + args.seconds
     args.work.mkdir(parents=True, exist_ok=True)
-    args.engines = Engines(args.work, args.target, args.head, args.tune)
+    args.engines = Engines(args.work, args.target, args.head, args.tune, max(7, args.nodes))
     result: dict[str, Any] = {}
     if args.part in ("all", "build"):
         args.engines.large(args.shape, args.draft_shape)

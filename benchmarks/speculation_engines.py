@@ -32,6 +32,7 @@ class Engines:
     target: str
     head: Path | None = None
     tune: bool = False
+    drafts: int = 7  # of a request, that they verify
 
     @property
     def dtype(self) -> str:
@@ -80,14 +81,15 @@ class Engines:
         return {"hidden_states": ",".join(map(str, reads))}
 
     def _name(self, name: str, states: dict[str, Any]) -> Path:
-        """Engines that give other hidden states are other engines."""
-        return self.work / "-".join([name, *(v.replace(",", "-") for v in states.values()), f"{self.target}.engine"])
+        """Engines that give other hidden states, or verify other numbers of drafts, are other engines."""
+        parts = [name, *(v.replace(",", "-") for v in states.values()), f"{self.drafts}-{self.target}.engine"]
+        return self.work / "-".join(parts)
 
     def build(self, model: Path, out: Path, **options: Any) -> Path:
         if (out / "engine.json").exists():
             return out
         if self.target == "cuda":
-            options["max_draft_tokens"] = 7
+            options["max_draft_tokens"] = self.drafts
         config = json.dumps({"model": str(model), "out": str(out), "target": self.target, **options})
         with_time(
             f"built {out.name}",
