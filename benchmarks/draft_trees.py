@@ -1,14 +1,15 @@
 """Would a tree of drafts pay? Tokens of a verification with chains and with trees, and the speed-up that they make.
 
     python benchmarks/draft_trees.py TARGET --draft CHECKPOINT [--head EAGLE_CHECKPOINT] [--text FILE]
-        [--temperature 0] [--draft-ms 0.3] [--batches 1,4] [--rows-ms 1:5.33,8:5.6,16:5.9,32:6.2,64:6.6]
+        [--temperature 0] [--run 8] [--draft-ms 0.3] [--batches 1,4] [--rows-ms 1:5.33,8:5.6,16:5.9,32:6.2,64:6.6]
 
 The target answers beginnings of this project's own files (or of FILE); every drafter then guesses at every place of an
 answer, all places at once. Followed from the beginning, that is what serving would have accepted:
 * chain: the likeliest token, again and again;
 * static: the best tree of N nodes by the chance of each rank at each depth (Medusa, arXiv:2401.10774; Sequoia,
   arXiv:2402.12374), which the first half of the answers decide and the second half measures;
-* dynamic: the N nodes likeliest by the drafter's own probabilities (EAGLE-2, arXiv:2406.16858).
+* dynamic: the N nodes likeliest by the drafter's own probabilities (EAGLE-2, arXiv:2406.16858), of trees of which --run
+  nodes of a level go on: 1, a chain with branches, on the cuda target.
 --rows-ms: a verification by its tokens, --draft-ms: a step of the drafter, of which a tree takes one for each depth;
 both by default as measured or expected on an H100 for an 8B model in bf16. Speed-up: against one token a step.
 """
@@ -125,12 +126,13 @@ def ranks(first: Tensor, step: Step, window: Tensor, num: int) -> Tensor:
     return torch.stack(found)
 
 
-def places(first: Tensor, step: Step, window: Tensor, num: int) -> Tensor:
+def places(first: Tensor, step: Step, window: Tensor, num: int, run: int) -> Tensor:
     """[DEPTH (allowed), DEPTH (of a node), num]: place of the true node among all by cumulated probability."""
     chance, tokens = (x.permute(2, 0, 1).squeeze(1) for x in first.topk(BEAMS, -1))  # [beams, num]
     true_so_far = tokens == window[1 : 1 + num]
     all_chances, true_chances = [chance], [_true(chance, true_so_far)]
-    parents = torch.zeros(BEAMS, num).long()
+    chance, tokens, true_so_far = chance[:run], tokens[:run], true_so_far[:run]
+    parents = torch.zeros(run, num).long()
     for depth in range(1, DEPTH):
         after, next_tokens = step(tokens, parents).topk(BEAMS, -1)  # [beams, num, beams]
         cumulated = (chance[..., None] + after).permute(0, 2, 1).reshape(-1, num)
@@ -138,7 +140,7 @@ def places(first: Tensor, step: Step, window: Tensor, num: int) -> Tensor:
         true = true_so_far.repeat_interleave(BEAMS, 0) & (next_tokens == window[depth + 1 : depth + 1 + num])
         all_chances.append(cumulated)
         true_chances.append(_true(cumulated, true))
-        chance, best = cumulated.topk(BEAMS, 0)
+        chance, best = cumulated.topk(run, 0)
         parents, tokens, true_so_far = best // BEAMS, next_tokens.gather(0, best), true.gather(0, best)
     found = torch.full((DEPTH, DEPTH, num), 1 << 20)
     for most in range(1, DEPTH + 1):
@@ -168,12 +170,12 @@ def best_tree(chances: Tensor, num: int, depth: int) -> set[tuple[int, ...]]:
     return found
 
 
-def lengths(drafter: DraftModel | EagleHead, answers: Sequence[tuple[Tensor, Tensor]]) -> Lengths:
+def lengths(drafter: DraftModel | EagleHead, answers: Sequence[tuple[Tensor, Tensor]], run: int) -> Lengths:
     num = PROMPT + ANSWER - DEPTH
     true_ranks, true_places = [], []
     for window, features in answers:
         true_ranks.append(ranks(*drafter.begin(window, features, num), window, num))
-        true_places.append(places(*drafter.begin(window, features, num), window, num))
+        true_places.append(places(*drafter.begin(window, features, num), window, num, run))
     rank, place = torch.stack(true_ranks), torch.stack(true_places)  # [answers, DEPTH, A], [answers, DEPTH, DEPTH, A]
     half = len(answers) // 2
     fit = rank[:half, :, PROMPT - 1 :]
@@ -252,6 +254,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--answers", type=int, default=48)
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--run", type=int, default=BEAMS, help=f"1 to {BEAMS}")
     parser.add_argument("--draft-ms", type=float, default=0.3)
     parser.add_argument("--batches", default="1,4")
     parser.add_argument("--rows-ms", default="1:5.33,2:5.6,8:5.6,16:5.9,32:6.2,64:6.6")
@@ -274,7 +277,7 @@ def main() -> None:
     answers = answers[::2] + answers[1::2]  # both halves from everywhere
     batches = [int(number) for number in args.batches.split(",")]
     for name, drafter in drafters.items():
-        show(name, lengths(drafter, answers), curve(args.rows_ms), args.draft_ms, batches)
+        show(name, lengths(drafter, answers, args.run), curve(args.rows_ms), args.draft_ms, batches)
 
 
 if __name__ == "__main__":
