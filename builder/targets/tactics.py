@@ -17,7 +17,7 @@ from ...plugins.gpu import Gpu
 from ...plugins.tactic import Device, Gemm, Site, Tactic
 from .agreement import COMPARED, strangers
 from .buckets import Sizes
-from .cubin import Binary, Cubin, Source, compile_all
+from .cubin import Binary, Source, compile_all
 from .planner import Planner, key_of
 from .steps import steps
 from .table import Table
@@ -194,18 +194,9 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _compile(tactics: Iterable[Tactic], capability: int, done: Collection[Source] = ()) -> dict[Source, Any]:
-    """What the tactics launch, compiled; a cubin that asks for more memory than a program has there is an error."""
-    from ...plugins.paged_attention.launches import shared_memory
-
+    """What the tactics launch, compiled."""
     sources = dict.fromkeys(launch.kernel for tactic in tactics for launch in tactic.launches)
-    compiled = compile_all([source for source in sources if source not in done], capability)
-    limit = shared_memory(capability)
-    for source, binary in compiled.items():
-        if isinstance(binary, Cubin) and binary.shared > limit:
-            compiled[source] = BuildError(
-                f"{binary.name} needs {binary.shared} bytes of shared memory, a program on sm_{capability} has {limit}"
-            )
-    return compiled
+    return compile_all([source for source in sources if source not in done], capability)
 
 
 def _ranking(tactics: Iterable[Tactic], times: Times) -> list[tuple[Tactic, float]]:
