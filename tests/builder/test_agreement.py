@@ -55,12 +55,12 @@ ATTENTION = {"layer": 0, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "v_h
              "window": 0, "softcap": 0.0}  # fmt: skip
 
 
-def attention(tokens, sequences, max_query, pages="float16"):
+def attention(tokens, sequences, max_query, pages="float16", tree=False):
     """Of contexts up to 64 tokens; rows of the bucket may be padding."""
     pool, scale = weight(1, 16, 2, 16, dtype=pages), None if pages == "float16" else weight(2, dtype="float32")
     shapes = (tokens,), (sequences + 1,), (sequences,), (sequences, 4)
     numbers = [tensor(*shape, dtype="int32") for shape in shapes]
-    inputs = (tensor(tokens, 128), None, None, *numbers, pool, pool, None, scale, scale, None)
+    inputs = (tensor(tokens, 128), None, None, *numbers, pool, pool, None, scale, scale, numbers[0] if tree else None)
     return Site("PagedAttention", ATTENTION, inputs, (tensor(tokens, 64),), Device(), max_query, 64)
 
 
@@ -109,7 +109,7 @@ def astray(tactic, name="wrong"):
 
 @pytest.mark.parametrize(
     "site",
-    [LINEAR, QUANTISED_NORM, FOUR_BITS, attention(3, 3, 1), attention(9, 4, 4), attention(12, 4, 0, "int8")],
+    [LINEAR, QUANTISED_NORM, FOUR_BITS, attention(3, 3, 1), attention(9, 4, 4, tree=True), attention(12, 4, 0, "int8")],
     ids=lambda site: f"{site.op} {site.inputs[0].shape[0]}",
 )
 def test_tactics_agree(driver, site):
