@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from gpu_quantised import BF16, FORMATS, SHAPES, TOLERANCE, Bench, inputs_of, site_of
 from gpu_timing import read_speed
-from ingot.builder.targets.timing import SPREAD, Step
+from ingot.builder.targets.steps import SPREAD, Step
 from ingot.plugins import OPS, tactics_of
 from ingot.plugins.tactic import Device, Site, Tactic, Tensor
 

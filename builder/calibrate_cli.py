@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..engines.cli import Debug
+
 if TYPE_CHECKING:
     from ..calibration.scales import Scales
     from . import BuildConfig
 
+# what `build-engine` takes, too
+Model = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.", show_default=False)
+]
+Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="PATH", help="Where to write it.", show_default=False)]
 Data = Annotated[
     str, typer.Option(metavar="TEXT", help="A text file, JSON Lines, or a dataset of the hub: org/name[:split].")
 ]
@@ -23,12 +30,8 @@ KV = Annotated[str, typer.Option(help="Keys and values in 8 bits: fp8 or int8, f
 
 
 def calibrate(
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.", show_default=False)
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Where to write it.", show_default=False)
-    ] = None,
+    model: Model = None,
+    out: Out = None,
     quant: Annotated[str, typer.Option(help="A recipe: `ingot recipes`, or a YAML file.")] = "",
     kv_cache: KV = "",
     calibration_data: Data = "",
@@ -41,7 +44,7 @@ def calibrate(
         Path | None, typer.Option(metavar="FILE", help="Show what such a file holds; no MODEL.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what it is about as JSON.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Find the scales of a recipe and keep them in a file, for `build-engine --scales`, on any target.
 

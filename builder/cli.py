@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .calibrate_cli import KV, Data, Device, Tokens, Width
+from ..engines.cli import Debug
+from .calibrate_cli import KV, Data, Device, Model, Out, Tokens, Width
 
 if TYPE_CHECKING:
     from ..engines.manifest import Manifest
@@ -16,12 +17,8 @@ if TYPE_CHECKING:
 
 
 def build(
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.", show_default=False)
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where to write it.", show_default=False)
-    ] = None,
+    model: Model = None,
+    out: Out = None,
     retarget: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Compile this engine anew for --target; no MODEL.", show_default=False),
@@ -66,7 +63,7 @@ def build(
     ] = "Rope",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Phases, node counts, library warnings.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Cast a checkpoint into an engine directory. A build that fails leaves nothing behind."""
     from . import BuildConfig

@@ -8,12 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
+# what several commands take
+Engine = Annotated[Path, typer.Argument(metavar="DIR", help="An engine directory.", show_default=False)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
 
 def inspect(
-    engine: Annotated[Path, typer.Argument(metavar="DIR", help="An engine directory.", show_default=False)],
+    engine: Engine,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     verify: Annotated[bool, typer.Option(help="Check the hash of every file.")] = True,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Explain an engine: model, sizes, operations per layer, KV bytes per token, target, build."""
     from .inspect import describe

@@ -17,9 +17,10 @@ ANCESTORS = "ancestors"
 
 # of a head that drafts (`Manifest.head`), besides; activation dtype. Its token t is the one at position t + 1
 FEATURES = "features"  # [T, width] hidden states of the target, side by side, or zeros
-DRAFTED = "drafted"  # [T, hidden_size] what the head itself gave as HIDDEN for the token before, or zeros
+DRAFTED = "drafted"  # [T, hidden_size] what the head itself gave as HIDDEN for the token before, less FC_BIAS, or zeros
 HIDDEN = "hidden"  # [R, hidden_size], an output
 TOKEN_IDS = "token_ids"  # [vocab] of its weights: the target's token that each of the logits is of
+FC_BIAS = "fc.bias"  # [hidden_size] of its weights, if it has one: in an EAGLE-3 head, for FEATURES only
 
 STATES = "hidden_states."  # before the number of a hidden state
 

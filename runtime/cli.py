@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..engines.cli import Debug, Engine
+
 if TYPE_CHECKING:
     from .bench import Job
     from .request import RequestOutput, SamplingParams
 
-Engine = Annotated[Path, typer.Argument(metavar="DIR", help="An engine directory.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 PROFILE = "Show the time of each op in a step against its floor instead, and draw it (--plot, or profile.png)."
 Speculate = Annotated[
     str | None, typer.Option(help="Draft tokens and verify them: ngram, suffix, draft, eagle or medusa.")
@@ -30,7 +30,10 @@ Draft = Annotated[
 ]
 NumDrafts = Annotated[int, typer.Option(help="Tokens drafted at a time for a request at most.")]
 NumNodes = Annotated[int, typer.Option(help="Of a tree of drafts that is that deep, where it pays; 0: chains only.")]
+MaxSeqs = Annotated[int | None, typer.Option(help="Sequences in one step at most.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Tokens in one step at most.")]
 PrefixCache = Annotated[bool, typer.Option(help="Reuse the KV pages of prompts that begin alike.")]
+LoadFormat = Annotated[str, typer.Option(help="dummy: random weights, the file is not read.")]
 
 
 def generate(
@@ -103,10 +106,10 @@ def bench(
     concurrency: Annotated[int | None, typer.Option("--concurrency", "-c", help="Requests at any time.")] = None,
     rate: Annotated[float | None, typer.Option(help="Requests a second, Poisson arrivals.")] = None,
     warmup: Annotated[int, typer.Option(help="Requests sent before and not counted.")] = 2,
-    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in one step at most.")] = None,
-    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens in one step at most.")] = None,
+    max_num_seqs: MaxSeqs = None,
+    max_num_batched_tokens: MaxTokens = None,
     prefix_cache: PrefixCache = True,
-    load_format: Annotated[str, typer.Option(help="dummy: random weights, the file is not read.")] = "auto",
+    load_format: LoadFormat = "auto",
     seed: Annotated[int, typer.Option(help="Of lengths, tokens and arrivals.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Draw the latencies into this file (needs ingot[bench]).")] = None,
     profile: Annotated[bool, typer.Option("--profile", help=PROFILE)] = False,

@@ -19,7 +19,7 @@ import torch
 from ..engines.dtypes import DTYPES
 from ..engines.errors import EngineError
 from ..engines.manifest import Manifest
-from ..engines.step import LOGIT_ROWS, LOGITS, SLOTS, TOKEN_IDS, TOKENS, hidden_states, k_pages, v_pages
+from ..engines.step import FC_BIAS, LOGIT_ROWS, LOGITS, SLOTS, TOKEN_IDS, TOKENS, hidden_states, k_pages, v_pages
 from ..engines.weights import GRAPH_FILE, load_graph, open_weights, random_weights
 from ..plugins import native
 from ..plugins.interpreter import Program
@@ -226,16 +226,12 @@ def _open_drafter(target: Engine, config: ServeConfig, num_pages: int) -> DraftE
     )  # fmt: skip
     if head is None:
         return DraftEngine(*options)
+    weights = {} if config.load_format == "dummy" else open_weights(engine.folder)
     return (MedusaEngine if head.kind == "medusa" else HeadEngine)(
         *options, states=_zeros((num_slots, width), dtype), reads=list(map(hidden_states, head.reads)),
-        token_ids=_token_ids(engine, config), hidden_size=manifest.model.hidden_size,
+        token_ids=weights[TOKEN_IDS].numpy() if weights else np.arange(manifest.model.vocab_size, dtype=np.int32),
+        hidden_size=manifest.model.hidden_size, bias=weights.get(FC_BIAS) if head.kind == "eagle3" else None,
     )  # fmt: skip
-
-
-def _token_ids(head: Engine, config: ServeConfig) -> np.ndarray:
-    if config.load_format == "dummy":
-        return np.arange(head.manifest.model.vocab_size, dtype=np.int32)
-    return open_weights(head.folder)[TOKEN_IDS].numpy()
 
 
 def pools(manifest: Manifest, num_pages: int, page_size: int) -> dict[str, torch.Tensor]:

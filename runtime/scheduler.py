@@ -16,7 +16,8 @@ from heapq import heappop, heappush
 from typing import Any
 
 from ..engines.errors import EngineError, RequestError
-from .kv import PagePool, extend_digests
+from .kv import PagePool
+from .page_tables import PageTables
 from .prompt import Limits, check_length
 from .request import FinishReason, Request, State
 from .speculation.control import Speculation
@@ -59,6 +60,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
         self._limits = Limits(0, max_model_len, pool.capacity)
+        self._tables = PageTables(pool, max_model_len)
         self._clock = clock
         self._speculation = speculation
         self._together = False  # the step that is being made speculates: all requests move in it
@@ -157,7 +159,6 @@ class Scheduler:
         """The next step, or None where nothing can run: no work, or only a commit brings news."""
         works: list[Work] = []
         budget = self.max_num_batched_tokens
-        page_size = self.pool.page_size
         running = self._running  # victims leave from its end, while we walk from its start
         if self._speculation:
             coming = min(self.num_waiting, self.max_num_seqs - len(running))
@@ -178,7 +179,7 @@ class Scheduler:
                 continue  # its last token is in flight
             if num > 1:  # a long prompt does not stall those behind it: each keeps one token of the budget
                 num = min(num, max(1, budget - (len(running) - i)))
-            lacking = -(-(start + num) // page_size) - len(request.pages)
+            lacking = self._tables.lacking(request, start + num)
             if lacking > 0 and not self._grow(request, lacking):
                 continue
             drafts: Sequence[int] = ()
@@ -243,15 +244,7 @@ class Scheduler:
         drafts = no_deeper(self._speculation.propose(request, most), request.limit - 1 - end)
         if drafts and request.matcher:
             drafts = request.matcher.fitting(drafts)
-        return first(drafts, self._reserve(request, end, len(drafts)))
-
-    def _reserve(self, request: Request, end: int, num: int) -> int:
-        """Pages for up to `num` tokens from `end` on, as far as there are free ones; for how many there are."""
-        num, page_size = min(num, self.max_model_len - end), self.pool.page_size
-        lacking = min(-(-(end + num) // page_size) - len(request.pages), self.pool.num_free)
-        if lacking > 0:
-            request.pages += self.pool.allocate(lacking)
-        return max(0, min(num, len(request.pages) * page_size - end))
+        return first(drafts, self._tables.reserve(request, end, len(drafts)))
 
     def _work(self, request: Request, num: int, fresh: bool = False, drafts: Sequence[int] = ()) -> Work:
         start = request.computed
@@ -262,14 +255,14 @@ class Scheduler:
             num_samples = num_logits = 1 + len(drafts)
         if self._together and num_samples and self._speculation:
             most = request.limit - 1 - (end - len(drafts) + depth_of(drafts))
-            num_ahead = self._reserve(request, end, self._speculation.num_ahead(request, most))
+            num_ahead = self._tables.reserve(request, end, self._speculation.num_ahead(request, most))
         if request.num_scored < request.num_prompt - 1 and request.params.prompt_logprobs is not None:
             num_logits = max(num_samples, end - max(start, request.num_scored))
             request.num_scored = max(request.num_scored, min(end, request.num_prompt - 1))
         request.computed = end
         request.num_in_flight += num_samples
         request.steps_in_flight += 1
-        self._share(request)
+        self._tables.share(request)
         return Work(request, request.row, start, num, num_logits, request.pages, num_samples, fresh, drafts, num_ahead)
 
     def _grow(self, request: Request, lacking: int) -> bool:
@@ -284,24 +277,17 @@ class Scheduler:
             self._let_go(victim)
             if victim is request:
                 return False
-        request.pages += self.pool.allocate(lacking)
+        self._tables.grow(request, lacking)
         return True
 
     def _admit(self, works: list[Work], budget: int) -> None:
         """Takes requests from the queue while rows, pages and budget last. Nobody overtakes its head."""
-        pool, page_size = self.pool, self.pool.page_size
         while self._waiting and self._rows and budget:
             request = self._waiting[0]
             num_known = len(request.tokens)
-            cached = pool.match(self._prefix(request))
-            lacking = -(-num_known // page_size) - len(cached)
             # A page in hand for each running request: admitting one only to throw it out at once helps nobody.
-            if pool.num_free - pool.num_idle(cached) < lacking + len(self._running):
+            if not self._tables.begin(request, spare=len(self._running)):
                 return
-            pool.hold(cached)
-            request.pages = cached + pool.allocate(lacking)
-            request.num_shared = len(cached)
-            request.computed = len(cached) * page_size
             request.row = heappop(self._rows)
             request.state = State.RUNNING
             del self._waiting[0]
@@ -314,27 +300,6 @@ class Scheduler:
             num = min(num_known - request.computed, budget)
             works.append(self._work(request, num, fresh=True))
             budget -= num
-
-    def _prefix(self, request: Request) -> list[bytes]:
-        """Digests of the pages it may find in the cache: it computes at least one token, and all positions to score."""
-        if not (self.pool.prefix_cache and request.params.prefix_cache):
-            return []
-        reach = len(request.tokens) - 1
-        if request.params.prompt_logprobs is not None and request.num_scored < request.num_prompt - 1:
-            reach = request.num_scored
-        num_pages = reach // self.pool.page_size
-        extend_digests(request.digests, request.tokens, self.pool.page_size, num_pages, request.salt)
-        return request.digests[:num_pages]
-
-    def _share(self, request: Request) -> None:
-        """Lets others find its full pages of known tokens."""
-        pool = self.pool
-        full = min(request.computed, len(request.tokens)) // pool.page_size
-        if full > request.num_shared and pool.prefix_cache and request.params.prefix_cache:
-            extend_digests(request.digests, request.tokens, pool.page_size, full, request.salt)
-            for i in range(request.num_shared, full):
-                pool.share(request.pages[i], request.digests[i])
-            request.num_shared = full
 
     def _accept(self, request: Request, sampled: Sequence[int], logprobs: Any, scores: Any, now: float) -> Delta:
         """Appends the sampled tokens, up to one that ends the request."""
@@ -356,7 +321,7 @@ class Scheduler:
                 break
         if before == request.num_prompt:
             request.metrics.first_token = now
-        self._share(request)
+        self._tables.share(request)
         if reason:
             self._finish(request, reason, stop)
         new = tokens[before:]
@@ -388,9 +353,7 @@ class Scheduler:
         if request.row >= 0:
             heappush(self._rows, request.row)
             request.row = -1
-        self.pool.release(request.pages)
-        request.pages = []  # a new list: works in the caller's hands keep the old one
-        request.computed = 0
+        self._tables.release(request)
         if request.state is State.PREEMPTED:
             request.state = State.WAITING
             insort(self._waiting, request, key=_order)

@@ -35,8 +35,7 @@ def write_head(folder: Path, target: Path, kind: str, draft_vocab: int = 0, pick
     if kind == "eagle3":
         ids = torch.randperm(config["vocab_size"], generator=generator)[:rows].sort().values
         tensors |= {"d2t": ids - torch.arange(rows), "t2d": torch.zeros(config["vocab_size"]).index_fill(0, ids, 1) > 0}
-    else:
-        tensors["fc.bias"] = torch.randn(width, generator=generator)
+    tensors["fc.bias"] = torch.randn(width, generator=generator)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     if pickled:
@@ -95,7 +94,7 @@ def logprobs_after(
     """
     eagle3 = "midlayer.hidden_norm.weight" in head
     layer = "midlayer" if eagle3 else "layers.0"
-    states = F.linear(features, head["fc.weight"]) if eagle3 else features
+    states = F.linear(features, head["fc.weight"], head.get("fc.bias")) if eagle3 else features
     for i in range(len(path) + 1):
         read = head.get("embed_tokens.weight", embedding)[torch.tensor(tokens[1:])]
         if eagle3:

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ...engines.cli import Debug
+from ..calibrate_cli import Device
+
 if TYPE_CHECKING:
     from .training import Agreement
 
@@ -38,10 +41,10 @@ def train_head(
         float, typer.Option(min=0, max=1, help="Share of the windows that the target goes on with itself.")
     ] = 0.0,
     seconds: Annotated[float, typer.Option(min=0, help="Of training at most, if the tokens last; 0: any.")] = 0.0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU if there is one.")] = "auto",
+    device: Device = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace what is already there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Train an EAGLE-3 head, which drafts from a model's hidden states. What was stopped goes on with the same command.
 

@@ -69,7 +69,8 @@ class Head(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The exported function: [T], [T], [R], [T, features], [T, width] -> logits [R, vocab], hidden [R, width].
 
-        Each row of `features` or `drafted` is zero: what a token follows is the target's state, or the head's own.
+        Each row of `features` or `drafted` is zero: what a token follows is the target's state, or the head's own. For
+        that, EAGLE-3 has no `fc`: a bias of it must have been taken off `drafted`, or be left out.
         """
         hidden = self.combine(features) + drafted
         x = self.advance(tokens[None], positions[None], hidden[None])[0][logit_rows]

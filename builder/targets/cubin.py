@@ -50,8 +50,8 @@ def compile_kernel(kernel: Kernel, capability: int) -> Cubin:
     """The cubin of `kernel` for compute capability `capability` (90: 9.0).
 
     Raises:
-        BuildError: Triton is not installed, cannot compile the kernel (its own message in one line), or makes wrong
-            code of it (`sass.py`).
+        BuildError: Triton is not installed, cannot compile the kernel (its own message in one line), makes wrong code
+            of it (`sass.py`), or code that asks for more shared memory than a program has there.
     """
     try:
         import triton
@@ -61,6 +61,8 @@ def compile_kernel(kernel: Kernel, capability: int) -> Cubin:
         raise BuildError(
             f"the cuda target compiles with Triton ({error}); install it with `pip install ingot[cuda]`"
         ) from None
+    from ...plugins.paged_attention.launches import shared_memory
+
     module, name = kernel.function.split(":")
     function: Any = getattr(importlib.import_module(f"...plugins.{module}", __package__), name)
     left_out = {parameter.name: parameter.default for parameter in function.params if parameter.has_default}
@@ -80,7 +82,11 @@ def compile_kernel(kernel: Kernel, capability: int) -> Cubin:
         raise BuildError(
             f"ptxas makes wrong code of {kernel.function} for sm_{capability}, an operand is lost: {lost[0]}"
         )
-    meta = compiled.metadata
+    meta, limit = compiled.metadata, shared_memory(capability)
+    if meta.shared > limit:
+        raise BuildError(
+            f"{meta.name} needs {meta.shared} bytes of shared memory, a program on sm_{capability} has {limit}"
+        )
     return Cubin(compiled.asm["cubin"], meta.name, meta.shared, meta.num_warps, constants["PDL"])
 
 

@@ -61,6 +61,9 @@ def begin(config: BuildConfig, audience: Audience = NOBODY) -> Iterator[Compile]
     def compile(graph: ir.Model, model: ModelInfo, folder: Path, head: HeadInfo | None = None) -> dict[str, Any]:
         """Write plan and cubins into `folder/cuda`; returns what the manifest says about them."""
         plan = make_plan(graph.graph, model.max_model_len, folder / FOLDER, device, config, gpu, cache, head)
+        for entry in plan.tactics:
+            if note := entry.get("note"):
+                audience.note(f"{entry['op']} -> {entry['outputs'][0][0]}: {note}")
         ordered = "" if gpu else _not_in_table(plan, device)
         cached = f"; {cache.num_hits} of {cache.num_sites} sites from the timing cache" if cache else ""
         return {

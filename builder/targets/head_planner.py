@@ -139,7 +139,7 @@ def _without(zero: ir.Value | None, work: list[Work], hidden: ir.Value | None) -
             continue
         first, *others = inputs
         match each.site.op:
-            case "Linear" if first in zeros:  # a bias, too, is for what the target says
+            case "Linear" if first in zeros:  # and no bias: the authors' EAGLE-3 has `fc` for what the target says only
                 zeros.add(each.outputs[0])
             case "Add":
                 instead[each.outputs[0]] = others[0] if first in zeros else first

@@ -8,16 +8,18 @@ puts the tactics in order (`table.py`), and the first that this architecture can
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ...engines.errors import BuildError
 from ...plugins import tactics_of
 from ...plugins.gpu import Gpu
 from ...plugins.tactic import Device, Gemm, Site, Tactic
+from .agreement import COMPARED, strangers
 from .buckets import Sizes
-from .cubin import Binary, Cubin, Source, compile_all
+from .cubin import Binary, Source, compile_all
 from .planner import Planner, key_of
+from .steps import steps
 from .table import Table
 from .timing import Timer
 from .timing_cache import Times, TimingCache
@@ -47,17 +49,19 @@ class Candidates:
 @dataclass(frozen=True)
 class Choice:
     """The tactic of a site with its cubins. ranking: microseconds with cold weights of each tactic that runs, the
-    fastest first; empty: they were not timed."""
+    fastest first; empty: they were not timed. note: what is wrong with the fastest, "" if nothing is."""
 
     site: Site
     tactic: Tactic
     cubins: Mapping[Source, Binary]
     ranking: tuple[tuple[Tactic, float], ...] = ()
+    note: str = ""
 
     def describe(self) -> dict[str, Any]:
-        """For the plan: what runs where, how fast (`us`), of how many, and the `times` of the best few."""
+        """For the plan: what runs where, how fast (`us`), of how many, the `times` of the best few, and any `note`."""
         us = round(self.ranking[0][1], 2) if self.ranking else None
-        return self._site() | {"tactic": self.tactic.name, "us": us, "of": len(self.ranking), "times": self._times()}
+        found = {"tactic": self.tactic.name, "us": us, "of": len(self.ranking), "times": self._times()}
+        return self._site() | found | ({"note": self.note} if self.note else {})
 
     def _site(self) -> dict[str, Any]:
         """All its fields but the device, which the plan is for."""
@@ -138,10 +142,11 @@ def timed(found: Mapping[Hashable, Candidates], gpu: Gpu, cache: TimingCache | N
     with Timer(gpu) as timer:
         for key, each in missing.items():
             times = _times(timer, each, compiled)
+            times, note = _compared(timer, each, compiled, times)
             choice = _fastest(each, times, compiled)
             if choice is None:
                 raise _nothing_compiles(each, compiled)
-            chosen[key] = choice
+            chosen[key] = replace(choice, note=note)
             if cache:
                 cache.write(each.site, each.names, times)
     return chosen
@@ -161,19 +166,37 @@ def _times(timer: Timer, each: Candidates, compiled: Compiled) -> list[float | N
     return [round(times[i], 3) if i in times else None for i in range(len(each.tactics))]
 
 
-def _compile(tactics: Iterable[Tactic], capability: int, done: Collection[Source] = ()) -> dict[Source, Any]:
-    """What the tactics launch, compiled; a cubin that asks for more memory than a program has there is an error."""
-    from ...plugins.paged_attention.launches import shared_memory
+def _compared(
+    timer: Timer, each: Candidates, compiled: Compiled, times: list[float | None]
+) -> tuple[list[float | None], str]:
+    """The times without those of tactics that compute something else than most of the fastest few, and a note of them.
 
+    On the last step, in which sequences differ most.
+    """
+    known = {i: us for i, us in enumerate(times) if us is not None}
+    fastest = sorted(known, key=known.__getitem__)[:COMPARED]
+    if len(fastest) < 2:
+        return times, ""
+    runs = [(each.tactics[i], _cubins(each.tactics[i], compiled) or {}) for i in fastest]
+    apart = strangers(timer.outputs(each.site, runs, steps(each.site)[-1]))
+    names = [each.names[i] for i in fastest]
+    if apart is None:
+        return times, f"no majority of {_listed(names)} computes the same on this GPU; please report it"
+    if not apart:
+        return times, ""
+    wrong = [fastest[i] for i in apart]
+    note = f"left out {_listed(each.names[i] for i in wrong)}, which computed something else than most others did"
+    return [None if i in wrong else us for i, us in enumerate(times)], f"{note} on this GPU; please report it"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+def _compile(tactics: Iterable[Tactic], capability: int, done: Collection[Source] = ()) -> dict[Source, Any]:
+    """What the tactics launch, compiled."""
     sources = dict.fromkeys(launch.kernel for tactic in tactics for launch in tactic.launches)
-    compiled = compile_all([source for source in sources if source not in done], capability)
-    limit = shared_memory(capability)
-    for source, binary in compiled.items():
-        if isinstance(binary, Cubin) and binary.shared > limit:
-            compiled[source] = BuildError(
-                f"{binary.name} needs {binary.shared} bytes of shared memory, a program on sm_{capability} has {limit}"
-            )
-    return compiled
+    return compile_all([source for source in sources if source not in done], capability)
 
 
 def _ranking(tactics: Iterable[Tactic], times: Times) -> list[tuple[Tactic, float]]:

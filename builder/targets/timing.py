@@ -7,27 +7,24 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ...engines.dtypes import DTYPES
 from ...plugins.cublas import load_product
 from ...plugins.gpu import Address, Gpu, Launchable
 from ...plugins.tactic import Operand, Site, Tactic, Tensor
 from .cubin import Binary, Cubin, Source
+from .operands import Operands
+from .steps import Step, steps
 
-CONTEXTS = 256, 768  # keys of a sequence in a bucket for decoding short contexts
-SPREAD = 64  # keys by which sequences differ: equal lengths of whole pages suit some splits better than any real step
-LONG = 1 << 17  # keys of all sequences together where contexts may be long
-LONGEST = 1 << 15  # keys of one sequence among short ones
-SLOTS = {"PagedAttention": 3, "RotaryPagedAttention": 2}  # first of slots, query_start, kv_len, pages, k_pages
-ANCESTORS = 9  # inputs behind slots
 REPLAYS = 5
 GRAPH_MS = 2.0  # a graph runs at least this long, within the bounds below
 FEWEST, MOST = 3, 24  # launches of the tactic in a graph
 LOAD_MS = 25.0  # under load each tactic runs so long at a time, ROUNDS times in turn with the others
 ROUNDS = 4
+SAMPLE = 1 << 20  # bytes of an output that are compared: all, or whole rows at equal distances
 
 
 class Timer:
@@ -39,6 +36,7 @@ class Timer:
         self._start, self._end = gpu.event(timed=True), gpu.event(timed=True)
         self._functions: dict[Source, Launchable] = {}
         self._pinned = gpu.pinned(64 << 20)
+        self._noise = np.zeros(0, np.uint8)
         self._size = 0
         self._region = 0
         self._zeros = (0, 0)  # address, bytes
@@ -82,9 +80,52 @@ class Timer:
             found.append([1000 * statistics.median(each) for each in zip(*rounds[1:], strict=True)])
         return [statistics.geometric_mean(each) for each in zip(*found, strict=True)]
 
-    def _operands(self, site: Site, workspace: int, step: Step | None) -> tuple[_Operands, int]:
+    def outputs(
+        self, site: Site, runs: Sequence[tuple[Tactic, Mapping[Source, Binary]]], step: Step | None
+    ) -> list[list[np.ndarray]]:
+        """What each tactic leaves in each of the site's outputs, [rows, columns], where all find the same.
+
+        Operands hold numbers for which no part of the result is lost in another. Outputs and workspace hold none
+        (all bits are set), so what a kernel does not write differs from what it ought to. Rows are those of the step's
+        tokens, of a large output some. Pools, which attention writes into, are seen only as it reads them.
+        """
+        operands = Operands(site, max(tactic.workspace for tactic, _ in runs), step)
+        num_bytes, zeros = operands.fixed_bytes + operands.cold_bytes, max(tactic.zeros for tactic, _ in runs)
+        self._reserve(num_bytes)
+        self._reserve_zeros(zeros)
+        for offset, size, pattern in operands.numbers():
+            self._spread(self._region + offset, size, pattern)
+        for offset, array in operands.arrays(np.random.default_rng(0)):
+            self._write(self._region + offset, array)
+        num_tokens = sum(step.queries) if step else None
+        found = []
+        for tactic, cubins in runs:
+            for offset, size in operands.written():
+                self.gpu.fill(self._region + offset, size, 0xFF, self._stream)
+            if zeros:
+                self.gpu.fill(self._zeros[0], zeros, 0, self._stream)
+            self._run(tactic, cubins, operands, 0)
+            addresses = [self._region + operands.offset(Operand("output", i), 0) for i in range(len(site.outputs))]
+            found.append([self._read(*each, num_tokens) for each in zip(addresses, site.outputs, strict=True)])
+        self._spread(self._region, num_bytes, self._noise)
+        return found
+
+    def _read(self, address: int, tensor: Tensor, num_rows: int | None) -> np.ndarray:
+        rows = tensor.shape[0] if num_rows is None else min(num_rows, tensor.shape[0])
+        size = tensor.num_bytes // tensor.shape[0]  # bytes of a row
+        if rows * size <= SAMPLE:
+            self.gpu.download(self._pinned[: rows * size], address, self._stream)
+        else:
+            picked = np.linspace(0, rows - 1, max(1, SAMPLE // size)).astype(int).tolist()
+            for i, row in enumerate(picked):
+                self.gpu.download(self._pinned[i * size :][:size], address + row * size, self._stream)
+            rows = len(picked)
+        self.gpu.synchronise(self._stream)
+        return self._pinned[: rows * size].view(DTYPES[tensor.dtype].numpy).reshape(rows, -1).copy()
+
+    def _operands(self, site: Site, workspace: int, step: Step | None) -> tuple[Operands, int]:
         """Room for the operands with what they must hold, and how many copies of the cold ones there are."""
-        operands = _Operands(site, workspace, step)
+        operands = Operands(site, workspace, step)
         spare = 4 * self.gpu.l2_bytes  # read between two runs on the same copy
         copies = min(MOST, 1 - (-spare // operands.cold_bytes)) if operands.cold_bytes else 1
         self._reserve(operands.fixed_bytes + copies * operands.cold_bytes)
@@ -102,16 +143,7 @@ class Timer:
 
         def run(times: int) -> None:
             for i in range(times):
-                for launch in tactic.launches:
-                    arguments = [
-                        self._address(operands, a, i % copies) if isinstance(a, Operand) else a
-                        for a in launch.arguments
-                    ]
-                    function = self._functions.get(launch.kernel)
-                    if function is None:
-                        function = self._load(cubins[launch.kernel])
-                        self._functions[launch.kernel] = function
-                    function.launch(launch.grid, self._stream, arguments)
+                self._run(tactic, cubins, operands, i % copies)
 
         run(1)  # what is loaded lazily is loaded now
         one = self.gpu.capture(lambda: run(1), self._stream)
@@ -120,7 +152,15 @@ class Timer:
         times = int(min(MOST, max(FEWEST, GRAPH_MS / max(once, 1e-3))))
         return self.gpu.capture(lambda: run(times), self._stream), times
 
-    def _address(self, operands: _Operands, operand: Operand, copy: int) -> Address:
+    def _run(self, tactic: Tactic, cubins: Mapping[Source, Binary], operands: Operands, copy: int) -> None:
+        for launch in tactic.launches:
+            arguments = [self._address(operands, a, copy) if isinstance(a, Operand) else a for a in launch.arguments]
+            function = self._functions.get(launch.kernel)
+            if function is None:
+                function = self._functions[launch.kernel] = self._load(cubins[launch.kernel])
+            function.launch(launch.grid, self._stream, arguments)
+
+    def _address(self, operands: Operands, operand: Operand, copy: int) -> Address:
         if operand.kind == "zeros":
             return Address(self._zeros[0] + operand.index)
         return Address(self._region + operands.offset(operand, copy))
@@ -154,12 +194,18 @@ class Timer:
             self.gpu.free(self._region)
         self._size = -(-num_bytes // len(self._pinned)) * len(self._pinned)
         self._region = self.gpu.allocate(self._size, "operands to time kernels with")
-        import ml_dtypes
+        if not len(self._noise):
+            some = self._generator.standard_normal(len(self._pinned) // 2, np.float32) * 0.05
+            self._noise = some.astype(DTYPES["bfloat16"].numpy).view(np.uint8)
+        self._spread(self._region, self._size, self._noise)
 
-        some = self._generator.standard_normal(len(self._pinned) // 2, np.float32) * 0.05
-        self._pinned[:] = some.astype(ml_dtypes.bfloat16).view(np.uint8)
-        for offset in range(0, self._size, len(self._pinned)):
-            self.gpu.upload(self._region + offset, self._pinned, self._stream)
+    def _spread(self, address: int, num_bytes: int, pattern: np.ndarray) -> None:
+        """Fills memory with `pattern`, [n] uint8, again and again."""
+        most = len(self._pinned) // len(pattern) * len(pattern)
+        some = min(most, num_bytes)
+        self._pinned[:some] = pattern[:some] if some <= len(pattern) else np.resize(pattern, some)
+        for offset in range(0, num_bytes, most):
+            self.gpu.upload(address + offset, self._pinned[: num_bytes - offset][:most], self._stream)
         self.gpu.synchronise(self._stream)
 
     def _write(self, address: int, array: np.ndarray) -> None:
@@ -167,123 +213,3 @@ class Timer:
         self._pinned[: len(data)] = data
         self.gpu.upload(address, self._pinned[: len(data)], self._stream)
         self.gpu.synchronise(self._stream)
-
-
-@dataclass(frozen=True)
-class Step:
-    """What attention is timed on: query tokens of each sequence, and its keys, those of the queries included."""
-
-    queries: tuple[int, ...]
-    lengths: tuple[int, ...]
-
-    def num_pages(self, page_size: int) -> int:
-        """Pages that the sequences fill, and the first, which nobody reads."""
-        return 1 + sum(-(-n // page_size) for n in self.lengths)
-
-    def arrays(self, site: Site) -> dict[int, np.ndarray]:
-        """slots, query_start, kv_len and pages by their place among the op's inputs."""
-        at, page_size = SLOTS[site.op], _pool(site).shape[1]
-        slots_like, table_like = site.inputs[at], site.inputs[at + 3]
-        assert slots_like is not None and table_like is not None
-        starts = np.concatenate([[0], np.cumsum(self.queries)]).astype(np.int32)
-        pages, slots, first = np.zeros(table_like.shape, np.int32), np.zeros(slots_like.shape, np.int32), 1
-        for s, length in enumerate(self.lengths):
-            count = -(-length // page_size)
-            pages[s, :count] = np.arange(first, first + count)
-            begin, end = starts[s], starts[s + 1]
-            slots[begin:end] = first * page_size + np.arange(length - (end - begin), length)
-            first += count
-        found = {at: slots, at + 1: starts, at + 2: np.array(self.lengths, np.int32), at + 3: pages}
-        if any(site.inputs[at + ANCESTORS :]):  # which the mask costs, whatever it says
-            found[at + ANCESTORS] = np.full(slots.shape, -1, np.int32)
-        return found
-
-
-def steps(site: Site) -> list[Step | None]:
-    """The steps to time a site on; None where the op reads no step.
-
-    Attention: decode rows of CONTEXTS; where contexts may be long, all of them long, and one long one among short ones;
-    the same with some queries of each sequence where drafts are verified; where there may be prompts, one that fills
-    the bucket, and one that fills half of it behind a long context and short ones.
-    """
-    if site.op not in SLOTS:
-        return [None]
-    table, query = site.inputs[SLOTS[site.op] + 3], site.inputs[0]
-    assert table is not None and query is not None
-    tokens, (sequences, width) = query.shape[0], table.shape
-    longest = min(width * _pool(site).shape[1], site.max_context or LONGEST)
-    each = min(tokens, site.max_query // 2 + 1) if site.max_query else 1  # queries: rarely as many as there may be
-    num = min(sequences, max(1, tokens // each))
-
-    def lengths_about(context: int) -> tuple[int, ...]:
-        return tuple(max(each, min(context, longest) - 29 * i % SPREAD) for i in range(num))
-
-    short = lengths_about(CONTEXTS[0])
-    skewed = (longest, *short[1:])
-    if site.max_query:
-        several = [*map(lengths_about, CONTEXTS)] if site.max_context else [lengths_about(LONG // num), skewed]
-        padding = (0,) * (sequences - num)
-        return [Step((each,) * num + padding, lengths + padding) for lengths in several]
-    half = tokens // 2
-    return [_prompts(tokens, longest, sequences), _prompts(half, longest, sequences, skewed[: tokens - half])]
-
-
-def _prompts(tokens: int, longest: int, sequences: int, decoding: tuple[int, ...] = ()) -> Step:
-    """`tokens` of prompts, as few as hold them, behind rows of decoding of these lengths; padded sequences last."""
-    counts = [min(longest, tokens - done) for done in range(0, tokens, longest)]
-    counts = counts[: max(0, sequences - len(decoding))]
-    padding = (0,) * (sequences - len(decoding) - len(counts))
-    return Step((1,) * len(decoding) + (*counts, *padding), decoding + (*counts, *padding))
-
-
-def _pool(site: Site) -> Tensor:
-    pool = site.inputs[SLOTS[site.op] + 4]
-    assert pool is not None
-    return pool
-
-
-class _Operands:
-    """Where the operands of a site lie in the region: fixed ones first, then copies of the cold ones."""
-
-    def __init__(self, site: Site, workspace: int, step: Step | None):
-        self._site, self._step = site, step
-        num_pages = step.num_pages(_pool(site).shape[1]) if step else 1
-        self._at: dict[tuple[str, int], tuple[bool, int]] = {}
-        self.fixed_bytes = self.cold_bytes = 0
-        for kind, tensors in (("input", site.inputs), ("output", site.outputs)):
-            for i, tensor in enumerate(tensors):
-                if tensor is None:
-                    continue
-                size = _aligned(tensor.num_bytes * (num_pages if len(tensor.shape) == 4 else 1))
-                if tensor.cold:
-                    self._at[kind, i] = True, self.cold_bytes
-                    self.cold_bytes += size
-                else:
-                    self._at[kind, i] = False, self.fixed_bytes
-                    self.fixed_bytes += size
-        self._workspace = self.fixed_bytes
-        self.fixed_bytes += _aligned(workspace)
-
-    def offset(self, operand: Operand, copy: int) -> int:
-        if operand.kind == "workspace":
-            return self._workspace + operand.index
-        cold, offset = self._at[operand.kind, operand.index]
-        return (self.fixed_bytes + copy * self.cold_bytes if cold else 0) + offset + operand.offset
-
-    def arrays(self, generator: np.random.Generator) -> list[tuple[int, np.ndarray]]:
-        """Integers that the kernels index with, (offset, values)."""
-        values: dict[int, np.ndarray] = {}
-        if self._step:
-            values = self._step.arrays(self._site)
-        else:
-            most = {"Gather": 0, "Experts": 3}.get(self._site.op)  # the operand whose first axis is indexed
-            for i, tensor in enumerate(self._site.inputs):
-                if tensor is not None and tensor.dtype in ("int32", "int64"):
-                    indexed = None if most is None else self._site.inputs[most]
-                    bound = 1024 if indexed is None else indexed.shape[0]
-                    values[i] = generator.integers(0, bound, tensor.shape, dtype=tensor.dtype)
-        return [(self.offset(Operand("input", i), 0), array) for i, array in values.items()]
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-max(1, num_bytes) // 256) * 256

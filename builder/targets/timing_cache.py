@@ -26,6 +26,7 @@ from ...plugins.tactic import Site
 
 HERE = Path(__file__).parent
 PLUGINS = HERE.parents[1] / "plugins"
+TIMING = "agreement", "cubin", "operands", "steps", "timing"  # modules on which times depend
 DRIVER = Path("/proc/driver/nvidia/version")  # its first line names the driver's release
 
 Times = Sequence[float | None]  # microseconds of each candidate, None: it cannot run here
@@ -112,9 +113,9 @@ def conditions(gpu: Gpu) -> dict[str, Any]:
 
 @cache
 def sources_hash() -> str:
-    """Of the files that define kernels, tactics and how they are timed."""
+    """Of the files that define kernels, tactics and how they are timed and compared."""
     digest = hashlib.sha256()
-    for path in [*sorted(PLUGINS.rglob("*.py")), HERE / "timing.py", HERE / "cubin.py"]:
+    for path in [*sorted(PLUGINS.rglob("*.py")), *(HERE / f"{name}.py" for name in TIMING)]:
         data = path.read_bytes()
         digest.update(f"{path.relative_to(PLUGINS.parent).as_posix()} {len(data)}\n".encode() + data)
     return digest.hexdigest()

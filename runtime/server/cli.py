@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..cli import Draft, NumDrafts, NumNodes, Speculate
+from ...engines.cli import Debug, Engine
+from ..cli import Draft, LoadFormat, MaxSeqs, MaxTokens, NumDrafts, NumNodes, PrefixCache, Speculate
 from .logs import LogFormat, LogLevel
 from .logs import set_up as set_up_log
 
-Engine = Annotated[Path, typer.Argument(metavar="DIR", help="An engine directory.", show_default=False)]
+Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine's.")]
+Port = Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")]
+Drain = Annotated[float, typer.Option(help="Seconds that open requests have after SIGTERM.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="As --log-level info: what happens, too.")]
 Level = Annotated[LogLevel, typer.Option(help="info: a line for each request, too.")]
 Form = Annotated[LogFormat, typer.Option(help="json: an object a line.")]
@@ -33,8 +35,8 @@ def set_up(what: str, level: LogLevel, form: LogFormat) -> None:
 
 def serve(
     engine: Engine,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")] = 8000,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
     served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     api_key: Annotated[
         list[str] | None,
@@ -45,15 +47,15 @@ def serve(
     ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Engines behind one router, a GPU each where there are.")] = 1,
     api_workers: Annotated[int, typer.Option(min=1, help="Processes that answer HTTP, before one engine.")] = 1,
-    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in one step at most.")] = None,
-    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens in one step at most.")] = None,
+    max_num_seqs: MaxSeqs = None,
+    max_num_batched_tokens: MaxTokens = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of a request at most, prompt and answer.")] = None,
     gpu_memory_utilization: Annotated[
         float | None,
         typer.Option(help="Share of the GPU's memory for each engine; 0.9, or a part of it where they share a GPU."),
     ] = None,
-    prefix_cache: Annotated[bool, typer.Option(help="Reuse the KV pages of prompts that begin alike.")] = True,
-    load_format: Annotated[str, typer.Option(help="dummy: random weights, the file is not read.")] = "auto",
+    prefix_cache: PrefixCache = True,
+    load_format: LoadFormat = "auto",
     speculate: Speculate = None,
     draft_engine: Draft = None,
     num_draft_tokens: NumDrafts = 4,
@@ -62,7 +64,7 @@ def serve(
     max_waiting_tokens: Annotated[int, typer.Option(help="Prompt tokens that may wait.")] = 1 << 20,
     request_timeout: Annotated[float | None, typer.Option(help="Seconds that a request may take.")] = None,
     queue_timeout: Annotated[float | None, typer.Option(help="Seconds until its first token.")] = None,
-    drain_timeout: Annotated[float, typer.Option(help="Seconds that open requests have after SIGTERM.")] = 30.0,
+    drain_timeout: Drain = 30.0,
     watchdog: Annotated[float, typer.Option(help="Seconds without a step after which the engine is replaced.")] = 60.0,
     stream_pause: Annotated[
         float, typer.Option(help="Seconds at most that tokens wait for more where many streams are open; 0: none do.")
@@ -71,7 +73,7 @@ def serve(
     log_format: Form = LogFormat.text,
     verbose: Verbose = False,
     otlp_endpoint: Collector = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Serve an engine with OpenAI's API until SIGTERM or Ctrl-C, which let open requests end."""
     if api_workers > 1 and replicas > 1:

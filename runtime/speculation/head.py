@@ -26,17 +26,19 @@ class HeadEngine(DraftEngine):
     """Used as `DraftEngine`.
 
     states [num_slots, width]: pool of what the head reads. reads: names of the target's outputs that lie side by side
-    in it. token_ids [draft vocabulary]: the target's tokens. hidden_size: of the head's own state.
+    in it. token_ids [draft vocabulary]: the target's tokens. hidden_size: of the head's own state. bias [hidden_size]:
+    of what makes one of the target's states, and so not for the head's own, though the graph adds it to either.
     """
 
     lag = 1
 
     def __init__(
-        self, *engine: Any, states: torch.Tensor, reads: Sequence[str], token_ids: np.ndarray, hidden_size: int
-    ):
+        self, *engine: Any, states: torch.Tensor, reads: Sequence[str], token_ids: np.ndarray, hidden_size: int,
+        bias: torch.Tensor | None = None,
+    ):  # fmt: skip
         super().__init__(*engine)
         self._states, self._reads, self._token_ids = states, tuple(reads), token_ids
-        self._hidden_size = hidden_size
+        self._hidden_size, self._bias = hidden_size, bias
 
     def keep(self, batch: Batch, outputs: Mapping[str, torch.Tensor]) -> None:
         slots, begin = torch.from_numpy(batch.inputs[names.SLOTS]).long(), 0
@@ -59,7 +61,7 @@ class HeadEngine(DraftEngine):
     def _beside(self, slots: np.ndarray, state: torch.Tensor | None) -> Mapping[str, torch.Tensor]:
         if state is not None:
             features = self._states.new_zeros(len(slots), self._states.shape[1])
-            return {names.FEATURES: features, names.DRAFTED: state}
+            return {names.FEATURES: features, names.DRAFTED: state if self._bias is None else state - self._bias}
         drafted = self._states.new_zeros(len(slots), self._hidden_size)
         return {names.FEATURES: self._states[torch.from_numpy(slots).long()], names.DRAFTED: drafted}
 

@@ -289,13 +289,14 @@ def test_sources_that_times_depend_on(tmp_path, monkeypatch):
     targets, op = tmp_path / "builder" / "targets", tmp_path / "plugins" / "linear"
     for folder in (targets, op):
         folder.mkdir(parents=True)
-    for file in (targets / "timing.py", targets / "cubin.py", targets / "table.py", op / "kernel.py", op / "notes.md"):
+    timing = [targets / f"{name}.py" for name in timing_cache.TIMING]
+    for file in (*timing, targets / "table.py", op / "kernel.py", op / "notes.md"):
         file.write_text("1")
     monkeypatch.setattr(timing_cache, "HERE", targets)
     monkeypatch.setattr(timing_cache, "PLUGINS", tmp_path / "plugins")
     hash_now = sources_hash.__wrapped__
     seen = [hash_now()]
-    for file in (targets / "timing.py", targets / "cubin.py", op / "kernel.py", op / "new.py"):
+    for file in (*timing, op / "kernel.py", op / "new.py"):
         file.write_text("2")
         seen.append(hash_now())
     (op / "new.py").rename(op / "renamed.py")

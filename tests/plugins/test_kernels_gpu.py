@@ -2,13 +2,14 @@
 
 import itertools
 import os
+import re
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from ingot.builder.targets.cubin import CAPABILITIES, Cubin, compile_all
+from ingot.builder.targets.cubin import CAPABILITIES, compile_all
 from ingot.engines.errors import BuildError
 from ingot.plugins import OPS, cublas, tactics_of
 from ingot.plugins.tactic import Device, Gemm, Site, Tensor
@@ -167,5 +168,8 @@ def test_every_kernel_compiles_for_every_architecture():
     assert len(kernels) >= 12
     for capability in CAPABILITIES:
         for kernel, cubin in compile_all(kernels, capability).items():
-            assert isinstance(cubin, Cubin) and cubin.data[:4] == b"\x7fELF", (kernel, cubin)
-            assert cubin.shared <= 227 << 10, kernel
+            if isinstance(cubin, BuildError):  # of many rows, where a program has 99 KiB
+                small = "needs 147456 bytes of shared memory, a program on sm_.* has 101376"
+                assert capability in (86, 89, 120) and re.search(small, str(cubin)), (kernel, cubin)
+            else:
+                assert cubin.data[:4] == b"\x7fELF" and cubin.shared <= 227 << 10, kernel

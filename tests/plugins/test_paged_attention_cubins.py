@@ -8,7 +8,7 @@ from ingot.builder.targets.cubin import Cubin, compile_all
 from ingot.engines.errors import BuildError
 from ingot.plugins import tactics_of
 from ingot.plugins.paged_attention.kernel import tactics
-from ingot.plugins.paged_attention.launches import Shape, shared_memory
+from ingot.plugins.paged_attention.launches import Shape
 from ingot.plugins.tactic import Device, Site, Tensor
 from triton_run import some_of
 
@@ -45,7 +45,6 @@ def test_every_tactic_compiles(capability, pages):
         assert any("short" in kernel.function for kernel in kernels)
     for kernel, cubin in compile_all(kernels, capability).items():
         assert isinstance(cubin, Cubin) and cubin.data[:4] == b"\x7fELF", (kernel, cubin)
-        assert cubin.shared <= shared_memory(capability), (kernel, cubin.shared)
 
 
 @pytest.mark.parametrize("capability,dtype", [(86, "bfloat16"), (120, "float32")])
@@ -65,8 +64,8 @@ def test_wide_heads_have_a_tactic_on_every_gpu(capability, dtype):
             Site("PagedAttention", attributes, inputs, (tensor(tokens, 2048),), Device(capability), max_query)
         )
         compiled = compile_all({launch.kernel for tactic in found for launch in tactic.launches}, capability)
-        fitting = {kernel for kernel, cubin in compiled.items()
-                   if isinstance(cubin, Cubin) and cubin.shared <= shared_memory(capability)}  # fmt: skip
+        fitting = {kernel for kernel, cubin in compiled.items() if isinstance(cubin, Cubin)}
+        assert all(cubin.shared <= 99 << 10 for cubin in compiled.values() if isinstance(cubin, Cubin))
         assert any(all(launch.kernel in fitting for launch in tactic.launches) for tactic in found), max_query
 
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..cli import Collector, Form, Level, Verbose, set_up
+from ....engines.cli import Debug
+from ..cli import Collector, Drain, Form, Host, Level, Port, Verbose, set_up
 from ..logs import LogFormat, LogLevel
 
 Addresses = Annotated[
@@ -17,8 +18,8 @@ Addresses = Annotated[
 
 def route(
     addresses: Addresses,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")] = 8000,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
     max_open: Annotated[int, typer.Option(help="Requests open at a time; past them clients get 429.")] = 16384,
     margin: Annotated[
         float, typer.Option(help="Sequences that a server may have more than the idlest, if it holds the prefix.")
@@ -28,12 +29,12 @@ def route(
     ] = True,
     check_interval: Annotated[float, typer.Option(help="Seconds between two looks at a server's /ready.")] = 0.5,
     check_timeout: Annotated[float, typer.Option(help="Seconds that a look may take.")] = 5.0,
-    drain_timeout: Annotated[float, typer.Option(help="Seconds that open requests have after SIGTERM.")] = 30.0,
+    drain_timeout: Drain = 30.0,
     log_level: Level = LogLevel.warning,
     log_format: Form = LogFormat.text,
     verbose: Verbose = False,
     otlp_endpoint: Collector = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Spread requests over servers: least work first, then whoever holds the prefix."""
     set_up("routing", LogLevel.info if verbose else log_level, log_format)

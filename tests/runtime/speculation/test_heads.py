@@ -15,7 +15,7 @@ from ingot.engines.errors import EngineError
 from ingot.engines.manifest import Manifest
 from ingot.runtime.speculation.tree import Tree
 from random_tree import grown, same_tree
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 TARGET = DEMO / "pycoder-draft-2m"
@@ -61,8 +61,18 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def head(trained, build):
-    return build(trained[0])
+def checkpoint(trained, tmp_path_factory):
+    """Of the head that was trained, `fc` with a bias, which no training here gives it."""
+    folder = shutil.copytree(trained[0], tmp_path_factory.mktemp("biased") / "head")
+    tensors = load_file(folder / "model.safetensors")
+    bias = 0.1 * torch.randn(len(tensors["fc.weight"]), generator=torch.Generator().manual_seed(5))
+    save_file(tensors | {"fc.bias": bias.to(tensors["fc.weight"].dtype)}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def head(checkpoint, build):
+    return build(checkpoint)
 
 
 def test_a_head_that_is_trained_agrees_more_and_more(trained):
@@ -110,8 +120,8 @@ def drafted(engine, **options):
 
 
 @pytest.mark.parametrize("kind", ["eagle", "eagle3"])
-def test_drafts_are_those_of_plain_torch(engine, build, trained, head, model, tmp_path, kind):
-    checkpoint, name = trained[0], "model.safetensors"
+def test_drafts_are_those_of_plain_torch(engine, build, checkpoint, head, model, tmp_path, kind):
+    name = "model.safetensors"
     if kind == "eagle":  # of random weights
         checkpoint, name = write_head(tmp_path / kind, TARGET, kind, pickled=True), "pytorch_model.bin"
         head = build(checkpoint)
@@ -125,10 +135,10 @@ def test_drafts_are_those_of_plain_torch(engine, build, trained, head, model, tm
             assert found == drafts(tensors, config, features, tokens, len(found), embedding)
 
 
-def test_trees_are_those_of_plain_torch(engine, trained, head, model):
+def test_trees_are_those_of_plain_torch(engine, checkpoint, head, model):
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor
-               for name, tensor in load_file(trained[0] / "model.safetensors").items()}  # fmt: skip
-    config, embedding = json.loads((trained[0] / "config.json").read_text()), model.get_input_embeddings().weight
+               for name, tensor in load_file(checkpoint / "model.safetensors").items()}  # fmt: skip
+    config, embedding = json.loads((checkpoint / "config.json").read_text()), model.get_input_embeddings().weight
     trees = 0
     with torch.inference_mode():
         for tokens, found in drafted(engine, speculate="eagle", draft_engine=head, num_draft_nodes=9):
