@@ -18,10 +18,10 @@ BLOCK = 512  # pairs a program
 
 @triton.jit
 def halves_kernel(
-    x, y, M, K: tl.constexpr, BLOCK: tl.constexpr,
+    x, y, M, K: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """x [M, K] in 16 bits -> y [2, M, K / 2]. K is a multiple of 32."""
+    """x [M, K] in 16 bits -> y [2, M, K / 2], or TOGETHER [M, K / 32, 2, 16]. K is a multiple of 32."""
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -29,6 +29,11 @@ def halves_kernel(
     inside = at < K // 2
     words = x.to(tl.pointer_type(tl.int32), bitcast=True)
     even, odd = both(tl.load(words + row * (K // 2) + pair, mask=inside, other=0), y.dtype.element_ty)
-    y_at = y + row * (K // 2) + at
+    if TOGETHER:
+        y_at = y + row * K + at // 16 * 32 + at % 16
+        to_odd = 16
+    else:
+        y_at = y + row * (K // 2) + at
+        to_odd = tl.cast(M, tl.int64) * (K // 2)
     tl.store(y_at, even, mask=inside)
-    tl.store(y_at + tl.cast(M, tl.int64) * (K // 2), odd, mask=inside)
+    tl.store(y_at + to_odd, odd, mask=inside)
