@@ -41,27 +41,31 @@ def quantised_scaled_kernel(
     n, column = rows_of(left, WIDTH, BN, GATED)
     inside = column < WIDTH
     n64 = tl.where(inside, n, 0).to(tl.int64)
-    first = part * (DEPTH // 2)
+    # a tile's offsets fit in 32 bits, and only its start moves
+    offset = tl.where(inside, n - left, 0)
+    weight += left.to(tl.int64) * LINE + part * (DEPTH // 2)
     if PDL and AHEAD > 0:
-        prefetch(weight + n64[:, None] * LINE + tl.minimum(first + tl.arange(0, AHEAD) * 128, LINE - 1)[None, :])
+        ahead = tl.minimum(tl.arange(0, AHEAD) * 128, LINE - 1 - part * (DEPTH // 2))
+        prefetch(weight + offset[:, None] * LINE + ahead[None, :])
     if GROUP == 0:
         unit = tl.load(scale + n64)[:, None]
     if ZERO and GROUP == 0:
         z = zero_points(zero, n64, inside, "int4")
     wait(PDL)
     stored, columns = tl.arange(0, BK // 2), tl.arange(0, BK)
-    w_at = weight + n64[:, None] * LINE + first + stored[None, :]
-    x_at = x + m[None, :].to(tl.int64) * K + part * DEPTH + columns[:, None]
+    w_at = offset[:, None] * LINE + stored[None, :]
+    x_at = tl.arange(0, BM)[None, :] * K + columns[:, None]
+    x += (block_m * BM).to(tl.int64) * K + part * DEPTH
     acc = tl.zeros([BN, BM], tl.float32)
     end = DEPTH if K % DEPTH == 0 else tl.minimum(DEPTH, K - part * DEPTH)
     for start in range(0, end, BK):
         k = part * DEPTH + start
         if EVEN:
-            w = tl.load(w_at + start // 2)
-            t = tl.load(x_at + start, mask=None if WHOLE else m[None, :] < M, other=None if WHOLE else 0.0)
+            w = tl.load(weight + start // 2 + w_at)
+            t = tl.load(x + start + x_at, mask=None if WHOLE else m[None, :] < M, other=None if WHOLE else 0.0)
         else:
-            w = tl.load(w_at + start // 2, mask=(stored < (K - k) // 2)[None, :], other=0)
-            t = tl.load(x_at + start, mask=(m[None, :] < M) & (columns < K - k)[:, None], other=0.0)
+            w = tl.load(weight + start // 2 + w_at, mask=(stored < (K - k) // 2)[None, :], other=0)
+            t = tl.load(x + start + x_at, mask=(m[None, :] < M) & (columns < K - k)[:, None], other=0.0)
         w = tl.reshape(tl.permute(tl.reshape(w, [BN, BK // 32, 4, 2, 2]), [0, 1, 3, 2, 4]), [BN, BK // 2])
         if GROUP > 0:
             group = n64 * GROUPS + k // GROUP
