@@ -28,19 +28,19 @@ def half_byte(bits, DTYPE: tl.constexpr):
 @triton.jit
 def half_bytes(stored, UPPER: tl.constexpr, DTYPE: tl.constexpr):
     """`half_byte` of the lower or the upper halves of bytes. For 16-bit floats four bytes, which lie in a register, at
-    once: two are spread over a register, one operation makes 128 + 8 + number (1024 + 8 + number) of both, one takes
-    the constant away."""
+    once: their halves are turned, two are spread over a register with the upper byte of 128 (1024) before them, and one
+    operation takes 128 + 8 (1024 + 8) away."""
     if INTERPRETED or (DTYPE != tl.bfloat16 and DTYPE != tl.float16):
         return half_byte(stored >> 4 if UPPER else stored & 15, DTYPE)
     else:
-        SHIFT: tl.constexpr = "shr.u32 a, a, 4; shr.u32 b, b, 4;" if UPPER else ""
-        BASE: tl.constexpr = "0x43084308" if DTYPE == tl.bfloat16 else "0x64086408"
+        MOVE: tl.constexpr = "shr.u32 a, $2, 4; " if UPPER else "mov.b32 a, $2; "
+        BASE: tl.constexpr = "0x43434343" if DTYPE == tl.bfloat16 else "0x64646464"
         LESS: tl.constexpr = "0xC308C308" if DTYPE == tl.bfloat16 else "0xE408E408"
         ONE: tl.constexpr = "0x3F803F80" if DTYPE == tl.bfloat16 else "0x3C003C00"
         KIND: tl.constexpr = "bf16x2" if DTYPE == tl.bfloat16 else "f16x2"
         bits = tl.inline_asm_elementwise(
-            "{ .reg .b32 a, b, one, less; prmt.b32 a, $2, 0, 0x4140; prmt.b32 b, $2, 0, 0x4342; " + SHIFT
-            + "lop3.b32 a, a, 0x000F000F, " + BASE + ", 0x6A; lop3.b32 b, b, 0x000F000F, " + BASE + ", 0x6A; "
+            "{ .reg .b32 a, b, one, less; " + MOVE + "lop3.b32 a, a, 0x0F0F0F0F, 0x08080808, 0x6A; "
+            + "prmt.b32 b, a, " + BASE + ", 0x4342; prmt.b32 a, a, " + BASE + ", 0x4140; "
             + "mov.b32 one, " + ONE + "; mov.b32 less, " + LESS + "; fma.rn." + KIND + " $0, a, one, less; fma.rn."
             + KIND + " $1, b, one, less; }",
             "=r,=r,r", [stored], dtype=tl.int16, is_pure=True, pack=4,
