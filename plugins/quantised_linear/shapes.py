@@ -41,9 +41,9 @@ SOME = ((128, 128, 128, 8, 3), (64, 128, 128, 4, 4), (128, 64, 128, 4, 4), (128,
 MANY = ((128, 256, 128, 8, 3), (128, 128, 128, 8, 3), (256, 128, 128, 8, 3), (128, 128, 64, 8, 4), (64, 128, 128, 4, 3))
 # of weights that are scaled in registers, by the most rows; the largest have 128 sums a thread
 SCALED = {
-    64: ((64, 128, 128, 4, 3), (64, 256, 128, 8, 3)),
-    128: ((128, 128, 64, 4, 4), (128, 256, 64, 8, 4)),
-    512: ((256, 128, 64, 8, 4), (128, 256, 64, 8, 4), (128, 128, 64, 4, 4)),
+    64: ((64, 128, 128, 4, 3), (64, 128, 128, 8, 3), (64, 256, 128, 8, 3)),
+    128: ((128, 128, 64, 8, 4), (128, 256, 64, 8, 4)),
+    512: ((256, 128, 64, 8, 4), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4)),
 }  # fmt: skip
 MANY_SCALED = SCALED[512][:2]
 FEWEST_SCALED = 33  # rows
@@ -156,8 +156,9 @@ def _parts(site: Site, shape: Shape) -> list[int]:
 
 
 def _shares(site: Site, shape: Shape) -> list[int]:
-    """The best two numbers of parts by an estimate in times of a tile: of the multiprocessor that has most to do, and
-    of sums that go to the L2 cache and come back, each a twentieth of a tile that is 4096 columns deep."""
+    """The best number of parts, and one that differs from it by half or more if it is about as good, by an estimate in
+    times of a tile: of the multiprocessor that has most to do, and of sums that go to the L2 cache and come back, each
+    a twentieth of a tile that is 4096 columns deep."""
     x, weight = site.inputs[X], site.inputs[WEIGHT]
     assert x is not None and weight is not None
     (bm, bn, bk, *_), rows, (width, depth) = shape, x.shape[0], weight.shape
@@ -166,5 +167,6 @@ def _shares(site: Site, shape: Shape) -> list[int]:
     for parts in range(1, most + 1):
         waves = triton.cdiv(blocks * parts, site.device.num_sms)
         times[parts] = waves / parts + (0.05 * 4096 / depth * (waves + parts) if parts > 1 else 0)
-    best = sorted(times, key=lambda parts: times[parts])[:2]
-    return [parts for parts in best if times[parts] < 1.15 * times[best[0]]]
+    best = min(times, key=lambda parts: times[parts])
+    others = [parts for parts in times if not 2 * best < 3 * parts < 4.5 * best and times[parts] < 1.15 * times[best]]
+    return [best, *sorted(others, key=lambda parts: times[parts])[:1]]
