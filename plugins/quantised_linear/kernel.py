@@ -159,7 +159,7 @@ def _taken_apart(x: Tensor, at: Operand, together: bool) -> Launch:
     (rows, depth), pointer = x.shape, POINTERS[x.dtype]
     kernel = Kernel("quantised_linear.halves:halves_kernel", (("x", pointer), ("y", pointer), ("M", "i32")),
                     (("K", depth), ("BLOCK", BLOCK), ("TOGETHER", together)), divisible=("x", "y"))  # fmt: skip
-    return Launch(kernel, (rows, triton.cdiv(depth, 2 * BLOCK), 1), (at, Operand("workspace", 0), rows))
+    return Launch(kernel, (triton.cdiv(rows * depth, 2 * BLOCK), 1, 1), (at, Operand("workspace", 0), rows))
 
 
 def _few(site: Site, activation: str, shape: Shape) -> Tactic:
