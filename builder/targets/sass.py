@@ -19,14 +19,7 @@ def lost_operands(cubin: bytes) -> list[str]:
     and never set. What is in them came from the kernel's arguments, or from a register of the hardware, and the kernel
     reads other memory or none that exists. The upper half of that address is always zero, and here it is not.
     """
-    import triton
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    lines = [re.sub(r"/\*[0-9a-f]+\*/", "", line).strip() for line in said.splitlines()]
+    lines = [re.sub(r"/\*[0-9a-f]+\*/", "", line).strip() for line in disassembled(cubin).splitlines()]
     found = []
     for i, line in enumerate(lines):
         if not (match := DESCRIPTOR.search(line)):
@@ -37,3 +30,14 @@ def lost_operands(cubin: bytes) -> list[str]:
         if not ZERO.search(came):
             found.append(f"{line} <- {came}")
     return found
+
+
+def disassembled(cubin: bytes) -> str:
+    """Its machine code as text, by the nvdisasm that Triton has."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -13,22 +13,21 @@ from ..pdl import begin
 from .numbers import both
 
 COLUMNS = 32  # of which a multiple is taken apart
-BLOCK = 512  # pairs a program
+BLOCK = 1024  # pairs a program
 
 
 @triton.jit
 def halves_kernel(
-    x, y, M, K: tl.constexpr, BLOCK: tl.constexpr,
+    x, y, M, K: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """x [M, K] in 16 bits -> y [2, M, K / 2]. K is a multiple of 32."""
+    """x [M, K] in 16 bits -> y [2, M, K / 2], or TOGETHER [M, K / 32, 2, 16]. K is a multiple of 32."""
     begin(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    num = tl.cast(M, tl.int64) * (K // 2)  # one row is a constant
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     pair = at // 16 * 16 + at // 2 % 4 * 4 + at // 8 % 2 * 2 + at % 2
-    inside = at < K // 2
     words = x.to(tl.pointer_type(tl.int32), bitcast=True)
-    even, odd = both(tl.load(words + row * (K // 2) + pair, mask=inside, other=0), y.dtype.element_ty)
-    y_at = y + row * (K // 2) + at
-    tl.store(y_at, even, mask=inside)
-    tl.store(y_at + tl.cast(M, tl.int64) * (K // 2), odd, mask=inside)
+    even, odd = both(tl.load(words + pair, mask=at < num, other=0), y.dtype.element_ty)
+    y_at = y + at // 16 * 32 + at % 16 if TOGETHER else y + at
+    tl.store(y_at, even, mask=at < num)
+    tl.store(y_at + 16 if TOGETHER else y_at + num, odd, mask=at < num)

@@ -1,5 +1,5 @@
-"""QuantisedLinear on the GPU: one row to four (`row.py`), some by an int4 weight (`few.py`), any number on tensor cores
-(`tile.py`), by cuBLASLt in FP8, or dequantised first, as Linear does it.
+"""QuantisedLinear on the GPU: one row to four (`row.py`), some by an int4 weight (`few.py`), many by one (`scaled.py`),
+any number on tensor cores (`tile.py`), by cuBLASLt in FP8, or dequantised first, as Linear does it.
 
 The same kernels end in an activation where the weight holds gates and ups: see `../gated_quantised_linear`.
 """
@@ -26,11 +26,13 @@ from .shapes import (
     X,
     in_pairs,
     row_shapes,
+    scaled_shapes,
     slice_shapes,
     tile_shapes,
 )
 
 FEWEST_DEQUANTISED = 256  # rows from which reading and writing the whole weight may be a small part
+PIECE = 32  # rows of a scaled tile that are added up at a time
 ROOM = 512 << 20  # bytes of a dequantised weight where there is another way
 
 
@@ -50,6 +52,7 @@ def own(site: Site, activation: str = "") -> list[Tactic]:
     found = [_row(site, activation, *shape) for shape in row_shapes(site)]
     found += [_few(site, activation, shape) for shape in slice_shapes(site)]
     found += [_tiles(site, activation, *how) for how in tile_shapes(site)]
+    found += [_scaled(site, activation, *how) for how in scaled_shapes(site)]
     return list({tactic.name: tactic for tactic in found}.values())
 
 
@@ -107,18 +110,56 @@ def _tiles(site: Site, activation: str, shape: Shape, parts: int) -> Tactic:
                     divisible=_aligned(site))  # fmt: skip
     launches, (x_at, *others), used = [], _operands(site), 0
     if halves:
-        used, x_halves = _aligned_bytes(x), Operand("workspace", 0)
-        pointer = POINTERS[x.dtype]
-        split = Kernel("quantised_linear.halves:halves_kernel", (("x", pointer), ("y", pointer), ("M", "i32")),
-                       (("K", depth), ("BLOCK", BLOCK)), divisible=("x", "y"))  # fmt: skip
-        launches.append(Launch(split, (rows, triton.cdiv(depth, 2 * BLOCK), 1), (x_at, x_halves, rows)))
-        x_at = x_halves
+        used = _aligned_bytes(x)
+        launches.append(_taken_apart(x, x_at, together=False))
+        x_at = Operand("workspace", 0)
     # a single part needs neither room nor counters: any pointer will do
     room = (Operand("workspace", used), Operand("zeros", 0)) if parts > 1 else (Operand("output", 0),) * 2
     launches.append(Launch(kernel, (tiles, parts, 1), (x_at, *others, Operand("output", 0), *room, rows)))
     name = f"{bm}x{bn}x{bk} warps{warps} stages{stages} parts{parts}"
     return Tactic(name, tuple(launches), used + 4 * parts * rows * width if parts > 1 else used,
                   4 * tiles if parts > 1 else 0)  # fmt: skip
+
+
+def _scaled(site: Site, activation: str, shape: Shape, parts: int) -> Tactic:
+    x, weight = site.inputs[X], site.inputs[WEIGHT]
+    assert x is not None and weight is not None
+    (bm, bn, bk, warps, stages), rows, (width, depth) = shape, x.shape[0], weight.shape
+    share = triton.cdiv(triton.cdiv(depth, parts), bk) * bk
+    parts = triton.cdiv(depth, share)
+    columns, block = (width // 2, bn // 2) if activation else (width, bn)
+    tiles = triton.cdiv(rows, bm) * triton.cdiv(columns, block)
+    constants = {
+        "N": width, "K": depth, "BM": bm, "BN": bn, "BK": bk, "DEPTH": share, "PARTS": parts, "PIECE": PIECE,
+        "ZERO": site.inputs[ZERO] is not None, "GROUP": site.attributes["group"],
+        "BIAS": site.inputs[BIAS] is not None, "EVEN": columns % block == 0 and depth % bk == 0,
+        "WHOLE": rows % bm == 0, "ACTIVATION": activation,
+        "AHEAD": 1 << (min(share, bk * stages) // 256).bit_length() >> 1,
+    }  # fmt: skip
+    names = "x", "weight", "scale", "zero", "bias", "y"
+    signature = tuple(each for each in _signature(site) if each[0] in names)
+    kernel = Kernel("quantised_linear.scaled:quantised_scaled_kernel",
+                    (*signature, ("parts", "*fp32"), ("arrived", "*i32"), ("M", "i32")), tuple(constants.items()),
+                    warps, stages, divisible=(*_aligned(site), "parts"))  # fmt: skip
+    x_at, *others = _operands(site)
+    used = _aligned_bytes(x)
+    room = (Operand("workspace", used), Operand("zeros", 0)) if parts > 1 else (Operand("output", 0),) * 2
+    operands: tuple[Operand | int, ...] = (*others[: X_SCALE - 1], others[BIAS - 1], Operand("output", 0), *room, rows)
+    launches = (
+        _taken_apart(x, x_at, together=True),
+        Launch(kernel, (tiles, parts, 1), (Operand("workspace", 0), *operands)),
+    )
+    name = f"scaled {bm}x{bn}x{bk} warps{warps} stages{stages} parts{parts}"
+    return Tactic(name, launches, used + 4 * tiles * parts * bm * bn if parts > 1 else used,
+                  4 * tiles if parts > 1 else 0)  # fmt: skip
+
+
+def _taken_apart(x: Tensor, at: Operand, together: bool) -> Launch:
+    """x, which is `at`, in even and odd columns at the start of the workspace."""
+    (rows, depth), pointer = x.shape, POINTERS[x.dtype]
+    kernel = Kernel("quantised_linear.halves:halves_kernel", (("x", pointer), ("y", pointer), ("M", "i32")),
+                    (("K", depth), ("BLOCK", BLOCK), ("TOGETHER", together)), divisible=("x", "y"))  # fmt: skip
+    return Launch(kernel, (triton.cdiv(rows * depth, 2 * BLOCK), 1, 1), (at, Operand("workspace", 0), rows))
 
 
 def _few(site: Site, activation: str, shape: Shape) -> Tactic:

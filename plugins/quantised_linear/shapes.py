@@ -39,6 +39,17 @@ FEW = {
 SOME_ROWS = 512
 SOME = ((128, 128, 128, 8, 3), (64, 128, 128, 4, 4), (128, 64, 128, 4, 4), (128, 256, 128, 8, 3), (256, 128, 64, 8, 4))
 MANY = ((128, 256, 128, 8, 3), (128, 128, 128, 8, 3), (256, 128, 128, 8, 3), (128, 128, 64, 8, 4), (64, 128, 128, 4, 3))
+# of weights that are scaled in registers, by the most rows. Not measured yet: chosen by their machine code (no spills,
+# issued about as fast as tensor cores multiply) and by how much of the last tile is wasted
+SCALED = {
+    64: ((64, 128, 128, 4, 3), (64, 128, 128, 8, 3), (64, 256, 128, 8, 3)),
+    128: ((128, 128, 64, 8, 4), (128, 256, 64, 8, 4)),
+    192: ((64, 256, 128, 8, 3), (256, 128, 64, 8, 4)),
+    512: ((256, 128, 64, 8, 4), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4)),
+}  # fmt: skip
+MANY_SCALED = SCALED[512][:2]
+FEWEST_SCALED = 33  # rows
+MOST_PARTS, CACHED = 8, 32 << 20  # bytes of their sums, which ought to stay in the L2 cache
 SMALL_TILES = ((32, 32, 64, 4, 2),)  # fp32: no tensor cores at full precision
 
 
@@ -73,6 +84,19 @@ def slice_shapes(site: Site) -> list[Shape]:
     return [(bm, bn, slice, warps, stages) for bn, warps, stages in SLICES if bn > bm]
 
 
+def scaled_shapes(site: Site) -> list[tuple[Shape, int]]:
+    """Tiles whose weights are scaled in registers, and parts of the depth; [] where that kernel does not serve: it is
+    for tensor cores that read the rows from shared memory, and for groups of a multiple of 32 columns."""
+    x, weight = site.inputs[X], site.inputs[WEIGHT]
+    assert x is not None and weight is not None
+    rows, depth, columns = x.shape[0], weight.shape[1], group_columns(site)
+    if site.device.capability != WGMMA or not in_pairs(site) or depth % 32 or columns % 32 or rows < FEWEST_SCALED:
+        return []
+    tiles = next((tiles for most, tiles in SCALED.items() if rows <= most), MANY_SCALED)
+    fitting: list[Shape] = [(bm, bn, gcd(bk, columns), warps, stages) for bm, bn, bk, warps, stages in tiles]
+    return [(shape, parts) for shape in fitting for parts in _shares(site, shape)]
+
+
 def tile_shapes(site: Site) -> list[tuple[Shape, int]]:
     """Tiles for the rows of a site, and into how many parts the depth is split; [] where they do not serve."""
     x, weight = site.inputs[X], site.inputs[WEIGHT]
@@ -95,6 +119,8 @@ def tile_shapes(site: Site) -> list[tuple[Shape, int]]:
     columns = group_columns(site)
     if columns:  # two accumulators: of the slice, and of all
         fitting = [shape for shape in fitting if shape[0] * shape[1] <= 2048 * shape[3]] or fitting[-1:]
+    if rows > SOME_ROWS and scaled_shapes(site):
+        fitting = fitting[:1]  # none was ever the fastest; the first is what --no-tune takes
     cut = [(bm, bn, gcd(bk, columns), warps, stages) for bm, bn, bk, warps, stages in fitting]
     split = rows <= SOME_ROWS and x.dtype != "float32"
     return [(shape, parts) for shape in cut if shape[2] >= least for parts in (_parts(site, shape) if split else [1])]
@@ -129,3 +155,20 @@ def _parts(site: Site, shape: Shape) -> list[int]:
         most = min(8, weight.shape[1] // (4 * bk))
         wanted = {1, site.device.num_sms // blocks, min(fit, 3) * site.device.num_sms // blocks}
     return sorted({max(1, min(most, parts)) for parts in wanted}, reverse=True)
+
+
+def _shares(site: Site, shape: Shape) -> list[int]:
+    """The best number of parts, and one that differs from it by half or more if it is about as good, by an estimate in
+    times of a tile: of the multiprocessor that has most to do, and of sums that go to the L2 cache and come back, each
+    a twentieth of a tile that is 4096 columns deep."""
+    x, weight = site.inputs[X], site.inputs[WEIGHT]
+    assert x is not None and weight is not None
+    (bm, bn, bk, *_), rows, (width, depth) = shape, x.shape[0], weight.shape
+    blocks, times = triton.cdiv(rows, bm) * triton.cdiv(width, bn), {}
+    most = max(1, min(MOST_PARTS, depth // (4 * bk), CACHED // (4 * rows * width)))
+    for parts in range(1, most + 1):
+        waves = triton.cdiv(blocks * parts, site.device.num_sms)
+        times[parts] = waves / parts + (0.05 * 4096 / depth * (waves + parts) if parts > 1 else 0)
+    best = min(times, key=lambda parts: times[parts])
+    others = [parts for parts in times if not 2 * best < 3 * parts < 4.5 * best and times[parts] < 1.15 * times[best]]
+    return [best, *sorted(others, key=lambda parts: times[parts])[:1]]

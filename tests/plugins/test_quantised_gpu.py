@@ -1,6 +1,7 @@
 """Every tactic of the quantised ops against the references: on the GPU where there is one, interpreted otherwise."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from ingot.builder.targets.cubin import Cubin, compile_all
+from ingot.builder.targets.sass import disassembled
 from ingot.calibration.formats import Format, round_to_nearest
 from ingot.engines.errors import BuildError
 from ingot.plugins import OPS, cublas, tactics_of
@@ -176,6 +178,54 @@ def test_half_bytes_are_read_four_bytes_at_once(form, depth, dtype, rows):
     compare("GatedQuantisedLinear", inputs, **how, **options)
 
 
+@pytest.mark.parametrize("form,rows,width,depth", [
+    (WEIGHTS["int4"], 50, 72, 1152), (WEIGHTS["int4"], 256, 128, 128), (WEIGHTS["int4 zero"], 130, 71, 352),
+    (Format("int4", 128, symmetric=False), 64, 128, 640), (WEIGHTS["int4 rows"], 140, 40, 544),
+    (Format("int4", symmetric=False), 70, 40, 96), *([(Format("int4", 96), 600, 260, 960)] if GPU else []),
+])  # fmt: skip
+def test_weights_are_scaled_before_many_rows_are_multiplied(form, rows, width, depth):
+    """Blocks that fit and those that reach beyond every end, all of the depth and parts; in groups weights are rounded
+    to the type of x, as DequantizeLinear has it."""
+
+    def wanted(name):
+        return name.startswith("scaled")
+
+    inputs, how = linear(rows, width, depth, form, bias=rows != 64)
+    names = compare("QuantisedLinear", inputs, **how, wanted=wanted)
+    assert depth != 1152 or {name[-6:] for name in names} == {"parts1", "parts2"}
+    if rows in (50, 64) or GPU and width % 2 == 0:
+        options = dict(activation="silu", y_dtype=0, y_group=0)
+        compare("GatedQuantisedLinear", inputs, **how, **options, wanted=lambda name: name == names[-1])
+
+
+def test_scaled_tiles_stay_in_registers():
+    """The largest: wgmma takes weights from registers, no register is spilled, memory suffices."""
+    inputs = Tensor((256, 4096), "bfloat16"), Tensor((4096, 4096), "int4"), Tensor((4096, 32), "float32")
+    y, attributes = Tensor((256, 4096), "bfloat16"), {"dtype": 16, "group": 128, "x_group": 0}
+    site = Site("QuantisedLinear", attributes, (*inputs, None, None, None), (y,), Device(90))
+    scaled = {
+        t.name.split()[1]: t.launches[-1].kernel for t in tactics_of(site.op)(site) if t.name.startswith("scaled")
+    }
+    assert list(scaled) == ["256x128x64", "128x256x64", "128x128x64"]
+    for cubin in compile_all(list(scaled.values())[:2], 90).values():
+        assert isinstance(cubin, Cubin) and cubin.shared <= 227 << 10, cubin
+        code = disassembled(cubin.data)
+        assert re.search(r"HGMMA\.64x\d+x16\.F32\.BF16 R\d+, R\d+, gdesc", code)
+        assert not re.search(r"\b(STL|LDL)\b", code)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scaled_half_bytes_on_the_gpu(dtype, symmetric):
+    """What PTX computes, the interpreter does not show: every number, with scales of all sizes."""
+    for rows in (40, 128, 300):
+        inputs, how = linear(rows, 256, 640, Format("int4", 128, symmetric=symmetric), dtype)
+        inputs[1][:16, :128] = torch.arange(-8, 8, dtype=torch.int8)[:, None].roll(1, 0)
+        inputs[2] *= 2.0 ** torch.randint(-3, 4, inputs[2].shape)
+        compare("QuantisedLinear", inputs, **how, wanted=lambda name: name.startswith("scaled"))
+
+
 def test_fp8_weights_where_the_hardware_does_not_know_them():
     inputs, how = linear(2, 40, 256, WEIGHTS["fp8"])
     every = torch.arange(256, dtype=torch.uint8)
@@ -225,12 +275,15 @@ def test_norms_and_activations_end_in_eight_bits(kind, group):
     compare("QuantisedGatedActivation", [(torch.randn(3, 400) * 3).to(HALF)], activation="gelu_tanh", **how)
 
 
-@pytest.mark.parametrize("form", [WEIGHTS["int4 zero"], WEIGHTS["int8"], WEIGHTS["fp8"], Format("int8", rows=0)])
+@pytest.mark.parametrize("form", [
+    WEIGHTS["int4 zero"], WEIGHTS["int8"], WEIGHTS["fp8"], Format("int8", rows=0), Format("int4", 8), Format("int4"),
+    Format("int4", 4),
+])  # fmt: skip
 @pytest.mark.parametrize("capability", [80, 90])
 def test_rows_of_a_table_are_dequantised(form, capability):
     stored = round_to_nearest(torch.randn(6, 64), form)
     scale = stored.scale if form.group else stored.scale.reshape(-1 if form.rows else ())
-    attributes = {"axis": 1, "block_size": 32} if form.group else {"axis": 0}
+    attributes = {"axis": 1, "block_size": form.group} if form.group else {"axis": 0}
     attributes["output_dtype"] = ONNX[HALF]
     zero = [] if stored.zero is None else [stored.zero]
     expected = bind_dequantize(attributes, ())(stored.values, scale, *zero)
