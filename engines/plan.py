@@ -18,6 +18,9 @@ FOLDER = "cuda"
 PLAN_FILE = "plan.json"
 # in the place of staging in steps of a draft engine: FIRST takes what the target sampled, NEXT what was guessed last
 FIRST, NEXT = "first", "next"
+# where drafts are trees: PATH in the place of FIRST, and GROW, which stages a level of them; then body and head, of
+# heads those that go on from their own states, whose names begin with OWN
+PATH, GROW, OWN = "path", "grow", "own."
 TARGET = "target."  # before the names of the target's buffers
 POOL = "states."  # before the number of a pool that a head reads, in the order of `HeadInfo.reads`
 # [N, 2] int32, rows of pools to be moved (`MoveRows`, plugins/rows), and the part of buckets for verification that
@@ -113,8 +116,8 @@ class Bucket:
     max_context: int
     arena: int
     logits: int
-    # stage, body, head (neither for TensorRT), sample.KIND, and FIRST or NEXT; MOVES; `keep` and `move` of each hidden
-    # state
+    # stage, body, head (neither for TensorRT), sample.KIND; MOVES; `keep` and `move` of each hidden state; of a drafter
+    # FIRST or NEXT, PATH and GROW
     parts: dict[str, tuple[Launch, ...]]
 
 

@@ -12,10 +12,13 @@ PACKED = "packed"  # the step as the host packed it, int32
 SAMPLE_ROWS = "sample_rows"  # [R] int32: the scheduler's row that a row of logits is sampled for, -1: none
 SAMPLE_POSITIONS = "sample_positions"  # [R] int32: positions of the new tokens
 MASKS = "masks"
+# of what drafts trees, int32 but for the chances, see `plugins/grow` and `plugins/draft_head`
+LEVEL, BASES, PARENTS, STATE_SLOTS = "level", "bases", "parents", "state_slots"
+CHANCES, PATHS = "chances", "paths"
 LAST_TOKEN = "last_token"  # [rows] int32: the token sampled last in each row
 
 MAX_BIAS, MAX_STOP, MAX_LOGPROBS = 1024, 64, 20  # entries of one request
-MAX_BRANCHES = 8  # of a node of a tree of drafts
+MAX_BRANCHES, MAX_LEVELS = 8, 16  # of a node of a tree of drafts, and nodes of a level that are run; of a tree
 
 VOCABULARY, BITS = -1, -2  # columns: one for each token, or one for every 32
 # name -> element type, columns (0: a vector)

@@ -33,6 +33,7 @@ _KERNELS = {
     "GatedQuantisedLinear": "gated_quantised_linear",
     "Gather": "gather",
     "Gelu": "elementwise",
+    "Grow": "grow",
     "Identity": "elementwise",
     "LayerNormalization": "reduce",
     "KeepStates": "rows",

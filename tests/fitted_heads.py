@@ -81,11 +81,8 @@ def often_right(prompts, answers):
     return lambda tokens, guesses: [*coming(tokens)[: (1, 2, 0, 3)[next(turn) % 4]], *guesses][: len(guesses)]
 
 
-def often_in_trees(prompts, answers, wide=False):
-    """For `recorded`: trees of three with the truth on their likeliest path, or beside it.
-
-    wide: also on a path of its own, as Medusa's trees have it.
-    """
+def often_in_trees(prompts, answers):
+    """For `recorded`: trees of three with the truth on their likeliest path, beside it, or on a path of its own."""
     coming, turn = what_comes(prompts, answers), itertools.count()
 
     def call(tokens, guesses):
@@ -98,7 +95,7 @@ def often_in_trees(prompts, answers, wide=False):
                 return Tree([wrong[0], 4, truth[0]], [-1, 0, -1])
             case 1:  # right, then wrong, the second beside that
                 return Tree([truth[0], wrong[1], truth[1]], [-1, 0, 0])
-            case 2 if wide:
+            case 2:
                 return Tree([wrong[0], *truth], [-1, -1, 1])
         return guesses
 

@@ -119,7 +119,7 @@ def quick(site):
 def save_plan(graph, folder, head=None, max_num_seqs=3, max_num_batched_tokens=16, max_draft_tokens=3):
     """Writes the plan and returns its kernels."""
     planner = (partial(HeadPlanner, head=head) if head else Planner)(
-        fuse(graph.graph, VERIFYING if max_draft_tokens and not head else FUSIONS),
+        fuse(graph.graph, VERIFYING if max_draft_tokens else FUSIONS),
         Device(90, 4),
         PAGE,
         LENGTH // PAGE,
@@ -155,7 +155,8 @@ class InterpretedGraphs:
         self._addresses, self._kernels = {"weight": weights, "input": buffers}, KERNELS[folder]
 
     def capture(self, bucket, *parts):
-        assert all(part in self._plan.buckets[bucket].parts for part in parts)
+        lacking = [part for part in parts if part not in self._plan.buckets[bucket].parts]
+        assert not lacking, (bucket, lacking)
 
     def replay(self, bucket, *parts):
         self.replays.append((self._plan.buckets[bucket], parts))

@@ -84,7 +84,7 @@ def make_plan(
     choices: dict[Any, Choice] = {}
     if head:
         check_guesses(graph, head)
-    fused = fuse(graph, VERIFYING if config.max_draft_tokens and not head else FUSIONS)
+    fused = fuse(graph, VERIFYING if config.max_draft_tokens else FUSIONS)
     check_fp8(any(_multiplies_fp8(node) for node in fused), device.capability)
     kind = partial(HeadPlanner, head=head) if head else Planner
     planner = kind(

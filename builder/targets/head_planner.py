@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import onnx_ir as ir
 
 from ...engines.errors import BuildError
 from ...engines.manifest import HeadInfo
-from ...engines.plan import FIRST, MOVES, NEXT, POOL, TARGET
-from ...engines.sampling import KINDS, LAST_TOKEN, PACKED, SAMPLED, Kind
+from ...engines.plan import FIRST, GROW, NEXT, OWN, POOL, TARGET, Bucket
+from ...engines.sampling import BASES, KINDS, LAST_TOKEN, PACKED, PARENTS, SAMPLED, STATE_SLOTS, Kind
 from ...engines.step import (
     ANCESTORS,
     DRAFTED,
@@ -54,11 +55,22 @@ class HeadPlanner(Planner):
         self._token_ids = ir.Value(name=TOKEN_IDS, type=ir.TensorType(ir.DataType.INT32), shape=ir.Shape([vocab]))
 
     def sites(self, sizes: Sizes) -> list[Work]:
-        """`DraftHead` stands in the place of staging; states are read in front of the graph where it reads some."""
-        own = self._drafted is not None and sizes.max_query == 1
+        """`DraftHead` stands in the place of staging; behind either the target's states are read, where the graph reads
+        some. Levels of a tree go on from the head's own, as steps of decoding do."""
         stage, *work = super().sites(sizes)
-        zero = self._features if own else self._drafted
-        return [stage, *([] if own else [self._reading(sizes)]), *_without(zero, work, self._hidden)]
+        if sizes.max_query == 1 and self._drafted is not None:
+            return [stage, *_without(self._features, work, self._hidden)]
+        found = [stage, self._reading(stage.part, SLOTS, sizes), *_without(self._drafted, work, self._hidden)]
+        if self._drafted is None or not self.drafts_in(sizes):
+            return found
+        graph = [replace(each, part=OWN + each.part) for each in work if each.part in ("body", "head")]
+        parents = self._read(GROW, PARENTS, {DRAFTED: self._pool(self._drafted, sizes)}, self._drafted, sizes)
+        return [*found, parents, *_apart(_without(self._features, graph, self._hidden), self.logits)]
+
+    def plan(self, sizes: Sizes) -> Bucket:
+        """Medusa's body is empty."""
+        bucket = super().plan(sizes)
+        return replace(bucket, parts={"body": ()} | bucket.parts)
 
     @property
     def kinds(self) -> Mapping[str, Kind]:
@@ -79,36 +91,54 @@ class HeadPlanner(Planner):
         """What a head says is verified by the target."""
         return 0
 
-    def _reading(self, sizes: Sizes) -> Work:
-        assert self.head
-        features, pools = self.tensor(self._features, sizes), self._pools(sizes)
-        slots = Tensor((sizes.tokens,), "int32")
-        site = Site("ReadStates", {}, (slots, *pools.values()), (features,), self.device)
-        return Work("body", STAGING, site, (SLOTS, *pools), (self._features,))
-
-    def _pools(self, sizes: Sizes) -> dict[str, Tensor]:
-        """Of the target's states, by their names here."""
+    def _reading(self, part: str, slots: str, sizes: Sizes) -> Work:
+        """The target's states at slots."""
         assert self.head
         pool = Tensor((1, self.head.target_hidden_size), self.tensor(self._features, sizes).dtype, cold=True)
-        return {f"{TARGET}{POOL}{i}": pool for i in range(len(self.head.reads))}
+        pools = {f"{TARGET}{POOL}{i}": pool for i in range(len(self.head.reads))}
+        return self._read(part, slots, pools, self._features, sizes)
+
+    def _read(self, part: str, slots: str, pools: Mapping[str, Tensor], y: ir.Value, sizes: Sizes) -> Work:
+        tokens = Tensor((sizes.tokens,), "int32")
+        site = Site("ReadStates", {}, (tokens, *pools.values()), (self.tensor(y, sizes),), self.device)
+        return Work(part, STAGING, site, (slots, *pools), (y,))
+
+    def _pool(self, states: ir.Value, sizes: Sizes) -> Tensor:
+        """A buffer of such states."""
+        tensor = self.tensor(states, sizes)
+        return Tensor((1, *tensor.shape[1:]), tensor.dtype, cold=True)
 
     def _drafting(self, sizes: Sizes) -> list[Work]:
-        """The first step moves what the target left of a sample that is not where a chain would have it, too."""
         assert self.head
-        first = sizes.max_query != 1
+        part = NEXT if sizes.max_query == 1 else FIRST
         outputs, tensors = self._staged(sizes)
         samples = Tensor((sizes.rows * self.head.guesses,), "int32")
         tensors = (*tensors[:-2], samples, samples)
         names = (PACKED, QUERY_START, KV_LEN, PAGES, SAMPLED, TOKENS, ANCESTORS)
         inputs: tuple[Value, ...] = (*(TARGET + name for name in names), LAST_TOKEN, self._token_ids)
-        attributes = {"page_size": self.page_size, "guesses": self.head.guesses, "first": first}
-        shapes = (*[Tensor((1,), "int32")] * len(names), Tensor((self.max_num_seqs,), "int32"))
-        shapes += (self.tensor(self._token_ids, sizes),)
-        if not first:
-            return [Work(NEXT, STAGING, Site("DraftHead", attributes, shapes, tensors, self.device), inputs, outputs)]
-        tensors, outputs = (*tensors, Tensor((sizes.sequences, 2), "int32")), (*outputs, MOVES)
-        stage = Work(FIRST, STAGING, Site("DraftHead", attributes, shapes, tensors, self.device), inputs, outputs)
-        return [stage, *(self._moving(FIRST, name, pool, sizes) for name, pool in self._pools(sizes).items())]
+        attributes = {"page_size": self.page_size, "guesses": self.head.guesses, "first": part == FIRST}
+        rows = Tensor((self.max_num_seqs,), "int32")
+        shapes = (*[Tensor((1,), "int32")] * len(names), rows, self.tensor(self._token_ids, sizes))
+        if part == FIRST:
+            outputs, tensors = (*outputs, ANCESTORS, STATE_SLOTS, BASES), (*tensors, tensors[0], tensors[0], rows)
+        stage = Work(part, STAGING, Site("DraftHead", attributes, shapes, tensors, self.device), inputs, outputs)
+        if part == NEXT:
+            return [stage]
+        grow = [] if self._drafted is None else [self._growing(sizes, self._token_ids)]
+        return [stage, self._reading(FIRST, STATE_SLOTS, sizes), *grow]
+
+
+def _apart(work: list[Work], shared: ir.Value) -> list[Work]:
+    """The same with values of their own, but for `shared`."""
+    own = {
+        value: ir.Value(name=value.name, type=value.type, shape=value.shape)
+        for each in work for value in each.outputs if isinstance(value, ir.Value) and value is not shared
+    }  # fmt: skip
+
+    def swapped(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(own.get(value, value) for value in values)
+
+    return [replace(each, inputs=swapped(each.inputs), outputs=swapped(each.outputs)) for each in work]
 
 
 def check_guesses(graph: ir.Graph, head: HeadInfo) -> None:

@@ -10,15 +10,22 @@ import onnx_ir as ir
 
 from ...engines.dtypes import DTYPES
 from ...engines.errors import BuildError
-from ...engines.plan import FIRST, MOVES, NEXT, TARGET, ZEROS, Argument, Bucket, Launch, keep, move
+from ...engines.plan import FIRST, GROW, MOVES, NEXT, PATH, TARGET, ZEROS, Argument, Bucket, Launch, keep, move
 from ...engines.sampling import (
+    BASES,
     BRANCHING,
+    CHANCES,
     KINDS,
     LAST_TOKEN,
+    LEVEL,
     MASKS,
     MAX_BIAS,
+    MAX_BRANCHES,
+    MAX_LEVELS,
     MAX_STOP,
     PACKED,
+    PARENTS,
+    PATHS,
     RESULTS,
     SAMPLE_POSITIONS,
     SAMPLE_ROWS,
@@ -124,7 +131,7 @@ class Planner:
                     f"'{late.name}' is made behind the choice of logit rows, where the cuda target cannot keep it."
                 )
         work += [self._keeping(value, sizes) for value in self._states]
-        if self._trees_in(sizes) and sizes.max_query:
+        if self._trees_in(sizes) and sizes.max_query and self.drafts_of(sizes):
             pools = [value for value in self.graph.inputs if value in self._inputs and len(value.shape or ()) == 4]
             work += [self._moving(MOVES, value.name or "", self.tensor(value, sizes), sizes) for value in pools]
             for value in self._states:
@@ -149,15 +156,36 @@ class Planner:
         return Work(part, STAGING, site, (name, MOVES), (name,))
 
     def _drafting(self, sizes: Sizes) -> list[Work]:
-        """Staging of a step in which this engine drafts for another one."""
-        part = NEXT if sizes.max_query == 1 else FIRST
-        outputs, tensors = self._staged(sizes)
+        """Staging of steps in which this engine drafts for another one."""
         names = (PACKED, TOKENS, QUERY_START, KV_LEN, PAGES, SAMPLED, ANCESTORS)
-        inputs = (*(TARGET + name for name in names), LAST_TOKEN)
-        attributes = {"page_size": self.page_size, "vocab_size": self.vocab_size, "first": part == FIRST}
-        shapes = (*[Tensor((1,), "int32")] * len(names), Tensor((self.max_num_seqs,), "int32"))
-        site = Site("Draft", attributes, shapes, tensors, self.device)
-        return [Work(part, STAGING, site, inputs, outputs)]
+        inputs = (*(TARGET + name for name in names), LAST_TOKEN, LEVEL)
+        shapes = (*[Tensor((1,), "int32")] * len(names), Tensor((self.max_num_seqs,), "int32"), Tensor((3,), "int32"))
+        work = []
+        for part in (NEXT,) if sizes.max_query == 1 else (FIRST, PATH):
+            outputs, tensors = self._staged(sizes)
+            if part != NEXT:
+                outputs, tensors = (*outputs, ANCESTORS), (*tensors, tensors[0])
+            if part == PATH:
+                outputs, tensors = (*outputs, BASES), (*tensors, Tensor((self.max_num_seqs,), "int32"))
+            attributes = {"page_size": self.page_size, "vocab_size": self.vocab_size, "step": part}
+            work.append(Work(part, STAGING, Site("Draft", attributes, shapes, tensors, self.device), inputs, outputs))
+        return work if sizes.max_query == 1 else [*work, self._growing(sizes)]
+
+    def _growing(self, sizes: Sizes, token_ids: ir.Value | None = None) -> Work:
+        """Staging of a level of trees."""
+        branches, rows = min(MAX_BRANCHES, self.vocab_size), self.max_num_seqs
+        outputs, tensors = self._staged(sizes)
+        each, grown = tensors[0], (MAX_LEVELS, rows, MAX_BRANCHES)
+        outputs = (*outputs, ANCESTORS, PARENTS, CHANCES, PATHS)
+        tensors = (*tensors, each, each, Tensor(grown, "float32"), Tensor(grown, "int32"))
+        told = (sizes.rows, branches)
+        shapes = (
+            Tensor((1,), "int32"), Tensor((3,), "int32"), Tensor(told, "int32"), Tensor(told, "float32"),
+            Tensor((rows,), "int32"), None if token_ids is None else self.tensor(token_ids, sizes),
+        )  # fmt: skip
+        inputs = (TARGET + PACKED, LEVEL, "top_ids", "top_logprobs", BASES, token_ids)
+        attributes = {"page_size": self.page_size, "vocab_size": self.vocab_size, "branches": branches}
+        return Work(GROW, STAGING, Site("Grow", attributes, shapes, tensors, self.device), inputs, outputs)
 
     def _staging(self, sizes: Sizes) -> Work:
         names, outputs = self._staged(sizes)
@@ -280,7 +308,8 @@ class Planner:
         for at, each in enumerate(work):
             for value in each.outputs:
                 if isinstance(value, ir.Value):
-                    first[value] = last[value] = at
+                    first.setdefault(value, at)
+                    last[value] = at
             for used in each.inputs:
                 if isinstance(used, ir.Value) and used in first:
                     # what the head reads stays, since the head may run more than once

@@ -25,7 +25,7 @@ from .timing import Timer
 from .timing_cache import Times, TimingCache
 
 # microseconds that depend on what the host packed, where slots are and what requests ask for
-UNTIMED = ("Unpack", "Draft", "DraftHead", "KeepStates", "MoveRows", "ReadStates", "Sample")
+UNTIMED = ("Unpack", "Draft", "DraftHead", "Grow", "KeepStates", "MoveRows", "ReadStates", "Sample")
 LONG_US = 150.0  # from here on the best are timed under load, too
 CONTENDERS, CLOSE = 8, 1.4  # as many at most, and none that takes so much longer than the fastest
 MOST_DESCRIBED = 4  # of the times of a site in the plan

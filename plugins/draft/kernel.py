@@ -1,16 +1,20 @@
 """Draft on the GPU: no host is asked between what the target samples and the last guess of the draft engine.
 
-Site: op `Draft`; attributes `page_size`, `vocab_size` (of the draft engine), `first`. Inputs, all int32:
+Site: op `Draft`; attributes `page_size`, `vocab_size` (of the draft engine), `step`: "first", "path" or "next". Inputs,
+all int32:
 
     0 packed: the target's step (`plugins/unpack`), with the N requests to draft for behind it, [3, N]: their places in
       the step, the rows of logits of their first samples, how many samples they have; N is the header's fifth number,
       columns of `pages` its sixth
     1 tokens [T']    2 query_start [S'+1]    3 kv_len [S']    4 pages [S', width']    5 sampled [R'] of that step
     6 ancestors [T'] of that step, or of the longest, where drafts are chains: all ones
-    7 last_token: the token that the draft engine guessed last for each of the N
+    7 last_token: the token that the draft engine guessed last for each of the N    8 level: its third number is C
 
 Outputs: those of `Unpack`, for a step of N sequences: the first has two tokens each, the last one sampled and the one
-before it; the next ones have the token guessed last, and take `kv_len` and `pages` as the step before left them.
+before it; the next ones have the token guessed last, and take `kv_len` and `pages` as the step before left them. "path"
+stands in for "first" where drafts are or were trees, of which no keys are kept: C tokens each, from the one that the
+first sample follows to the last one sampled, which fills up what is left. Both have ancestors [T], all ones, and the
+latter bases [S], how many positions are right then.
 Tokens past the vocabulary become its last. What is past the page table goes to slot 0, as padding does.
 """
 
@@ -77,8 +81,9 @@ def copy_pages(pages, table, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def first_kernel(
-    packed, target_tokens, target_query_start, target_kv_len, target_pages, sampled, ancestors,
+    packed, target_tokens, target_query_start, target_kv_len, target_pages, sampled, target_ancestors,
     tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions,
+    ancestors,
     T: tl.constexpr, S: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
     V: tl.constexpr,
     PDL: tl.constexpr = False,
@@ -94,7 +99,7 @@ def first_kernel(
             row = tl.load(ahead + n + program)
             num = tl.load(ahead + 2 * n + program)
             first = tl.load(target_query_start + work + 1) - num  # the token that the first sample follows
-            last, right = follow(sampled + row, target_tokens + first, ancestors + first, num)
+            last, right = follow(sampled + row, target_tokens + first, target_ancestors + first, num)
             position = tl.load(target_kv_len + work) - num + right
             before = tl.minimum(tl.load(target_tokens + first + last), V - 1)
             newest = tl.minimum(tl.load(sampled + row + last), V - 1)
@@ -118,10 +123,73 @@ def first_kernel(
     tl.store(tokens + i, i * 0, mask=padding)
     tl.store(positions + i, i * 0, mask=padding)
     tl.store(slots + i, i * 0, mask=padding)
+    tl.store(ancestors + i, i * 0 - 1, mask=i < T)
     tl.store(query_start + i, 2 * tl.minimum(i, n), mask=i <= S)
     tl.store(logit_rows + i, tl.where(i < n, 2 * i + 1, 0), mask=i < R)
     tl.store(sample_rows + i, tl.where(i < n, i, -1), mask=i < R)
     tl.store(sample_positions + i, i * 0, mask=(i >= n) & (i < R))
+
+
+@triton.jit
+def path_kernel(
+    packed, target_tokens, target_query_start, target_kv_len, target_pages, sampled, target_ancestors, level,
+    tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions,
+    ancestors, bases,
+    T: tl.constexpr, S: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
+    V: tl.constexpr,
+    PDL: tl.constexpr = False,
+):  # fmt: skip
+    """Grid (S + blocks of the longest array): a program for each sequence, then padding."""
+    begin(PDL)
+    width, n, ahead = wanted(packed)
+    count = tl.load(level + 2)
+    program = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    if program < S:
+        if program < n:
+            work = tl.load(ahead + program)
+            row = tl.load(ahead + n + program)
+            num = tl.load(ahead + 2 * n + program)
+            first = tl.load(target_query_start + work + 1) - num  # the token that the first sample follows
+            last, right = follow(sampled + row, target_tokens + first, target_ancestors + first, num)
+            root = tl.load(target_kv_len + work) - num
+            newest = tl.load(sampled + row + last)
+            table = target_pages + work.to(tl.int64) * tl.load(packed + 5)
+            columns = tl.minimum(width, WIDTH)
+            copy_pages(pages + program.to(tl.int64) * WIDTH, table, columns, WIDTH, BLOCK)
+            at = count * program
+            for j in range(0, count):
+                tl.store(tokens + at + j, tl.minimum(newest, V - 1))
+                tl.store(positions + at + j, tl.minimum(root + j, WIDTH * PAGE - 1))
+                tl.store(slots + at + j, slot_of(table, root + j, columns, PAGE))
+            tl.store(tokens + at, tl.minimum(tl.load(target_tokens + first), V - 1))
+            held = num * 0
+            depth = held
+            for j in range(1, num):  # as `follow`, which does not tell the way
+                holds = follows(sampled + row, target_tokens + first, target_ancestors + first, num, held, j)
+                held = tl.where(holds, j, held)
+                depth += holds.to(tl.int32)
+                token = tl.load(target_tokens + first + held)
+                tl.store(tokens + at + depth, tl.minimum(token, V - 1), mask=depth < count)
+            tl.store(kv_len + program, tl.minimum(root + count, WIDTH * PAGE))
+            tl.store(logit_rows + program, at + right + 1)
+            tl.store(sample_rows + program, program)
+            tl.store(sample_positions + program, root + right + 2)
+            tl.store(bases + program, root + right + 2)
+        else:
+            tl.store(kv_len + program, 0)
+        return
+    i += (program - S) * BLOCK
+    padding = (i >= count * n) & (i < T)
+    tl.store(tokens + i, i * 0, mask=padding)
+    tl.store(positions + i, i * 0, mask=padding)
+    tl.store(slots + i, i * 0, mask=padding)
+    tl.store(ancestors + i, i * 0 - 1, mask=i < T)
+    tl.store(query_start + i, count * tl.minimum(i, n), mask=i <= S)
+    rest = (i >= n) & (i < R)
+    tl.store(logit_rows + i, i * 0, mask=rest)
+    tl.store(sample_rows + i, i * 0 - 1, mask=rest)
+    tl.store(sample_positions + i, i * 0, mask=rest)
 
 
 @triton.jit
@@ -170,15 +238,20 @@ def tactics(site: Site) -> list[Tactic]:
     a = site.attributes
     constants = {"T": num_tokens, "S": sequences, "R": rows, "WIDTH": width, "BLOCK": BLOCK, "PAGE": a["page_size"],
                  "V": a["vocab_size"]}  # fmt: skip
-    outputs = tuple(Operand("output", i) for i in range(len(site.outputs)))
-    if a["first"]:
-        function, inputs = first_kernel, tuple(Operand("input", i) for i in range(7))
-        grid = sequences + triton.cdiv(max(num_tokens, sequences + 1, rows), BLOCK)
-    else:
-        function, inputs = next_kernel, (Operand("input", 0), Operand("input", 7))
+    functions = {
+        "first": (first_kernel, range(7)),
+        "path": (path_kernel, (*range(7), 8)),
+        "next": (next_kernel, (0, 7)),
+    }
+    function, given = functions[a["step"]]
+    grid = triton.cdiv(sequences + 1, BLOCK)
+    if a["step"] == "next":
         constants = {name: value for name, value in constants.items() if name not in ("T", "R")}
-        grid = triton.cdiv(sequences + 1, BLOCK)
+    else:
+        grid = sequences + triton.cdiv(max(num_tokens, sequences + 1, rows), BLOCK)
     names = [name for name in function.arg_names if not name.isupper()]
     signature = tuple((name, "*i32") for name in names)
     kernel = Kernel(f"draft.kernel:{function.__name__}", signature, tuple(constants.items()))
+    inputs = tuple(Operand("input", i) for i in given)
+    outputs = tuple(Operand("output", i) for i in range(len(site.outputs)))
     return [Tactic("blocks", (Launch(kernel, (grid, 1, 1), (*inputs, *outputs)),))]

@@ -27,6 +27,23 @@ def first_step(tokens: Sequence[int], kv_len: int, sampled: Sequence[int], paren
     return Share([tokens[begin + last], sampled[last]], [position, position + 1], position + 2)
 
 
+def path_step(
+    tokens: Sequence[int], kv_len: int, sampled: Sequence[int], parents: Sequence[int], count: int
+) -> tuple[Share, int]:
+    """As `first_step`, from the token that the first sample follows to the last one sampled, which comes again up to
+    `count` tokens -> the share, and which of its tokens wants logits."""
+    begin = len(tokens) - len(sampled)
+    last, right = follow(tokens[begin + 1 :], sampled, parents)
+    path, node = [], last
+    while node:
+        path.append(tokens[begin + node])
+        node = parents[node - 1] + 1
+    held = [tokens[begin], *reversed(path)]
+    root = kv_len - len(sampled)
+    held += [sampled[last]] * (count - len(held))
+    return Share(held, list(range(root, root + count)), root + count), right + 1
+
+
 def follow(drafts: Sequence[int], sampled: Sequence[int], parents: Sequence[int]) -> tuple[int, int]:
     """(the last of the samples that holds, how many drafts are before it); the sample after draft i is number i + 1."""
     last = right = 0

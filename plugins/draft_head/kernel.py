@@ -10,9 +10,10 @@ heads), `first`. Inputs, all int32:
 Outputs: those of `Unpack`, for a step of N sequences, the last two with a place for each guess of a row. The first step
 takes the samples of a request that hold, shifted by one position (`reference.py`), as many tokens as it has samples in
 all; sample_positions is then what is right of it, where the next one, which has the guess made last, goes on. What is
-past the page table goes to slot 0, as padding does. The first has one output more:
+past the page table goes to slot 0, as padding does. The first has three outputs more:
 
-    moves [S, 2]: where the target left the states of the last sample that holds, and where they are to be; -1: there
+    ancestors [T], all ones    state_slots [T]: where the target left the states that each token goes on from
+    bases [S]: as sample_positions
 """
 
 import triton
@@ -27,8 +28,9 @@ BLOCK = 256
 
 @triton.jit
 def first_kernel(
-    packed, target_query_start, target_kv_len, target_pages, sampled, target_tokens, ancestors,
-    tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions, moves,
+    packed, target_query_start, target_kv_len, target_pages, sampled, target_tokens, target_ancestors,
+    tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions, ancestors,
+    state_slots, bases,
     T: tl.constexpr, S: tl.constexpr, R: tl.constexpr, GUESSES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     PAGE: tl.constexpr,
     PDL: tl.constexpr = False,
@@ -57,17 +59,18 @@ def first_kernel(
             for j in range(0, num):
                 tl.store(tokens + first + j, tl.load(sampled + row))
                 tl.store(positions + first + j, root + j)
-                tl.store(slots + first + j, slot_of(table, root + j, columns, PAGE))
+                slot = slot_of(table, root + j, columns, PAGE)
+                tl.store(slots + first + j, slot)
+                tl.store(state_slots + first + j, slot)
             last = num * 0
             right = last
             for j in range(1, num):  # as `follow`, which does not tell the way
-                holds = follows(sampled + row, target_tokens + at, ancestors + at, num, last, j)
+                holds = follows(sampled + row, target_tokens + at, target_ancestors + at, num, last, j)
                 last = tl.where(holds, j, last)
                 right += holds.to(tl.int32)
                 tl.store(tokens + first + right, tl.load(sampled + row + last))
-            moved = last != right
-            tl.store(moves + 2 * program, tl.where(moved, slot_of(table, root + last, columns, PAGE), -1))
-            tl.store(moves + 2 * program + 1, tl.where(moved, slot_of(table, root + right, columns, PAGE), -1))
+                tl.store(state_slots + first + right, slot_of(table, root + last, columns, PAGE))
+            tl.store(bases + program, root + right + 1)
             copy_pages(pages + program.to(tl.int64) * WIDTH, table, columns, WIDTH, BLOCK)
             tl.store(kv_len + program, length)
             tl.store(logit_rows + program, first + right)
@@ -75,14 +78,14 @@ def first_kernel(
                 tl.store(sample_positions + program * GUESSES + guess, root + right + 1)
         else:
             tl.store(kv_len + program, 0)
-            tl.store(moves + 2 * program, -1)
-            tl.store(moves + 2 * program + 1, -1)
         return
     i += (program - S) * BLOCK
     padding = (i >= first) & (i < T)
     tl.store(tokens + i, i * 0, mask=padding)
     tl.store(positions + i, i * 0, mask=padding)
     tl.store(slots + i, i * 0, mask=padding)
+    tl.store(state_slots + i, i * 0, mask=padding)
+    tl.store(ancestors + i, i * 0 - 1, mask=i < T)
     tl.store(query_start + i, i * 0 + first, mask=i == S)
     tl.store(logit_rows + i, i * 0, mask=(i >= n) & (i < R))
     tl.store(sample_rows + i, tl.where(i < n * GUESSES, i, -1), mask=i < R * GUESSES)

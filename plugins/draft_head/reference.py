@@ -8,15 +8,14 @@ from typing import NamedTuple
 
 class Share(NamedTuple):
     """A request's share of the head's step. At each position is the token behind it; number `row` wants logits, and
-    `length` positions are right: where the next step goes on. move: positions, of the key where the target left the
-    states of the last that holds, and where they are to be; None: there."""
+    `length` positions are right: where the next step goes on. states: the target's keys at which it left them."""
 
     tokens: list[int]
     positions: list[int]
     kv_len: int
     row: int
     length: int
-    move: tuple[int, int] | None = None
+    states: Sequence[int] = ()
 
 
 def first_step(tokens: Sequence[int], kv_len: int, sampled: Sequence[int], parents: Sequence[int] = ()) -> Share:
@@ -28,15 +27,16 @@ def first_step(tokens: Sequence[int], kv_len: int, sampled: Sequence[int], paren
     behind the last that holds, as many tokens as there are samples, is seen by none before it, and written again.
     """
     num = len(sampled)
-    drafts, held, last = tokens[len(tokens) - num + 1 :], [sampled[0]], 0
+    drafts, held, last, start = tokens[len(tokens) - num + 1 :], [sampled[0]], 0, kv_len - num
+    states = list(range(start, kv_len))
     for i, (draft, parent) in enumerate(zip(drafts, parents or range(-1, num - 2), strict=True)):
         if parent + 1 == last and sampled[last] == draft:
             last = i + 1
+            states[len(held)] = start + last
             held.append(sampled[last])
-    start, right = kv_len - num, len(held) - 1
-    move = None if last == right else (start + last, start + right)
+    right = len(held) - 1
     held += [sampled[0]] * (num - len(held))
-    return Share(held, list(range(start, kv_len)), kv_len, right, start + right + 1, move)
+    return Share(held, list(range(start, kv_len)), kv_len, right, start + right + 1, states)
 
 
 def next_step(guess: int, length: int, token_ids: Sequence[int]) -> Share:

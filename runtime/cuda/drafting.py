@@ -9,41 +9,43 @@ are wanted, and only then. Nothing here bears on what is sampled: a wrong guess 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from ...engines import step as names
 from ...engines.errors import EngineError
-from ...engines.plan import FIRST, FOLDER, NEXT, TARGET, Plan
-from ...engines.sampling import LAST_TOKEN, MAX_BRANCHES, PACKED, SAMPLED
+from ...engines.plan import FIRST, FOLDER, GROW, NEXT, PATH, TARGET, Bucket, Plan
+from ...engines.sampling import LAST_TOKEN, LEVEL, MAX_BRANCHES, PACKED, SAMPLED
 from ...plugins.gpu import Gpu
 from ..batch import Batch, packed_size, packed_step
 from ..capacity import ServeConfig
 from ..engine import Engine
-from ..speculation.tree import Tree, along
+from ..speculation.costs import run_of_level
+from ..speculation.tree import Growth, Tree
 from ..speculation.verify import holding
 from .graphs import Graphs, arena_bytes
-from .memory import GRAPH_RESERVE, check_plan, kv_pools, step_buffers
+from .memory import GRAPH_RESERVE, check_plan, kv_pools, step_buffers, tree_buffers
 from .weights import Weights
 
 GREEDY, BRANCHES = "sample.greedy", "sample.branches"
 
 
-class Guesses(NamedTuple):
-    """On their way to the host: a chain [steps, M] for the works [M] of a batch, as many for each as `nums` says.
+Level = tuple[np.ndarray, np.ndarray]  # [n, K] what may follow nodes of trees: tokens, logarithms of their chances
 
-    branches, chances: where some want a tree (`trees` [M]), the best tokens in each place of the chain and the
-    logarithms of their chances [steps, M, branches].
+
+class Guesses(NamedTuple):
+    """On their way to the host, for the works [M] of a batch, as many for each as `nums` says.
+
+    chain: [steps, M] tokens. levels: instead, where trees are grown, of each level the nodes that were run, a work's
+    behind those of the one before; of the first there is one.
     """
 
     works: np.ndarray
     nums: np.ndarray
-    trees: np.ndarray
-    tokens: np.ndarray
-    branches: np.ndarray
-    chances: np.ndarray
+    chain: np.ndarray
+    levels: Sequence[Level] = ()
 
 
 class Drafting:
@@ -57,6 +59,8 @@ class Drafting:
     lag = 0  # positions behind that of a token at which it stands here
     keeps: tuple[str, ...] = ()
     moves: tuple[str, ...] = ()
+    path = PATH  # the part that stages the first step where drafts are or were trees
+    level: tuple[str, ...] = (GROW, "body", "head")  # parts up to the logits of a level
 
     def __init__(self, gpu: Gpu, engine: Engine, target: Plan, config: ServeConfig, stream: int):
         assert config.max_num_seqs is not None
@@ -67,7 +71,10 @@ class Drafting:
         self._num_known = head.target_vocab_size if head else engine.manifest.model.vocab_size  # tokens
         self._vocab_size = min(target.vocab_size, self._num_known)
         self._most, self.at_once = config.num_draft_tokens, head.guesses if head else 1
-        self._nodes = config.num_draft_nodes
+        self._nodes, self._run, self._branching = config.num_draft_nodes, 0, 0
+        if self._nodes:
+            self._branching = min(MAX_BRANCHES, self.plan.vocab_size)
+            self._run = min(run_of_level(self._nodes, self._most), self._branching)
         self._most_tokens = max(bucket.tokens for bucket in self.plan.buckets if bucket.max_query > 1)
         self._seen = np.zeros(config.max_num_seqs, np.int64)  # leading positions of a row whose keys are right
         self.weights = Weights(gpu, engine, dummy=config.load_format == "dummy")
@@ -78,6 +85,7 @@ class Drafting:
         self._whole = np.zeros(num_pages, bool)  # pages that are full here, too: a prefix hit finds them
         mine = step_buffers(gpu, plan, self._stream, self.at_once)
         mine[LAST_TOKEN] = gpu.allocate(4 * plan.max_num_seqs * self.at_once, "the tensors of a step")
+        mine |= tree_buffers(gpu, plan)
         mine |= kv_pools(gpu, self.engine, plan.page_size, num_pages)
         self._buffers = mine | self._reads(buffers)
         self._graphs = Graphs(
@@ -85,14 +93,25 @@ class Drafting:
         )
         size = packed_size(plan.max_num_seqs, plan.max_num_batched_tokens, plan.max_pages)
         self._packed = gpu.pinned(4 * size).view(np.int32)
-        width = min(MAX_BRANCHES, plan.vocab_size) if self._nodes else 0
-        self._guesses, self._branches = self._room(np.int32), self._room(np.int32, width)
-        self._chances = self._room(np.float32, width)
+        self._guesses = self._room(np.int32)
+        self._told = [(self._nodes_room(np.int32), self._nodes_room(np.float32)) for _ in range(self._most)]
+        self._levels = self._pinned(np.int32, self._most, 3)  # LEVEL, for each of them
+        self._levels[:] = [(level, self._run, self._most + 2) for level in range(self._most)]
         for number, bucket in enumerate(plan.buckets):
-            part = NEXT if bucket.max_query == 1 else FIRST
-            for how in (GREEDY, BRANCHES) if self._nodes else (GREEDY,):
-                if part in bucket.parts:
-                    self._graphs.capture(number, part, "body", "head", how)
+            for parts in self._steps_in(bucket):
+                self._graphs.capture(number, *parts)
+
+    def _steps_in(self, bucket: Bucket) -> Iterator[tuple[str, ...]]:
+        """The parts of steps that draft in a bucket."""
+        graph = "body", "head"
+        if bucket.max_query == 1 and NEXT in bucket.parts:
+            yield NEXT, *graph, GREEDY
+        if bucket.max_query > 1:
+            yield FIRST, *graph, GREEDY
+        if bucket.max_query > 1 and self._nodes:
+            yield from ((self.path, *graph, how) for how in (GREEDY, BRANCHES))
+            if GROW in bucket.parts:
+                yield *self.level, BRANCHES
 
     @property
     def arena_bytes(self) -> int:
@@ -126,19 +145,24 @@ class Drafting:
         if not batch.ahead or batch.num_ahead is None:
             return None
         plan, (works, _, samples) = self.plan, batch.ahead.table
-        num_tokens, longest_share = self._first(samples)
-        if num_tokens > self._most_tokens:
+        wanted, num = batch.num_ahead[works], len(works)
+        growing = self._nodes > 0 and bool((wanted == self._nodes).any())
+        path = growing or batch.nodes is not None
+        nums, steps = np.minimum(wanted, self._most), self._most if growing else min(int(wanted.max()), self._most)
+        num_tokens, longest_share = self._first(samples, path)
+        if max(num_tokens, num * self._run if growing else 0) > self._most_tokens:
             return None
-        self._catch_up(batch)
-        wanted = batch.num_ahead[works]
-        nums, trees = np.minimum(wanted, self._most), (wanted == self._nodes) & (self._nodes > 0)
-        steps, num = int(nums.max()), len(works)
-        longest = min(int(batch.inputs[names.KV_LEN][works].max()) + steps, plan.max_pages * plan.page_size)
+        self._catch_up(batch, path)
+        reach = max(steps, longest_share, self._nodes if growing else 0)
+        longest = min(int(batch.inputs[names.KV_LEN][works].max()) + reach, plan.max_pages * plan.page_size)
         first = plan.bucket(num_tokens, num, longest, max_query=longest_share)
+        if path:
+            self._gpu.upload(self._buffers[LEVEL], self._levels[0], self._stream)
+        if growing:
+            level = plan.bucket(num * self._run, num, longest, max_query=max(2, self._run))
+            return Guesses(works.copy(), nums, self._guesses[:0], self._grow(first, level, num, steps))
         later = plan.bucket(num, num, longest, max_query=1)
-        self._guess(first, later, num, steps, BRANCHES if trees.any() else GREEDY)
-        told = (part[:steps, :num] for part in (self._guesses, self._branches, self._chances))
-        return Guesses(works.copy(), nums, trees, *told)
+        return Guesses(works.copy(), nums, self._guess(first, self.path if path else FIRST, later, num, steps))
 
     def settle(self, batch: Batch, tokens: np.ndarray, guesses: Guesses | None) -> list[Sequence[int]] | None:
         """The step is done, and `tokens` [N] were sampled: the guesses of each work, and what is known of its rows."""
@@ -147,22 +171,24 @@ class Drafting:
         holds = np.flatnonzero(held)
         last = holds[np.append(works[holds][1:] != works[holds][:-1], True)] if len(holds) else holds
         rows, newest = batch.sample_rows[last], batch.sample_positions[last]
-        # what held last may have been a branch of a tree, of which there are no keys
-        self._seen[rows] = np.minimum(self._seen[rows], newest - (batch.nodes is not None))
+        self._seen[rows] = np.minimum(self._seen[rows], newest)
         if guesses is None:
             return None
         row_of, newest_of = np.zeros(batch.num_works, np.int64), np.zeros(batch.num_works, np.int64)
         row_of[works[last]], newest_of[works[last]] = rows, newest
-        self._seen[row_of[guesses.works]] = self._seen_after(newest_of[guesses.works], len(guesses.tokens))
+        steps = 1 if guesses.levels else len(guesses.chain)  # of trees no keys are kept
+        self._seen[row_of[guesses.works]] = self._seen_after(newest_of[guesses.works], steps)
         found: list[Sequence[int]] = [[] for _ in range(batch.num_works)]
-        columns, branches = self._tokens(guesses.tokens).T, self._tokens(guesses.branches)
-        for i, work in enumerate(guesses.works.tolist()):
-            if guesses.trees[i]:
-                tree = self._tree(columns[i], branches[:, i], guesses.chances[:, i])
+        if guesses.levels:
+            levels = [(self._tokens(tokens), chances) for tokens, chances in guesses.levels]
+            for work, tree in zip(guesses.works.tolist(), self._trees(levels, len(guesses.works)), strict=True):
                 found[work] = tree.keep([token < self._vocab_size for token in tree])
-            else:
-                chain = columns[i, : guesses.nums[i]].tolist()
-                found[work] = chain[: next((j for j, t in enumerate(chain) if t >= self._vocab_size), len(chain))]
+            return found
+        columns = self._tokens(guesses.chain).T.tolist()
+        for work, num, column in zip(guesses.works.tolist(), guesses.nums.tolist(), columns, strict=True):
+            some = column[:num]
+            strange = next((i for i, token in enumerate(some) if token >= self._vocab_size), num)
+            found[work] = some[:strange]
         return found
 
     def scratch(self, size: int) -> None:
@@ -181,32 +207,54 @@ class Drafting:
         shared = (PACKED, names.TOKENS, names.QUERY_START, names.KV_LEN, names.PAGES, names.ANCESTORS, SAMPLED)
         return {TARGET + name: buffers[name] for name in shared}
 
-    def _first(self, samples: np.ndarray) -> tuple[int, int]:
-        """(tokens of the first step, most of a sequence): of each the one sampled last and the one before, unseen."""
-        return 2 * len(samples), 2
+    def _first(self, samples: np.ndarray, path: bool) -> tuple[int, int]:
+        """(tokens of the first step, most of a sequence): of each the one sampled last and the one before, unseen.
 
-    def _guess(self, first: int, later: int, num: int, steps: int, how: str) -> None:
-        """Enqueues `steps` steps for `num` sequences, in these buckets; what they say is there when they are done.
-
-        how: GREEDY, or BRANCHES, whose steps tell the best tokens besides.
+        path: all from the one that the first sample follows on, since drafts are or were trees.
         """
-        for i in range(steps):
-            bucket, part = (later, NEXT) if i else (first, FIRST)
-            self._graphs.replay(bucket, part, "body", "head", how)
-            self._told(how, self._guesses[i, :num], self._branches[i, :num], self._chances[i, :num])
+        count = self._most + 2 if path else 2
+        return count * len(samples), count
 
-    def _tree(self, chain: np.ndarray, branches: np.ndarray, chances: np.ndarray) -> Tree:
-        """What a work's guesses make: chain [D], branches and their chances [D, branches]."""
-        return along(chain, branches, chances, self._nodes)
+    def _guess(self, first: int, part: str, later: int, num: int, steps: int) -> np.ndarray:
+        """Enqueues `steps` steps for `num` sequences, in these buckets -> [steps, num], there when they are done."""
+        for i in range(steps):
+            bucket, stage = (later, NEXT) if i else (first, part)
+            self._graphs.replay(bucket, stage, "body", "head", GREEDY)
+            self._gpu.download(self._guesses[i, :num], self._buffers[SAMPLED], self._stream)
+        return self._guesses[:steps, :num]
+
+    def _grow(self, first: int, level: int, num: int, steps: int) -> list[Level]:
+        """The same for trees: a step for each level of them."""
+        self._graphs.replay(first, self.path, "body", "head", BRANCHES)
+        levels = [self._tell(0, num)]
+        for i in range(1, steps):
+            self._gpu.upload(self._buffers[LEVEL], self._levels[i], self._stream)
+            self._graphs.replay(level, *self.level, BRANCHES)
+            levels.append(self._tell(i, num * self._run))
+        return levels
+
+    def _tell(self, level: int, num: int) -> Level:
+        """Enqueues the copies of what a step says of `num` nodes."""
+        tokens, chances = (room[:num] for room in self._told[level])
+        self._gpu.download(tokens, self._buffers["top_ids"], self._stream)
+        self._gpu.download(chances, self._buffers["top_logprobs"], self._stream)
+        return tokens, chances
+
+    def _trees(self, levels: Sequence[Level], num: int) -> list[Tree]:
+        """What levels make, for `num` works."""
+        growth = Growth(*levels[0])
+        for tokens, chances in levels[1:]:
+            shape = (num, self._run, -1)
+            growth.add(growth.going_on(self._run), tokens.reshape(shape), chances.reshape(shape))
+        return growth.trees(self._nodes)
 
     def _tokens(self, guesses: np.ndarray) -> np.ndarray:
         """The target's tokens of guesses."""
         return guesses
 
-    def _before_first(self, begins: np.ndarray, deepest: np.ndarray) -> np.ndarray:
-        """Leading positions that the first step relies on, from those of the tokens that the first sample of each
-        sequence follows, and of its last draft."""
-        return deepest
+    def _before_first(self, kv_len: np.ndarray, samples: np.ndarray, path: bool) -> np.ndarray:
+        """Leading positions that the first step relies on, from keys and samples of each sequence of the target's."""
+        return kv_len - (samples if path else 1)
 
     def _seen_after(self, newest: np.ndarray, steps: int) -> np.ndarray:
         """Leading positions whose keys are right if all guesses are, `newest` being that of the newest token."""
@@ -214,13 +262,12 @@ class Drafting:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _catch_up(self, batch: Batch) -> None:
+    def _catch_up(self, batch: Batch, path: bool) -> None:
         """Computes what it has not seen of the works to draft for, up to the token before the last of the step."""
         assert batch.ahead
         works, _, samples = batch.ahead.table
         kv_len, rows = batch.inputs[names.KV_LEN][works].astype(np.int64), batch.rows[works]
-        deepest = np.maximum.reduceat(batch.inputs[names.POSITIONS], batch.inputs[names.QUERY_START][:-1])[works]
-        begins, ends = self._seen[rows], self._before_first(kv_len - samples, deepest.astype(np.int64))
+        begins, ends = self._seen[rows], self._before_first(kv_len, samples, path)
         left = np.maximum(ends - begins, 0)
         sequences = [self._text(batch, i) if left[i] else [] for i in range(len(works))]
         pages = batch.inputs[names.PAGES][works]
@@ -254,15 +301,14 @@ class Drafting:
         stop = int(batch.inputs[names.QUERY_START][work + 1])
         return known + batch.inputs[names.TOKENS][stop - drafts : stop].tolist()
 
-    def _told(self, how: str, *arrays: np.ndarray) -> None:
-        """Enqueues copies of what a step says: its guesses and, with BRANCHES, the best tokens and their chances."""
-        for name, array in zip((SAMPLED, "top_ids", "top_logprobs"), arrays, strict=True):
-            if name == SAMPLED or how == BRANCHES:
-                self._gpu.download(array, self._buffers[name], self._stream)
+    def _room(self, dtype: type) -> np.ndarray:
+        """[steps, rows] for guesses."""
+        return self._pinned(dtype, self._most, self.plan.max_num_seqs)
 
-    def _room(self, dtype: type, *columns: int) -> np.ndarray:
-        """[steps, rows, ..] for what is told of guesses."""
-        return self._pinned(dtype, self._most, self.plan.max_num_seqs, *columns)
+    def _nodes_room(self, dtype: type) -> np.ndarray:
+        """[nodes, branches] for what is said of a level."""
+        rows = self.plan.max_num_seqs
+        return self._pinned(dtype, max(rows, min(rows * self._run, self._most_tokens)), self._branching)
 
     def _pinned(self, dtype: type, *shape: int) -> np.ndarray:
         return self._gpu.pinned(4 * max(1, math.prod(shape))).view(dtype)[: math.prod(shape)].reshape(shape)
@@ -291,9 +337,11 @@ def _check_plans(plan: Plan, target: Plan, engine: Engine, gpu: Gpu, config: Ser
             f" {target.page_size}; build one of them again."
         )
     needed = config.num_draft_tokens if engine.manifest.head else 1  # a head takes all samples of a step at once
+    needed = config.num_draft_nodes or needed
     if plan.max_draft_tokens < needed:
-        what = f" {config.num_draft_tokens} tokens" if plan.max_draft_tokens else ""
+        asked = f"trees of {needed}" if config.num_draft_nodes else f"{config.num_draft_tokens} tokens"
+        what = f" {asked}" if plan.max_draft_tokens else ""
         raise EngineError(
             f"The draft engine {engine.folder} was built with --max-draft-tokens {plan.max_draft_tokens}, so it cannot"
-            f" draft{what}; build it again with --max-draft-tokens {config.num_draft_tokens}."
+            f" draft{what}; build it again with --max-draft-tokens {max(needed, config.num_draft_tokens)}."
         )

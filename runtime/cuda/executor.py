@@ -267,7 +267,7 @@ class CudaExecutor:
         if most > held:  # the logits of larger steps come in pieces, with the host in between
             target = target.then(held + 1, BEYOND * target(held))
         drafting = Curve.measure(draft.scratch, config.max_num_seqs, MEASURING) if draft else None
-        return Costs(target, drafting, at_once=draft is not None and draft.at_once > 1, wide=False)
+        return Costs(target, drafting, at_once=draft is not None and draft.at_once > 1)
 
     def _allocate_results(self, plan: Plan) -> Results:
         rows = max(bucket.rows for bucket in plan.buckets)

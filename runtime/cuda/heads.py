@@ -8,13 +8,14 @@ its own states, which it goes on from in the next steps, nothing is kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
 
 from ...engines.dtypes import DTYPES
-from ...engines.plan import FIRST, POOL, TARGET, Plan, keep, move
+from ...engines.plan import FIRST, GROW, OWN, POOL, TARGET, Plan, keep, move
+from ...engines.sampling import SAMPLED
 from ...engines.step import DRAFTED, TOKEN_IDS, hidden_states
 from ...plugins.gpu import Gpu
 from ..batch import Batch
@@ -22,7 +23,7 @@ from ..capacity import ServeConfig
 from ..engine import Engine
 from ..speculation.pairing import check_drafter
 from ..speculation.tree import Tree, product
-from .drafting import Drafting
+from .drafting import BRANCHES, GREEDY, Drafting, Level
 
 
 def open_drafting(gpu: Gpu, target: Engine, plan: Plan, config: ServeConfig, stream: int) -> Drafting:
@@ -39,6 +40,8 @@ class HeadDrafting(Drafting):
     """An EAGLE head."""
 
     lag = 1
+    path = FIRST  # which follows what was sampled anyway
+    level = (GROW, f"{OWN}body", f"{OWN}head")
 
     def __init__(self, gpu: Gpu, engine: Engine, target: Plan, config: ServeConfig, stream: int):
         super().__init__(gpu, engine, target, config, stream)
@@ -70,14 +73,14 @@ class HeadDrafting(Drafting):
         drafted = self._gpu.allocate(self._drafted_bytes, "the states of the head")
         return super()._reads(buffers) | pools | {DRAFTED: drafted}
 
-    def _first(self, samples: np.ndarray) -> tuple[int, int]:
+    def _first(self, samples: np.ndarray, path: bool) -> tuple[int, int]:
         return int(samples.sum()), max(2, int(samples.max()))  # never a bucket for decoding
 
     def _tokens(self, guesses: np.ndarray) -> np.ndarray:
         return self._token_ids[guesses]
 
-    def _before_first(self, begins: np.ndarray, deepest: np.ndarray) -> np.ndarray:
-        return begins
+    def _before_first(self, kv_len: np.ndarray, samples: np.ndarray, path: bool) -> np.ndarray:
+        return kv_len - samples
 
     def _seen_after(self, newest: np.ndarray, steps: int) -> np.ndarray:
         return newest
@@ -89,21 +92,26 @@ class MedusaDrafting(HeadDrafting):
     def __init__(self, gpu: Gpu, engine: Engine, target: Plan, config: ServeConfig, stream: int):
         super().__init__(gpu, engine, target, config, stream)
         self._most = min(self._most, self.at_once)
+        self._run = self.at_once if self._nodes else 0  # rows of a sequence
 
     def scratch(self, size: int) -> None:
         """Without sampling, which staging prepares for one guess of a row."""
         self._scratch(size, "head")
 
-    def _catch_up(self, batch: Batch) -> None:
+    def _catch_up(self, batch: Batch, path: bool) -> None:
         """There is nothing to have seen."""
 
-    def _guess(self, first: int, later: int, num: int, steps: int, how: str) -> None:
-        """All guesses of a work follow one another."""
-        self._graphs.replay(first, FIRST, "body", "head", how)
-        self._told(how, *(part.swapaxes(0, 1)[:num] for part in (self._guesses, self._branches, self._chances)))
+    def _guess(self, first: int, part: str, later: int, num: int, steps: int) -> np.ndarray:
+        """All of a sequence lie behind one another."""
+        self._graphs.replay(first, FIRST, "body", "head", GREEDY)
+        found = self._guesses.reshape(-1)[: num * self.at_once]
+        self._gpu.download(found, self._buffers[SAMPLED], self._stream)
+        return found.reshape(num, self.at_once).T[:steps]
 
-    def _room(self, dtype: type, *columns: int) -> np.ndarray:
-        return self._pinned(dtype, self.plan.max_num_seqs, self.at_once, *columns).swapaxes(0, 1)
+    def _grow(self, first: int, level: int, num: int, steps: int) -> list[Level]:
+        self._graphs.replay(first, FIRST, "body", "head", BRANCHES)
+        return [self._tell(0, num * self.at_once)]
 
-    def _tree(self, chain: np.ndarray, branches: np.ndarray, chances: np.ndarray) -> Tree:
-        return product(branches, chances, self._nodes)
+    def _trees(self, levels: Sequence[Level], num: int) -> list[Tree]:
+        tokens, chances = (part.reshape(num, self.at_once, -1)[:, : self._most] for part in levels[0])
+        return [product(*each, self._nodes) for each in zip(tokens, chances, strict=True)]

@@ -5,7 +5,21 @@ from __future__ import annotations
 from ...engines.dtypes import DTYPES
 from ...engines.errors import EngineError
 from ...engines.plan import MOVES, ZEROS, Plan
-from ...engines.sampling import MAX_LOGPROBS, PACKED, RESULTS, SAMPLE_POSITIONS, SAMPLE_ROWS
+from ...engines.sampling import (
+    BASES,
+    CHANCES,
+    LEVEL,
+    MAX_BRANCHES,
+    MAX_LEVELS,
+    MAX_LOGPROBS,
+    PACKED,
+    PARENTS,
+    PATHS,
+    RESULTS,
+    SAMPLE_POSITIONS,
+    SAMPLE_ROWS,
+    STATE_SLOTS,
+)
 from ...engines.step import ANCESTORS, LOGIT_ROWS, STEP_INPUTS, hidden_states, k_pages, v_pages
 from ...plugins.gpu import Gpu
 from ..batch import packed_size
@@ -30,6 +44,14 @@ def step_buffers(gpu: Gpu, plan: Plan, stream: int, samples: int = 1) -> dict[st
         gpu.fill(buffers[ZEROS], plan.zeros, 0, stream)
     gpu.fill(buffers[ANCESTORS], 4 * tokens, 0xFF, stream)  # chains, where nothing else is said
     return buffers
+
+
+def tree_buffers(gpu: Gpu, plan: Plan) -> dict[str, int]:
+    """What a drafter's steps hand on where they grow trees."""
+    tokens, rows = plan.max_num_batched_tokens, plan.max_num_seqs
+    nodes = MAX_LEVELS * rows * MAX_BRANCHES
+    sizes = {LEVEL: 3, BASES: rows, PARENTS: tokens, STATE_SLOTS: tokens, CHANCES: nodes, PATHS: nodes}
+    return {name: gpu.allocate(4 * size, "the tensors of a step") for name, size in sizes.items()}
 
 
 def kv_pools(gpu: Gpu, engine: Engine, page_size: int, num_pages: int) -> dict[str, int]:

@@ -69,7 +69,7 @@ def cost(site: Site, part: str, load: Load) -> Cost:
     most = load.tokens if part in ("stage", "body") else load.rows
     outputs = sum(_num_bytes(tensor, most) for tensor in site.outputs)
     inputs = sum(_num_bytes(tensor, most) for tensor in site.inputs if tensor)
-    if site.op in ("Unpack", "Draft", "DraftHead"):
+    if site.op in ("Unpack", "Draft", "DraftHead", "Grow"):
         return Cost(2 * 4 * load.num_packed)
     if site.op == "Gather":
         return Cost(2 * outputs)  # of the table only what is picked

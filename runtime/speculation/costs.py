@@ -65,14 +65,12 @@ class Curve:
 class Costs(NamedTuple):
     """Of a step of the target, and of one of the draft engine where there is one, by sequences.
 
-    at_once: all guesses of a chain or a tree are one step of the draft engine (Medusa). wide: several nodes of a tree's
-    level are run for the next one, else the likeliest alone.
+    at_once: all guesses of a chain or a tree are one step of the draft engine (Medusa).
     """
 
     target: Curve
     draft: Curve | None = None
     at_once: bool = False
-    wide: bool = True
 
     def drafting(self, nums: Sequence[int], depth: int) -> float:
         """Seconds to guess so many tokens for each request; of more than `depth`, as a tree that deep."""
@@ -80,7 +78,7 @@ class Costs(NamedTuple):
             return 0.0
         if self.at_once:
             return self.draft(sum(num > 0 for num in nums))
-        wide = [run_of_level(num, depth) if num > depth and self.wide else 1 for num in nums]
+        wide = [run_of_level(num, depth) if num > depth else 1 for num in nums]
         deep = [min(num, depth) for num in nums]
         return sum(
             self.draft(sum(w if i else 1 for w, d in zip(wide, deep, strict=True) if d > i)) for i in range(max(deep))

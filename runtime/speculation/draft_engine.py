@@ -23,7 +23,7 @@ from ...engines.errors import EngineError
 from ..batch import Batch
 from ..engine import Engine
 from .costs import BRANCHES, run_of_level, scratch_step
-from .tree import Tree, bits, likeliest
+from .tree import Growth, Tree, bits
 from .verify import holding
 
 if TYPE_CHECKING:
@@ -153,11 +153,10 @@ class DraftEngine:
         """As `_chains`. What is run lies, level behind level, in the slots that the target's drafts will have."""
         size, num = len(ends), run_of_level(self._nodes, self._depth)
         chances, tokens = self._best(logits)  # [S, nodes of a level]
-        levels = [(tokens, np.full_like(tokens, -1), chances)]
-        begin, branches = 0, tokens.shape[1]  # of the level among all nodes; of each parent
+        growth, branches = Growth(tokens, chances), tokens.shape[1]
         paths = np.zeros((size, 1), np.uint64)  # of each parent: a bit for each node that was run
         for depth in range(1, self._depth):
-            run = np.argsort(-chances, axis=1, kind="stable")[:, :num]  # [S, num]
+            run = growth.going_on(num)  # [S, num]
             parent, done, num = run // branches, (depth - 1) * run.shape[1], run.shape[1]
             own = np.uint64(1) << np.arange(done, done + num, dtype=np.uint64)
             paths = np.take_along_axis(paths, parent, 1) | own
@@ -165,16 +164,13 @@ class DraftEngine:
                 at = (parent + np.arange(size)[:, None] * (len(state) // size)).reshape(-1)
                 state = state[at]
             logits, state = self._run_level(
-                pages, ends - self.lag + done, ends - self.lag - 1 + depth, np.take_along_axis(tokens, run, 1),
-                bits(paths, done + num), state,
+                pages, ends - self.lag + done, ends - self.lag - 1 + depth, growth.tokens(run), bits(paths, done + num),
+                state,
             )  # fmt: skip
             after, found = self._best(logits)  # [S * num, branches]
-            chances = (np.take_along_axis(chances, run, 1).reshape(-1, 1) + after).reshape(size, -1)
-            begin, branches = begin + tokens.shape[1], found.shape[1]
-            levels.append((found.reshape(size, -1), np.repeat(begin - tokens.shape[1] + run, branches, 1), chances))
-            tokens = levels[-1][0]
-        nodes = [np.concatenate(part, 1) for part in zip(*levels, strict=True)]
-        return [likeliest(t, p, c, self._nodes) for t, p, c in zip(*nodes, strict=True)]
+            branches = found.shape[1]
+            growth.add(run, found.reshape(size, num, -1), after.reshape(size, num, -1))
+        return growth.trees(self._nodes)
 
     def _run_level(
         self, pages: np.ndarray, begins: np.ndarray, positions: np.ndarray, tokens: np.ndarray, ancestors: np.ndarray,

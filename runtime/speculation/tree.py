@@ -118,18 +118,37 @@ def likeliest(tokens: np.ndarray, parents: np.ndarray, chances: np.ndarray, num:
     return Tree([int(tokens[i]) for i in order], [place[int(parents[i])] for i in order])
 
 
-def along(chain: np.ndarray, tokens: np.ndarray, chances: np.ndarray, num: int) -> Tree:
-    """The likeliest tree of `num` nodes that leave a chain: chain [D]; tokens, and logarithms of their chances, of what
-    may follow the chain's first 0, 1, .. tokens [D, branches]."""
-    parents, paths = np.full(tokens.shape, -1), chances.copy()
-    for i in range(1, len(chain)):
-        (at,) = np.nonzero(tokens[i - 1] == chain[i - 1])
-        if not len(at):  # so unlikely that the chain has a better one in this place
-            tokens, parents, paths = tokens[:i], parents[:i], paths[:i]
-            break
-        parents[i] = (i - 1) * tokens.shape[1] + at[0]
-        paths[i] += paths[i - 1, at[0]]
-    return likeliest(tokens.reshape(-1), parents.reshape(-1), paths.reshape(-1), num)
+class Growth:
+    """Trees of S requests that grow by depth: of each level the likeliest nodes, by the chances of their whole paths,
+    are run, and what follows from them is the next level (EAGLE-2, arXiv:2406.16858).
+
+    tokens, chances [S, n]: of the first level, and the logarithms of their chances.
+    """
+
+    def __init__(self, tokens: np.ndarray, chances: np.ndarray):
+        self._begin = 0  # of the newest level among all nodes
+        self._levels = [(tokens, np.full(tokens.shape, -1), chances)]
+
+    def going_on(self, num: int) -> np.ndarray:
+        """Which of the newest level are to be run, at most `num` of each request: their places in it [S, num]."""
+        return np.argsort(-self._levels[-1][2], axis=1, kind="stable")[:, :num]
+
+    def tokens(self, run: np.ndarray) -> np.ndarray:
+        """[S, num] of these nodes of the newest level."""
+        return np.take_along_axis(self._levels[-1][0], run, 1)
+
+    def add(self, run: np.ndarray, tokens: np.ndarray, chances: np.ndarray) -> None:
+        """The next level: what may follow each of the nodes that were run, tokens and chances [S, num, branches]."""
+        before, (size, _, branches) = self._levels[-1], tokens.shape
+        chances = np.take_along_axis(before[2], run, 1)[..., None] + chances
+        parents = np.repeat(self._begin + run, branches, 1)
+        self._begin += before[0].shape[1]
+        self._levels.append((tokens.reshape(size, -1), parents, chances.reshape(size, -1)))
+
+    def trees(self, num: int) -> list[Tree]:
+        """The best of `num` nodes of each request."""
+        nodes = [np.concatenate(part, 1) for part in zip(*self._levels, strict=True)]
+        return [likeliest(t, p, c, num) for t, p, c in zip(*nodes, strict=True)]
 
 
 def product(tokens: np.ndarray, chances: np.ndarray, num: int) -> Tree:

@@ -11,6 +11,7 @@ from ingot.plugins import draft, jit, tactics_of
 from ingot.plugins.draft_head import first_step, next_step
 from ingot.plugins.rows import keep_states, move_rows, read_states
 from ingot.plugins.tactic import Site, Tensor
+from ingot.runtime.speculation.tree import Growth
 from random_tree import bits_of, path_to, random_parents
 from triton_run import DEVICE, described, run_tactic
 
@@ -122,7 +123,7 @@ class Steps:
         last = torch.tensor([self.rng.randrange(DRAFT_VOCAB) for _ in range(max(1, len(self.ahead)))]).int()
         outputs = [Tensor(shape, "int32") for shape in ((tokens,), (tokens,), (tokens,), (sequences + 1,), (sequences,),
                    (sequences, WIDTH), (rows,), (rows * self.guesses,), (rows * self.guesses,),
-                   *([(sequences, 2)] if first else []))]  # fmt: skip
+                   *([(tokens,), (tokens,), (sequences,)] if first else []))]  # fmt: skip
         inputs = [*self.inputs, last, self.ids]
         attributes = {"page_size": PAGE, "guesses": self.guesses, "first": first}
         site = Site("DraftHead", attributes, tuple(map(described, inputs)), tuple(outputs))
@@ -153,7 +154,9 @@ def test_steps_of_a_head(rng, num_works, num_ahead, guesses):
     num_tokens = sum(len(share.tokens) for share in shares)
     sequences = num_ahead + rng.randrange(3) + (not num_ahead)
     _, first = steps.site(True, (num_tokens + rng.randrange(9) + 1, sequences, max(1, num_tokens)))
-    tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions, moves = first
+    tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions, *rest = first
+    seen, states, bases = rest
+    assert (seen == -1).all()
     begin = 0
     for j, (work, share) in enumerate(zip(steps.ahead, shares, strict=True)):
         end = begin + len(share.tokens)
@@ -163,9 +166,9 @@ def test_steps_of_a_head(rng, num_works, num_ahead, guesses):
         known = steps.table[work] * (torch.arange(WIDTH) < steps.width)
         assert torch.equal(pages[j], known.int()) and logit_rows[j] == begin + share.row
         assert sample_positions[j * guesses : (j + 1) * guesses].tolist() == [share.length] * guesses
+        assert states[begin:end].tolist() == [steps.slot(work, at) for at in share.states] and bases[j] == share.length
         begin = end
-        assert moves[j].tolist() == ([-1, -1] if share.move is None else [steps.slot(work, at) for at in share.move])
-    assert (moves[num_ahead:] == -1).all()
+    assert not states[begin:].any()
     assert query_start[num_ahead:].tolist() == [begin] * (sequences + 1 - num_ahead)
     assert not kv_len[num_ahead:].any() and not slots[begin:].any() and not logit_rows[num_ahead:].any()
     assert (
@@ -201,11 +204,13 @@ def test_first_step_of_a_draft_engine(rng, num_works, num_ahead):
     steps = Steps(rng, num_works, num_ahead, 1)
     sequences, vocab = num_ahead + rng.randrange(3) + (not num_ahead), VOCAB - 5
     shapes = [(2 * sequences,)] * 3 + [(sequences + 1,), (sequences,), (sequences, WIDTH)] + [(sequences,)] * 3
+    shapes.append(shapes[0])
     packed, starts, kv_len, pages, sampled, tokens, seen = steps.inputs
-    inputs = [packed, tokens, starts, kv_len, pages, sampled, seen, torch.zeros(1).int()]
-    options = {"page_size": PAGE, "vocab_size": vocab, "first": True}
+    inputs = [packed, tokens, starts, kv_len, pages, sampled, seen, torch.zeros(1).int(), torch.zeros(3).int()]
+    options = {"page_size": PAGE, "vocab_size": vocab, "step": "first"}
     outputs = run("Draft", inputs, [Tensor(shape, "int32") for shape in shapes], **options)
-    tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions = outputs
+    tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions, seen = outputs
+    assert (seen == -1).all()
     for j, work in enumerate(steps.ahead):
         share = draft.first_step(*steps.told(work))
         assert tokens[2 * j : 2 * j + 2].tolist() == [min(token, vocab - 1) for token in share.tokens]
@@ -218,3 +223,86 @@ def test_first_step_of_a_draft_engine(rng, num_works, num_ahead):
     assert torch.equal(sample_rows, torch.where(some < num_ahead, some, -1)[:-1].int())
     assert not any(x[num_ahead:].any() for x in (kv_len, logit_rows, sample_positions))
     assert not any(x[2 * num_ahead :].any() for x in (tokens, positions, slots))
+
+
+@pytest.mark.parametrize("num_works, num_ahead", [(1, 1), (7, 4), (5, 0), (300, 290)])
+def test_first_step_of_trees(rng, num_works, num_ahead):
+    """A draft engine is given the whole path that holds, since it kept no keys of it."""
+    steps = Steps(rng, num_works, num_ahead, 1)
+    sequences, count = num_ahead + rng.randrange(3) + (not num_ahead), 7
+    num_tokens = count * sequences + rng.randrange(9)
+    shapes = [(num_tokens,)] * 3 + [(sequences + 1,), (sequences,), (sequences, WIDTH)] + [(num_tokens,)] * 4
+    packed, starts, kv_len, pages, sampled, tokens, seen = steps.inputs
+    level = torch.tensor([0, 99, count]).int()
+    inputs = [packed, tokens, starts, kv_len, pages, sampled, seen, torch.zeros(1).int(), level]
+    outputs = run("Draft", inputs, [Tensor(shape, "int32") for shape in [*shapes, (sequences,)]], page_size=PAGE,
+                  vocab_size=VOCAB, step="path")  # fmt: skip
+    tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions, seen, bases = outputs
+    for j, work in enumerate(steps.ahead):
+        share, row = draft.path_step(*steps.told(work), count)
+        mine = slice(count * j, count * (j + 1))
+        assert tokens[mine].tolist() == share.tokens
+        assert positions[mine].tolist() == [min(at, WIDTH * PAGE - 1) for at in share.positions]
+        assert slots[mine].tolist() == [steps.slot(work, position) for position in share.positions]
+        assert torch.equal(pages[j], (steps.table[work] * (torch.arange(WIDTH) < steps.width)).int())
+        assert kv_len[j] == min(share.kv_len, WIDTH * PAGE) and logit_rows[j] == count * j + row
+        assert sample_rows[j] == j and sample_positions[j] == bases[j] == share.positions[row] + 1
+    assert torch.equal(query_start, count * torch.arange(sequences + 1).clamp(max=num_ahead).int())
+    assert (sample_rows[num_ahead:] == -1).all() and (seen == -1).all()
+    assert not any(x[num_ahead:].any() for x in (kv_len, logit_rows, sample_positions))
+    assert not any(x[count * num_ahead :].any() for x in (tokens, positions, slots))
+
+
+@pytest.mark.parametrize("num, run, branches, mapped", [(1, 3, 8, True), (7, 8, 8, False), (290, 1, 5, True)])
+def test_levels_of_trees(rng, num, run, branches, mapped):
+    """Against what the host grows from the same numbers, level by level, equal chances too."""
+    levels, vocab = 3, 40
+    sequences, bases = num + 2, torch.randint(1, WIDTH * PAGE - 1 - levels * run, (num,)).int()
+    table = torch.randint(1, 99, (sequences, WIDTH)).int()
+    ids = torch.randperm(VOCAB)[:vocab].int()
+    packed = torch.zeros(8).int()
+    packed[4] = num
+    sizes = [(num * run + 3,)] * 3 + [(sequences + 1,), (sequences,), (sequences, WIDTH)] + [(num * run + 2,)] * 3
+    tensors = [Tensor(shape, "int32") for shape in [*sizes, *sizes[:2]]]
+    tensors += [Tensor((levels + 1, num + 4, 8), dtype) for dtype in ("float32", "int32")]
+    state = [torch.full(t.shape, 2**30, dtype=getattr(torch, t.dtype), device=DEVICE) for t in tensors[-2:]]
+    growth, nodes, before = None, [[[] for _ in range(run)] for _ in range(num)], None
+    for number in range(1, levels + 1):
+        rows = num * (1 if number == 1 else run)
+        told = torch.stack([torch.randperm(vocab)[:branches] for _ in range(rows)]).int()
+        chances = (torch.randn(rows, branches).abs() * -2).round(decimals=1).sort(descending=True).values
+        if growth is None:
+            growth = Growth((ids if mapped else torch.arange(vocab))[told.long()].numpy(), chances.numpy())
+        else:
+            growth.add(going, *(x.reshape(num, run, branches).numpy() for x in (ids[told.long()] if mapped else told, chances)))
+        going = growth.going_on(run)
+        inputs = [packed, torch.tensor([number, run, 0]).int(), told, chances, bases, ids if mapped else None]
+        options = {"page_size": PAGE, "vocab_size": vocab, "branches": branches}
+        site = Site("Grow", options, tuple(map(described, inputs)), tuple(tensors))
+        (tactic,) = tactics_of("Grow")(site)
+        found = [torch.full(t.shape, 2**30, dtype=torch.int32, device=DEVICE) for t in tensors[:-2]]
+        found[5].copy_(table)
+        jit.launch(tactic, [None if x is None else x.to(DEVICE) for x in inputs], [*found, *state],
+                   torch.zeros(16, dtype=torch.uint8, device=DEVICE))  # fmt: skip
+        tokens, positions, slots, starts, kv_len, pages, logit_rows, sample_rows, after, seen, parents = (x.cpu() for x in found)
+        assert torch.equal(tokens[: num * run].view(num, run), torch.from_numpy(growth.tokens(going)).int())
+        done, some = (number - 1) * run, torch.arange(num * run).int()
+        width = 1 if number == 1 else run
+        expected = torch.from_numpy(going // branches) + width * torch.arange(num)[:, None]
+        assert torch.equal(parents[: num * run].view(num, run), expected.int())
+        assert torch.equal(positions[: num * run], (bases + number - 1).repeat_interleave(run))
+        assert torch.equal(after[: num * run], (bases + number).repeat_interleave(run))
+        keys = (bases[:, None] + done + torch.arange(run)).long()
+        assert torch.equal(slots[: num * run].view(num, run), (table[:num].gather(1, keys // PAGE) * PAGE + keys % PAGE).int())
+        assert torch.equal(kv_len, torch.cat([bases + done + run, torch.zeros(2).int()]))
+        assert torch.equal(logit_rows[: num * run], some) and torch.equal(sample_rows[: num * run], some)
+        nodes = [[[*(nodes[j][int(parent)] if number > 1 else []), done + k] for k, parent in enumerate(row // branches)]
+                 for j, row in enumerate(going)]  # fmt: skip
+        for j, request in enumerate(nodes):
+            for k, path in enumerate(request):
+                key = 32 - done - run
+                bits = sum(1 << b for b in range(32) if b < key or b - key in path)
+                assert int(seen[j * run + k]) % 2**32 == bits
+        assert torch.equal(starts, run * torch.arange(sequences + 1).clamp(max=num).int()) and torch.equal(pages, table)
+        assert not any(x[num * run :].any() for x in (tokens, positions, slots, parents, logit_rows, after))
+        assert (seen[num * run :] == -1).all() and (sample_rows[num * run :] == -1).all()

@@ -88,7 +88,7 @@ def test_answers_are_those_without_trees(engine, heads, wanted, kind, room):
     truth = [token_ids for token_ids, *_ in wanted[0][: len(prompts)]]
     moved = []
     with LLM(engine, **heads(kind, num_draft_tokens=2, num_draft_nodes=3), **room) as llm:
-        recorded(llm, often_in_trees(prompts, truth, wide=kind == "medusa"))
+        recorded(llm, often_in_trees(prompts, truth))
         moves = llm._session.executor._moves
         note = moves.note
         moves.note = lambda *step: (note(*step), moved.extend(moves._due))[0]
