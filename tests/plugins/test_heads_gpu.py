@@ -11,7 +11,6 @@ from ingot.plugins import draft, jit, tactics_of
 from ingot.plugins.draft_head import first_step, next_step
 from ingot.plugins.rows import keep_states, move_rows, read_states
 from ingot.plugins.tactic import Site, Tensor
-from ingot.runtime.speculation.tree import Growth
 from random_tree import bits_of, path_to, random_parents
 from triton_run import DEVICE, described, run_tactic
 
@@ -237,7 +236,8 @@ def test_first_step_of_trees(rng, num_works, num_ahead):
     inputs = [packed, tokens, starts, kv_len, pages, sampled, seen, torch.zeros(1).int(), level]
     outputs = run("Draft", inputs, [Tensor(shape, "int32") for shape in [*shapes, (sequences,)]], page_size=PAGE,
                   vocab_size=VOCAB, step="path")  # fmt: skip
-    tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions, seen, bases = outputs
+    tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions, *rest = outputs
+    seen, bases = rest
     for j, work in enumerate(steps.ahead):
         share, row = draft.path_step(*steps.told(work), count)
         mine = slice(count * j, count * (j + 1))
@@ -251,58 +251,3 @@ def test_first_step_of_trees(rng, num_works, num_ahead):
     assert (sample_rows[num_ahead:] == -1).all() and (seen == -1).all()
     assert not any(x[num_ahead:].any() for x in (kv_len, logit_rows, sample_positions))
     assert not any(x[count * num_ahead :].any() for x in (tokens, positions, slots))
-
-
-@pytest.mark.parametrize("num, run, branches, mapped", [(1, 3, 8, True), (7, 8, 8, False), (290, 1, 5, True)])
-def test_levels_of_trees(rng, num, run, branches, mapped):
-    """Against what the host grows from the same numbers, level by level, equal chances too."""
-    levels, vocab = 3, 40
-    sequences, bases = num + 2, torch.randint(1, WIDTH * PAGE - 1 - levels * run, (num,)).int()
-    table = torch.randint(1, 99, (sequences, WIDTH)).int()
-    ids = torch.randperm(VOCAB)[:vocab].int()
-    packed = torch.zeros(8).int()
-    packed[4] = num
-    sizes = [(num * run + 3,)] * 3 + [(sequences + 1,), (sequences,), (sequences, WIDTH)] + [(num * run + 2,)] * 3
-    tensors = [Tensor(shape, "int32") for shape in [*sizes, *sizes[:2]]]
-    tensors += [Tensor((levels + 1, num + 4, 8), dtype) for dtype in ("float32", "int32")]
-    state = [torch.full(t.shape, 2**30, dtype=getattr(torch, t.dtype), device=DEVICE) for t in tensors[-2:]]
-    growth, nodes, before = None, [[[] for _ in range(run)] for _ in range(num)], None
-    for number in range(1, levels + 1):
-        rows = num * (1 if number == 1 else run)
-        told = torch.stack([torch.randperm(vocab)[:branches] for _ in range(rows)]).int()
-        chances = (torch.randn(rows, branches).abs() * -2).round(decimals=1).sort(descending=True).values
-        if growth is None:
-            growth = Growth((ids if mapped else torch.arange(vocab))[told.long()].numpy(), chances.numpy())
-        else:
-            growth.add(going, *(x.reshape(num, run, branches).numpy() for x in (ids[told.long()] if mapped else told, chances)))
-        going = growth.going_on(run)
-        inputs = [packed, torch.tensor([number, run, 0]).int(), told, chances, bases, ids if mapped else None]
-        options = {"page_size": PAGE, "vocab_size": vocab, "branches": branches}
-        site = Site("Grow", options, tuple(map(described, inputs)), tuple(tensors))
-        (tactic,) = tactics_of("Grow")(site)
-        found = [torch.full(t.shape, 2**30, dtype=torch.int32, device=DEVICE) for t in tensors[:-2]]
-        found[5].copy_(table)
-        jit.launch(tactic, [None if x is None else x.to(DEVICE) for x in inputs], [*found, *state],
-                   torch.zeros(16, dtype=torch.uint8, device=DEVICE))  # fmt: skip
-        tokens, positions, slots, starts, kv_len, pages, logit_rows, sample_rows, after, seen, parents = (x.cpu() for x in found)
-        assert torch.equal(tokens[: num * run].view(num, run), torch.from_numpy(growth.tokens(going)).int())
-        done, some = (number - 1) * run, torch.arange(num * run).int()
-        width = 1 if number == 1 else run
-        expected = torch.from_numpy(going // branches) + width * torch.arange(num)[:, None]
-        assert torch.equal(parents[: num * run].view(num, run), expected.int())
-        assert torch.equal(positions[: num * run], (bases + number - 1).repeat_interleave(run))
-        assert torch.equal(after[: num * run], (bases + number).repeat_interleave(run))
-        keys = (bases[:, None] + done + torch.arange(run)).long()
-        assert torch.equal(slots[: num * run].view(num, run), (table[:num].gather(1, keys // PAGE) * PAGE + keys % PAGE).int())
-        assert torch.equal(kv_len, torch.cat([bases + done + run, torch.zeros(2).int()]))
-        assert torch.equal(logit_rows[: num * run], some) and torch.equal(sample_rows[: num * run], some)
-        nodes = [[[*(nodes[j][int(parent)] if number > 1 else []), done + k] for k, parent in enumerate(row // branches)]
-                 for j, row in enumerate(going)]  # fmt: skip
-        for j, request in enumerate(nodes):
-            for k, path in enumerate(request):
-                key = 32 - done - run
-                bits = sum(1 << b for b in range(32) if b < key or b - key in path)
-                assert int(seen[j * run + k]) % 2**32 == bits
-        assert torch.equal(starts, run * torch.arange(sequences + 1).clamp(max=num).int()) and torch.equal(pages, table)
-        assert not any(x[num * run :].any() for x in (tokens, positions, slots, parents, logit_rows, after))
-        assert (seen[num * run :] == -1).all() and (sample_rows[num * run :] == -1).all()

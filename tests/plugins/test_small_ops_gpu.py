@@ -237,24 +237,19 @@ def compile_every_kernel():
 def _of_heads():
     """Sites of tests/plugins/test_heads_gpu.py as a model has them."""
     ints, state, pool = Tensor((16,), "int32"), Tensor((16, 4096), "bfloat16"), Tensor((1, 4096), "bfloat16")
-    steps = (*[ints] * 3, Tensor((9,), "int32"), Tensor((8,), "int32"), Tensor((8, 128), "int32"), *[ints] * 3)
-    options, moves = (
-        [{"page_size": 16, "guesses": 1, "first": first} for first in (True, False)],
-        Tensor((8, 2), "int32"),
-    )
+    step = (*[ints] * 3, Tensor((9,), "int32"), Tensor((8,), "int32"), Tensor((8, 128), "int32"), *[ints] * 3)
+    head, draft = {"page_size": 16, "guesses": 1}, {"page_size": 16, "vocab_size": 32000}
+    ids, moves, pages = Tensor((32000,), "int32"), Tensor((8, 2), "int32"), Tensor((1, 16, 8, 128), "float8_e4m3fn")
+    told, handed_on = (Tensor((16, 8), "int32"), Tensor((16, 8), "float32")), (Tensor((16, 8, 8), "int32"),) * 2
     return [
-        *(
-            Site("DraftHead", each, (*[ints] * 8, Tensor((32000,), "int32")), steps + (moves,) * each["first"])
-            for each in options
-        ),
-        *(Site("Draft", each | {"vocab_size": 32000}, (*[ints] * 8,), steps) for each in options),
-        *(Site("Unpack", {}, (ints, ints), given) for given in (steps, (*steps, ints))),
-        Site(
-            "MoveRows",
-            {},
-            (Tensor((1, 16, 8, 128), "float8_e4m3fn"), moves),
-            (Tensor((1, 16, 8, 128), "float8_e4m3fn"),),
-        ),
+        Site("DraftHead", head | {"first": True}, (*[ints] * 8, ids), (*step, *[ints] * 3)),
+        Site("DraftHead", head | {"first": False}, (*[ints] * 8, ids), step),
+        Site("Draft", draft | {"step": "first"}, (*[ints] * 9,), (*step, ints)),
+        Site("Draft", draft | {"step": "path"}, (*[ints] * 9,), (*step, ints, ints)),
+        Site("Draft", draft | {"step": "next"}, (*[ints] * 9,), step),
+        Site("Grow", draft | {"branches": 8}, (ints, ints, *told, ints, ids), (*step, ints, ints, *handed_on)),
+        *(Site("Unpack", {}, (ints, ints), given) for given in (step, (*step, ints))),
+        Site("MoveRows", {}, (pages, moves), (pages,)),
         Site("KeepStates", {}, (state, ints), (pool,)),
         Site("ReadStates", {}, (ints, pool, pool), (Tensor((16, 8192), "bfloat16"),)),
         Site("Concat", {"axis": -1}, (state, state), (Tensor((16, 8192), "bfloat16"),)),
