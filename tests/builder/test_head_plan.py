@@ -11,7 +11,7 @@ from ingot.builder.targets.planner import Planner
 from ingot.engines import step
 from ingot.engines.errors import BuildError
 from ingot.engines.manifest import HeadInfo
-from ingot.engines.plan import FIRST, NEXT, Argument
+from ingot.engines.plan import FIRST, GROW, NEXT, Argument
 from ingot.engines.sampling import SAMPLE_POSITIONS, SAMPLE_ROWS
 from ingot.plugins import tactics_of
 from ingot.plugins.tactic import Device, Tensor
@@ -90,18 +90,25 @@ def names_of(values):
 def sites(found, sizes):
     """(part, op, inputs, outputs) of a bucket's nodes."""
     return [(w.part, w.site.op, names_of(w.inputs), names_of(w.outputs)) for w in found.sites(sizes)
-            if w.site.op not in ("Unpack", "Sample", "DraftHead", "MoveRows")]  # fmt: skip
+            if w.site.op not in ("Unpack", "Sample", "DraftHead", "Grow")]  # fmt: skip
 
 
 @pytest.mark.parametrize("join", [norm, total])
 def test_each_kind_of_bucket_leaves_out_the_input_that_is_zero(join):
     found = planner(head_graph(join), HeadInfo("eagle3", (7, 2), WIDTH, 99))
-    own, read, mixed = (sites(found, sizes) for sizes in (DECODE, VERIFY, ANY))
-    assert read[0] == ("body", "ReadStates", ["slots", "target.states.0", "target.states.1"], ["features"])
+    own, verify, mixed = (sites(found, sizes) for sizes in (DECODE, VERIFY, ANY))
+    pools = ["target.states.0", "target.states.1"]
+    assert ("first", "ReadStates", ["state_slots", *pools], ["features"]) in verify
+    read = [each for each in verify if each[0] in ("stage", "body", "head")]
+    assert read[0] == ("stage", "ReadStates", ["slots", *pools], ["features"])
     assert [each[:3] for each in read] == [each[:3] for each in mixed] and read[1][1:3] == (
         "Linear",
         ["features", "fc", None],
     )
+    # levels of trees are as steps of decoding, but that a token's state is that of its parent
+    levels = [each for each in verify if each[0] in ("grow", "own.body", "own.head")]
+    assert levels[0] == ("grow", "ReadStates", ["parents", "drafted"], ["drafted"])
+    assert [(f"own.{part}", *rest) for part, *rest in own] == levels[1:]
     assert not any("drafted" in inputs for _, op, inputs, _ in read[:-1])
     assert not any("features" in inputs or op == "ReadStates" for _, op, inputs, _ in own)
     if join is norm:
@@ -123,8 +130,8 @@ def test_parts_and_places_of_a_head():
     assert found.vocab_size == VOCAB
     buckets = [found.plan(sizes) for sizes in (DECODE, VERIFY, ANY)]
     own, trees = {"stage", "body", "head", "sample.greedy"}, "sample.branches"
-    assert [set(bucket.parts) - own for bucket in buckets] == [{NEXT, trees}, {FIRST, trees}, set()]
-    assert len(buckets[1].parts[FIRST]) == 3, "what a branch left in two pools moves"
+    levels = {FIRST, GROW, "own.body", "own.head"}
+    assert [set(bucket.parts) - own for bucket in buckets] == [{NEXT, trees}, {*levels, trees}, set()]
     for bucket in buckets:
         launches = [launch for name in ("body", "head") for launch in bucket.parts[name]]
         names = [a.name for launch in launches for a in launch.arguments if isinstance(a, Argument)]
