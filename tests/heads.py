@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 EPSILON = 1e-5
 
 
-def write_head(folder: Path, target: Path, kind: str, draft_vocab: int = 0, pickled: bool = False, **changes) -> Path:
+def write_head(
+    folder: Path, target: Path, kind: str, draft_vocab: int = 0, pickled: bool = False, bias: bool = True, **changes
+) -> Path:  # fmt: skip
     """A checkpoint of a random head for the target, a Llama's checkpoint."""
     config = json.loads((target / "config.json").read_text()) | {"num_hidden_layers": 1, "rms_norm_eps": EPSILON}
     config |= changes
@@ -35,7 +37,8 @@ def write_head(folder: Path, target: Path, kind: str, draft_vocab: int = 0, pick
     if kind == "eagle3":
         ids = torch.randperm(config["vocab_size"], generator=generator)[:rows].sort().values
         tensors |= {"d2t": ids - torch.arange(rows), "t2d": torch.zeros(config["vocab_size"]).index_fill(0, ids, 1) > 0}
-    tensors["fc.bias"] = torch.randn(width, generator=generator)
+    if bias:
+        tensors["fc.bias"] = torch.randn(width, generator=generator)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     if pickled:

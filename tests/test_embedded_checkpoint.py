@@ -81,7 +81,7 @@ def test_a_head_guesses_what_the_small_one_guesses(script, reads, large_reads, t
     shape = script.Shape(512, 600, 5, 8, 4, 128, 4700, False)
     script.embed(CHECKPOINT, tmp_path / "large", shape, "float32")
     named = {"eagle_aux_hidden_state_layer_ids": reads} if reads else {}
-    small = write_head(tmp_path / "head", CHECKPOINT, "eagle3", draft_vocab=500, **named)
+    small = write_head(tmp_path / "head", CHECKPOINT, "eagle3", draft_vocab=500, bias=False, **named)
     out = tmp_path / "large-head"
     found = module_of("embedded_head").embed_head(small, CHECKPOINT, out, shape, "float32", draft_vocab=800)
     assert found == large_reads
@@ -97,7 +97,7 @@ def test_a_head_guesses_what_the_small_one_guesses(script, reads, large_reads, t
 
 
 def test_a_head_of_another_target_is_refused(script, tmp_path):
-    head = write_head(tmp_path / "head", CHECKPOINT, "eagle3")
+    head = write_head(tmp_path / "head", CHECKPOINT, "eagle3", bias=False)
     with pytest.raises(SystemExit, match="has hidden_size 192, .* has 384: give the target of the head"):
         module_of("embedded_head").embed_head(head, DEMO / "pycoder-14m", tmp_path / "out", script.SHAPES["llama-68m"])
     head = write_head(tmp_path / "eagle", CHECKPOINT, "eagle")

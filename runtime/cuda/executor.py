@@ -55,6 +55,7 @@ class CudaExecutor:
     costs: Costs | None = None
     _graphs: Replays
     _drafting: Drafting | None = None
+    _moves: Moves | None = None
     _body: tuple[str, ...] = ("stage", "body")  # parts up to the logits
 
     def __init__(self, engine: Engine, config: ServeConfig):
@@ -116,7 +117,8 @@ class CudaExecutor:
 
     def launch(self, batch: Batch) -> Pending:
         self._gpu.use()
-        self._moves.launch()
+        if self._moves:
+            self._moves.launch()
         for placement in batch.placements:
             self._tables.place(placement)
         before = depths(batch.drafts) if batch.masks and batch.drafts is not None else None
@@ -165,9 +167,11 @@ class CudaExecutor:
     def result(self, batch: Batch, arrays: dict[str, np.ndarray], sample: str, guesses: Guesses | None) -> Result:
         """Tokens, log-probabilities and guesses of a step that is done, by work."""
         result = self._sampled(batch, arrays, sample)
-        self._moves.note(batch, arrays[SAMPLED][batch.sample_index])
+        tokens = arrays[SAMPLED][batch.sample_index]
+        if self._moves:
+            self._moves.note(batch, tokens)
         if self._drafting:
-            drafts = self._drafting.settle(batch, arrays[SAMPLED][batch.sample_index], guesses)
+            drafts = self._drafting.settle(batch, tokens, guesses)
             result = result._replace(drafts=drafts)
         return result
 
