@@ -35,7 +35,7 @@ class ServeConfig:
     read hidden states of this one, `draft_engine`); None: nothing. Answers do not change.
     num_draft_tokens: drafted at a time for a request at most; adapt_drafts: fewer, or none, where they do not pay.
     num_draft_nodes: of a tree of drafts, where several may stand for the same token, up to num_draft_tokens after one
-    another; 0: chains only. Engines that draft make trees where that pays better; for the cpu target.
+    another; 0: chains only. Engines that draft make trees where that pays better.
     """
 
     max_num_seqs: int | None = None
