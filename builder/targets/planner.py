@@ -164,9 +164,7 @@ class Planner:
         for part in (NEXT,) if sizes.max_query == 1 else (FIRST, PATH):
             outputs, tensors = self._staged(sizes)
             if part != NEXT:
-                outputs, tensors = (*outputs, ANCESTORS), (*tensors, tensors[0])
-            if part == PATH:
-                outputs, tensors = (*outputs, BASES), (*tensors, Tensor((self.max_num_seqs,), "int32"))
+                outputs, tensors = (*outputs, ANCESTORS, BASES), (*tensors, tensors[0], shapes[-2])
             attributes = {"page_size": self.page_size, "vocab_size": self.vocab_size, "step": part}
             work.append(Work(part, STAGING, Site("Draft", attributes, shapes, tensors, self.device), inputs, outputs))
         return work if sizes.max_query == 1 else [*work, self._growing(sizes)]

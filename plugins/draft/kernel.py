@@ -13,10 +13,12 @@ all int32:
 Outputs: those of `Unpack`, for a step of N sequences: the first has two tokens each, the last one sampled and the one
 before it; the next ones have the token guessed last, and take `kv_len` and `pages` as the step before left them. "path"
 stands in for "first" where drafts are or were trees, of which no keys are kept: C tokens each, from the one that the
-first sample follows to the last one sampled, which fills up what is left. Both have ancestors [T], all ones, and the
-latter bases [S], how many positions are right then.
+first sample follows to the last one sampled, which fills up what is left. Both have ancestors [T], all ones, and bases
+[S], how many positions are right then.
 Tokens past the vocabulary become its last. What is past the page table goes to slot 0, as padding does.
 """
+
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -81,68 +83,18 @@ def copy_pages(pages, table, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def first_kernel(
-    packed, target_tokens, target_query_start, target_kv_len, target_pages, sampled, target_ancestors,
-    tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions,
-    ancestors,
-    T: tl.constexpr, S: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
-    V: tl.constexpr,
-    PDL: tl.constexpr = False,
-):  # fmt: skip
-    """Grid (S + blocks of the longest array): a program for each sequence, then padding."""
-    begin(PDL)
-    width, n, ahead = wanted(packed)
-    program = tl.program_id(0)
-    i = tl.arange(0, BLOCK)
-    if program < S:
-        if program < n:
-            work = tl.load(ahead + program)
-            row = tl.load(ahead + n + program)
-            num = tl.load(ahead + 2 * n + program)
-            first = tl.load(target_query_start + work + 1) - num  # the token that the first sample follows
-            last, right = follow(sampled + row, target_tokens + first, target_ancestors + first, num)
-            position = tl.load(target_kv_len + work) - num + right
-            before = tl.minimum(tl.load(target_tokens + first + last), V - 1)
-            newest = tl.minimum(tl.load(sampled + row + last), V - 1)
-            table = target_pages + work.to(tl.int64) * tl.load(packed + 5)
-            columns = tl.minimum(width, WIDTH)
-            copy_pages(pages + program.to(tl.int64) * WIDTH, table, columns, WIDTH, BLOCK)
-            at = 2 * program
-            tl.store(tokens + at, before)
-            tl.store(tokens + at + 1, newest)
-            tl.store(positions + at, position)
-            tl.store(positions + at + 1, position + 1)
-            tl.store(slots + at, slot_of(table, position, columns, PAGE))
-            tl.store(slots + at + 1, slot_of(table, position + 1, columns, PAGE))
-            tl.store(kv_len + program, position + 2)
-            tl.store(sample_positions + program, position + 2)
-        else:
-            tl.store(kv_len + program, 0)
-        return
-    i += (program - S) * BLOCK
-    padding = (i >= 2 * n) & (i < T)
-    tl.store(tokens + i, i * 0, mask=padding)
-    tl.store(positions + i, i * 0, mask=padding)
-    tl.store(slots + i, i * 0, mask=padding)
-    tl.store(ancestors + i, i * 0 - 1, mask=i < T)
-    tl.store(query_start + i, 2 * tl.minimum(i, n), mask=i <= S)
-    tl.store(logit_rows + i, tl.where(i < n, 2 * i + 1, 0), mask=i < R)
-    tl.store(sample_rows + i, tl.where(i < n, i, -1), mask=i < R)
-    tl.store(sample_positions + i, i * 0, mask=(i >= n) & (i < R))
-
-
-@triton.jit
-def path_kernel(
     packed, target_tokens, target_query_start, target_kv_len, target_pages, sampled, target_ancestors, level,
-    tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions,
-    ancestors, bases,
+    tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions, ancestors, bases,
     T: tl.constexpr, S: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
     V: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Grid (S + blocks of the longest array): a program for each sequence, then padding."""
+    """Grid (S + blocks of the longest array): a program for each sequence, then padding. level: None but for "path"."""
     begin(PDL)
     width, n, ahead = wanted(packed)
-    count = tl.load(level + 2)
+    count = 2
+    if level is not None:
+        count = tl.load(level + 2)
     program = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     if program < S:
@@ -152,6 +104,9 @@ def path_kernel(
             num = tl.load(ahead + 2 * n + program)
             first = tl.load(target_query_start + work + 1) - num  # the token that the first sample follows
             last, right = follow(sampled + row, target_tokens + first, target_ancestors + first, num)
+            skipped = right  # drafts that hold and are not given again
+            if level is not None:
+                skipped = right * 0
             root = tl.load(target_kv_len + work) - num
             newest = tl.load(sampled + row + last)
             table = target_pages + work.to(tl.int64) * tl.load(packed + 5)
@@ -159,10 +114,11 @@ def path_kernel(
             copy_pages(pages + program.to(tl.int64) * WIDTH, table, columns, WIDTH, BLOCK)
             at = count * program
             for j in range(0, count):
+                position = root + skipped + j
                 tl.store(tokens + at + j, tl.minimum(newest, V - 1))
-                tl.store(positions + at + j, tl.minimum(root + j, WIDTH * PAGE - 1))
-                tl.store(slots + at + j, slot_of(table, root + j, columns, PAGE))
-            tl.store(tokens + at, tl.minimum(tl.load(target_tokens + first), V - 1))
+                tl.store(positions + at + j, tl.minimum(position, WIDTH * PAGE - 1))
+                tl.store(slots + at + j, slot_of(table, position, columns, PAGE))
+            tl.store(tokens + at, tl.minimum(tl.load(target_tokens + first), V - 1), mask=skipped == 0)
             held = num * 0
             depth = held
             for j in range(1, num):  # as `follow`, which does not tell the way
@@ -170,12 +126,14 @@ def path_kernel(
                 held = tl.where(holds, j, held)
                 depth += holds.to(tl.int32)
                 token = tl.load(target_tokens + first + held)
-                tl.store(tokens + at + depth, tl.minimum(token, V - 1), mask=depth < count)
-            tl.store(kv_len + program, tl.minimum(root + count, WIDTH * PAGE))
-            tl.store(logit_rows + program, at + right + 1)
+                place = depth - skipped
+                tl.store(tokens + at + place, tl.minimum(token, V - 1), mask=(place >= 0) & (place < count))
+            length = root + right + 2
+            tl.store(kv_len + program, tl.minimum(root + skipped + count, WIDTH * PAGE))
+            tl.store(logit_rows + program, at + right + 1 - skipped)
             tl.store(sample_rows + program, program)
-            tl.store(sample_positions + program, root + right + 2)
-            tl.store(bases + program, root + right + 2)
+            tl.store(sample_positions + program, length)
+            tl.store(bases + program, length)
         else:
             tl.store(kv_len + program, 0)
         return
@@ -236,20 +194,18 @@ def tactics(site: Site) -> list[Tactic]:
     """One launch."""
     num_tokens, (sequences, width), rows = site.outputs[0].shape[0], site.outputs[5].shape, site.outputs[6].shape[0]
     a = site.attributes
-    constants = {"T": num_tokens, "S": sequences, "R": rows, "WIDTH": width, "BLOCK": BLOCK, "PAGE": a["page_size"],
-                 "V": a["vocab_size"]}  # fmt: skip
-    functions = {
-        "first": (first_kernel, range(7)),
-        "path": (path_kernel, (*range(7), 8)),
-        "next": (next_kernel, (0, 7)),
-    }
-    function, given = functions[a["step"]]
+    constants: dict[str, Any] = {"T": num_tokens, "S": sequences, "R": rows, "WIDTH": width, "BLOCK": BLOCK,
+                                 "PAGE": a["page_size"], "V": a["vocab_size"]}  # fmt: skip
+    step = a["step"]
+    function, given = (next_kernel, (0, 7)) if step == "next" else (first_kernel, (*range(7), 8))
+    if step == "first":
+        constants["level"], given = None, given[:-1]
     grid = triton.cdiv(sequences + 1, BLOCK)
-    if a["step"] == "next":
+    if step == "next":
         constants = {name: value for name, value in constants.items() if name not in ("T", "R")}
     else:
         grid = sequences + triton.cdiv(max(num_tokens, sequences + 1, rows), BLOCK)
-    names = [name for name in function.arg_names if not name.isupper()]
+    names = [name for name in function.arg_names if not name.isupper() and name not in constants]
     signature = tuple((name, "*i32") for name in names)
     kernel = Kernel(f"draft.kernel:{function.__name__}", signature, tuple(constants.items()))
     inputs = tuple(Operand("input", i) for i in given)

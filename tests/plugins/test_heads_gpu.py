@@ -203,13 +203,14 @@ def test_first_step_of_a_draft_engine(rng, num_works, num_ahead):
     steps = Steps(rng, num_works, num_ahead, 1)
     sequences, vocab = num_ahead + rng.randrange(3) + (not num_ahead), VOCAB - 5
     shapes = [(2 * sequences,)] * 3 + [(sequences + 1,), (sequences,), (sequences, WIDTH)] + [(sequences,)] * 3
-    shapes.append(shapes[0])
+    shapes += [shapes[0], (sequences,)]
     packed, starts, kv_len, pages, sampled, tokens, seen = steps.inputs
     inputs = [packed, tokens, starts, kv_len, pages, sampled, seen, torch.zeros(1).int(), torch.zeros(3).int()]
     options = {"page_size": PAGE, "vocab_size": vocab, "step": "first"}
     outputs = run("Draft", inputs, [Tensor(shape, "int32") for shape in shapes], **options)
-    tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions, seen = outputs
-    assert (seen == -1).all()
+    tokens, positions, slots, query_start, kv_len, pages, logit_rows, sample_rows, sample_positions, *rest = outputs
+    seen, bases = rest
+    assert (seen == -1).all() and torch.equal(bases[:num_ahead], sample_positions[:num_ahead])
     for j, work in enumerate(steps.ahead):
         share = draft.first_step(*steps.told(work))
         assert tokens[2 * j : 2 * j + 2].tolist() == [min(token, vocab - 1) for token in share.tokens]

@@ -244,8 +244,7 @@ def _of_heads():
     return [
         Site("DraftHead", head | {"first": True}, (*[ints] * 8, ids), (*step, *[ints] * 3)),
         Site("DraftHead", head | {"first": False}, (*[ints] * 8, ids), step),
-        Site("Draft", draft | {"step": "first"}, (*[ints] * 9,), (*step, ints)),
-        Site("Draft", draft | {"step": "path"}, (*[ints] * 9,), (*step, ints, ints)),
+        *(Site("Draft", draft | {"step": name}, (*[ints] * 9,), (*step, ints, ints)) for name in ("first", "path")),
         Site("Draft", draft | {"step": "next"}, (*[ints] * 9,), step),
         Site("Grow", draft | {"branches": 8}, (ints, ints, *told, ints, ids), (*step, ints, ints, *handed_on)),
         *(Site("Unpack", {}, (ints, ints), given) for given in (step, (*step, ints))),
