@@ -39,7 +39,7 @@ LISTED = ("GatedQuantisedLinear", "QuantiseTokens", "QuantisedGatedActivation", 
 SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}  # multiprocessors of the best-known GPU of each kind
 
 
-MOST_DRAFTS = 16  # of a sequence in a step
+MOST_DRAFTS = 31  # of a sequence in a step: with the token before them, the keys that `PagedAttention` has bits for
 
 HARDWARE_FP8 = 89  # compute capability from which GPUs multiply FP8
 

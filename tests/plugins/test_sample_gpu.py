@@ -252,10 +252,10 @@ def test_a_sample_of_a_tree_follows_its_ancestors_alone():
     words[2::num_rows] = torch.randint(-(2**31), 2**31 - 1, (1 + DRAFTS, words.shape[1]), dtype=torch.int32)
     base[14] = words
     seen = [-1, *(bits_of(parents, i, DRAFTS) for i in range(DRAFTS)), *[-1] * 5]
-    order = torch.randperm(20)[: len(rows)].int()  # rows of the step's tokens
-    ancestors = torch.zeros(20, dtype=torch.int32)
+    order = torch.randperm(len(rows) + 7)[: len(rows)].int()  # rows of the step's tokens
+    ancestors = torch.zeros(len(rows) + 7, dtype=torch.int32)
     ancestors[order] = torch.tensor(seen, dtype=torch.int32)
-    tokens = torch.randint(vocab, (20,), dtype=torch.int32)
+    tokens = torch.randint(vocab, (len(rows) + 7,), dtype=torch.int32)
     for node in range(DRAFTS):  # parents come first: with each the path to it is right
         inputs = [*base, tokens.clone(), order, ancestors]
         found = compare(inputs, every=False)
