@@ -24,7 +24,7 @@ from ingot.builder.targets.head_planner import HeadPlanner
 from ingot.builder.targets.planner import Planner
 from ingot.engines.manifest import BuildRecord, KVLayer, Manifest, ModelInfo
 from ingot.engines.plan import FOLDER, Argument, Plan
-from ingot.engines.sampling import SAMPLED
+from ingot.engines.sampling import MAX_BRANCHES, SAMPLED
 from ingot.engines.step import KV_LEN, LOGIT_ROWS
 from ingot.engines.weights import save_graph
 from ingot.engines.writer import engine_directory
@@ -188,9 +188,14 @@ class IdleGraphs(InterpretedGraphs):
             for launch in self._plan.buckets[bucket].parts[part]:
                 for argument, (_, kind) in zip(launch.arguments, self._kernels[launch.cubin].signature, strict=True):
                     self._value(argument, kind)
-        base = self._addresses["input"][SAMPLED]
-        tokens = self._driver.memory[base].view(np.int32)
+        buffers = {
+            name: self._driver.memory[self._addresses["input"][name]] for name in (SAMPLED, "top_ids", "top_logprobs")
+        }
+        tokens = buffers[SAMPLED].view(np.int32)
         tokens[:] = np.random.default_rng(bucket).integers(2, 6, len(tokens))
+        best = buffers["top_ids"].view(np.int32)
+        best[:] = 2 + np.arange(len(best)) % MAX_BRANCHES
+        buffers["top_logprobs"].view(np.float32)[:] = -1.0 - best
 
 
 @contextmanager

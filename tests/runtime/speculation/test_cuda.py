@@ -79,8 +79,11 @@ def test_an_engine_that_drafts_for_itself_is_always_right(engines):
 
 
 @pytest.mark.parametrize(
-    "rows, tokens, drafts, serve", [(9, 64, 7, {"max_num_seqs": 5}), (1, 16, 7, {}), (5, 40, 16, {})]
-)
+    "rows, tokens, drafts, serve",
+    [(9, 64, 7, {"max_num_seqs": 5}), (1, 16, 7, {}), (5, 40, 16, {}),
+     (9, 64, 31, {"num_draft_tokens": 8, "num_draft_nodes": 31}),
+     (5, 40, 7, {"num_draft_tokens": 1, "num_draft_nodes": 2})],
+)  # fmt: skip
 def test_every_step_has_a_bucket(rows, tokens, drafts, serve, tmp_path):
     """Also those that costs are measured on; requests of all lengths, scored prompts, most that can be drafted."""
     sizes = dict(max_num_seqs=rows, max_num_batched_tokens=tokens, max_draft_tokens=drafts)
@@ -89,10 +92,10 @@ def test_every_step_has_a_bucket(rows, tokens, drafts, serve, tmp_path):
     params = [SamplingParams(temperature=i % 2, max_tokens=3 * i + 2, ignore_eos=True, seed=i, speculate=i % 5 != 0,
                              prompt_logprobs=1 if i % 4 == 0 else None, logprobs=2 if i % 3 == 0 else None)
               for i in range(12)]  # fmt: skip
-    options = dict(draft_engine=engine, num_draft_tokens=drafts, adapt_drafts=False, num_kv_pages=200)
+    options = dict(draft_engine=engine, num_draft_tokens=min(drafts, 16), adapt_drafts=False, num_kv_pages=200) | serve
     with interpreted_gpu(IdleGraphs), pytest.MonkeyPatch.context() as patch:
         patch.setattr("ingot.runtime.cuda.executor.MEASURING", 10.0)
-        with LLM(engine, speculate="draft", **options, **serve) as llm:
+        with LLM(engine, speculate="draft", **options) as llm:
             outputs = llm.generate(prompts, params, progress=False)
             stats = llm.metrics().speculation
     assert [len(output.outputs[0].token_ids) for output in outputs] == [each.max_tokens for each in params]

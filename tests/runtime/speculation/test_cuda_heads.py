@@ -112,10 +112,12 @@ def test_drafts_are_those_of_plain_torch(target, wanted, exported, tmp_path, kin
     assert len(seen) > 9 and all(found == draft(tokens, len(found)) for tokens, found in seen)
 
 
-@pytest.mark.parametrize("kind, rows, tokens, drafts, seqs", [("eagle3", 9, 64, 7, 5), ("medusa", 5, 40, 16, 5)])
-def test_every_step_has_a_bucket(exported, kind, rows, tokens, drafts, seqs, tmp_path):
+@pytest.mark.parametrize(
+    "kind, rows, tokens, drafts, nodes", [("eagle3", 9, 64, 7, 0), ("medusa", 5, 40, 16, 0), ("eagle", 9, 64, 5, 31)]
+)
+def test_every_step_has_a_bucket(exported, kind, rows, tokens, drafts, nodes, tmp_path):
     """Requests of all lengths, scored prompts, steps in which some draft and others do not; tokens are random."""
-    sizes = dict(max_num_seqs=rows, max_num_batched_tokens=tokens, max_draft_tokens=drafts)
+    sizes = dict(max_num_seqs=rows, max_num_batched_tokens=tokens, max_draft_tokens=nodes or drafts)
     engine = cast(tmp_path / "engine", random_weights(), "cuda", (0, 1), **sizes)
     head = cast_head(tmp_path / "head", *exported(kind)[1:], **sizes)
     prompts = [[5, 6, 7 + i % 3] * (1 + 5 * i % 17) for i in range(12)]
@@ -123,7 +125,8 @@ def test_every_step_has_a_bucket(exported, kind, rows, tokens, drafts, seqs, tmp
                              prompt_logprobs=1 if i % 4 == 0 else None, logprobs=2 if i % 3 == 0 else None)
               for i in range(12)]  # fmt: skip
     speculate = "medusa" if kind == "medusa" else "eagle"
-    options = dict(draft_engine=head, num_draft_tokens=drafts, adapt_drafts=False, num_kv_pages=200, max_num_seqs=seqs)
+    options = dict(draft_engine=head, num_draft_tokens=drafts, num_draft_nodes=nodes, adapt_drafts=False,
+                   num_kv_pages=200, max_num_seqs=5)  # fmt: skip
     with interpreted_gpu(IdleGraphs), LLM(engine, speculate=speculate, **options) as llm:
         outputs = llm.generate(prompts, params, progress=False)
         stats = llm.metrics().speculation
