@@ -11,10 +11,10 @@ all int32:
     7 last_token: the token that the draft engine guessed last for each of the N    8 level: its third number is C
 
 Outputs: those of `Unpack`, for a step of N sequences: the first has two tokens each, the last one sampled and the one
-before it; the next ones have the token guessed last, and take `kv_len` and `pages` as the step before left them. "path"
-stands in for "first" where drafts are or were trees, of which no keys are kept: C tokens each, from the one that the
-first sample follows to the last one sampled, which fills up what is left. Both have ancestors [T], all ones, and bases
-[S], how many positions are right then.
+before it; the next ones have the token guessed last, at the sample_positions and with the pages of the step before.
+"path" stands in for "first" where drafts are or were trees, of which no keys are kept: C tokens each, from the one that
+the first sample follows to the last one sampled, which fills up what is left. Both have ancestors [T], all ones, and
+bases [S], how many positions are right then.
 Tokens past the vocabulary become its last. What is past the page table goes to slot 0, as padding does.
 """
 
@@ -180,7 +180,7 @@ def next_kernel(
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = j < n
     inside = j < S
-    position = tl.load(kv_len + j, mask=there, other=0)
+    position = tl.load(sample_positions + j, mask=there, other=0)
     position = tl.minimum(position, WIDTH * PAGE - 1)  # a guess past the longest context is no guess
     slot = slot_of(pages + j.to(tl.int64) * WIDTH, position, tl.where(there, WIDTH, 0), PAGE)
     token = tl.load(last_token + j, mask=there, other=0)

@@ -53,6 +53,6 @@ def follow(drafts: Sequence[int], sampled: Sequence[int], parents: Sequence[int]
     return last, right
 
 
-def next_step(guess: int, kv_len: int) -> Share:
-    """The token guessed last, behind the `kv_len` keys that there are."""
-    return Share([guess], [kv_len], kv_len + 1)
+def next_step(guess: int, length: int) -> Share:
+    """The token guessed last, behind the `length` positions that are right."""
+    return Share([guess], [length], length + 1)

@@ -223,6 +223,23 @@ def test_first_step_of_a_draft_engine(rng, num_works, num_ahead):
     assert torch.equal(sample_rows, torch.where(some < num_ahead, some, -1)[:-1].int())
     assert not any(x[num_ahead:].any() for x in (kv_len, logit_rows, sample_positions))
     assert not any(x[2 * num_ahead :].any() for x in (tokens, positions, slots))
+    last = torch.randint(VOCAB, (max(1, num_ahead),)).int()
+    inputs = [x.to(DEVICE) for x in [*inputs[:7], last, inputs[8]]]
+    found = [x.clone().to(DEVICE) for x in outputs[:-2]]
+    poison = [0, 1, 2, 3, 4, 6, 7]  # pages and lengths stay where they are
+    for i in poison:
+        found[i] = torch.full((sequences + (i == 3),), 2**30, dtype=torch.int32, device=DEVICE)
+    site = Site("Draft", options | {"step": "next"}, tuple(map(described, inputs)), tuple(map(described, found)))
+    (tactic,) = tactics_of("Draft")(site)
+    jit.launch(tactic, inputs, found, torch.zeros(16, dtype=torch.uint8, device=DEVICE))
+    found = [x.cpu() for x in found]
+    for j, work in enumerate(steps.ahead):
+        share = draft.next_step(min(int(last[j]), vocab - 1), int(sample_positions[j]))
+        assert [int(found[i][j]) for i in (0, 1, 4)] == [*share.tokens, *share.positions, share.kv_len]
+        assert found[2][j] == steps.slot(work, share.positions[0], 0) and found[8][j] == share.kv_len
+    assert torch.equal(found[3], some.clamp(max=num_ahead).int())
+    assert found[7].tolist() == [*range(num_ahead), *[-1] * (sequences - num_ahead)]
+    assert not any(found[i][num_ahead:].any() for i in (0, 1, 2, 4, 6, 8))
 
 
 @pytest.mark.parametrize("num_works, num_ahead", [(1, 1), (7, 4), (5, 0), (300, 290)])

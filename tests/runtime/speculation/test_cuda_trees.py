@@ -1,5 +1,6 @@
 """Trees of drafts on the cuda target, in Triton's interpreter: drafts against plain torch, answers against none."""
 
+import itertools
 import json
 
 import pytest
@@ -56,6 +57,17 @@ def growing(engine, drafter, speculate="draft", room=ROOMY):
     return LLM(engine, speculate=speculate, draft_engine=drafter, **options, **room)
 
 
+def now_and_then_chains(llm, instead):
+    """For `recorded`: as `instead`; whether the next drafts are to be trees changes from step to step."""
+    speculation, turn = llm._session.scheduler._speculation, itertools.count()
+
+    def call(tokens, guesses):
+        speculation._tree = next(turn) % 5 > 1
+        return instead(tokens, guesses)
+
+    return call
+
+
 def trees_of(seen, least):
     trees = [(tokens, found) for tokens, found in seen if isinstance(found, Tree)]
     assert len(trees) >= least
@@ -67,7 +79,7 @@ def test_a_draft_engine_grows_the_trees_of_plain_torch(target, draft, room):
     """In company, with prefix hits, and in a pool so small that a request is thrown out."""
     _, engine, wanted = target
     with interpreted_gpu() as replays, growing(engine, draft[1], room=room) as llm:
-        seen = recorded(llm, often_in_trees(PROMPTS, wanted))
+        seen = recorded(llm, now_and_then_chains(llm, often_in_trees(PROMPTS, wanted)))
         assert answers(llm) == wanted
         (again,) = llm.generate([PROMPTS[0] + wanted[0][:5]], GREEDY[1], progress=False)
         metrics, moved = llm.metrics(), sum(MOVES in parts for _, parts in replays)
@@ -75,13 +87,18 @@ def test_a_draft_engine_grows_the_trees_of_plain_torch(target, draft, room):
     assert metrics.preemptions > 0 if room is TIGHT else metrics.prefix_hits > 0
     assert moved > 2 and metrics.speculation.accepted_at[1] > 0
     model = AutoModelForCausalLM.from_pretrained(draft[0], dtype=torch.float32)
+    chains = [(tokens, found) for tokens, found in seen if found and not isinstance(found, Tree)]
+    assert len(chains) > 2
     with torch.inference_mode():
-        for tokens, found in trees_of(seen, 5):
+        for tokens, found in trees_of(seen, 5) + chains:
 
             def after(path, tokens=tokens):
                 return model(torch.tensor([tokens + path])).logits[0, -1].log_softmax(-1)
 
-            assert same_tree(found, grown(after, DEPTH, NODES, run=RUN))
+            if isinstance(found, Tree):
+                assert same_tree(found, grown(after, DEPTH, NODES, run=RUN))
+            else:
+                assert found == [int(after(found[:i]).argmax()) for i in range(len(found))]
 
 
 def test_what_is_sampled_is_what_it_would_be_without_drafts(target, draft):
