@@ -68,10 +68,18 @@ def now_and_then_chains(llm, instead):
     return call
 
 
-def trees_of(seen, least):
-    trees = [(tokens, found) for tokens, found in seen if isinstance(found, Tree)]
-    assert len(trees) >= least
-    return trees
+def enough(seen):
+    """The same, chains behind trees and trees behind chains."""
+    num_trees = sum(isinstance(found, Tree) for _, found in seen)
+    assert num_trees > 4 and sum(bool(found) for _, found in seen) > num_trees + 2
+    return seen
+
+
+def likeliest(found, after, run=RUN):
+    """Whether a tree or chain is the one that grows by `after(path)`, log-probabilities of what follows."""
+    if isinstance(found, Tree):
+        return same_tree(found, grown(after, DEPTH, NODES, run))
+    return found == [int(after(found[:i]).argmax()) for i in range(len(found))]
 
 
 @pytest.mark.parametrize("room", [ROOMY, TIGHT], ids=["roomy", "tight"])
@@ -87,18 +95,11 @@ def test_a_draft_engine_grows_the_trees_of_plain_torch(target, draft, room):
     assert metrics.preemptions > 0 if room is TIGHT else metrics.prefix_hits > 0
     assert moved > 2 and metrics.speculation.accepted_at[1] > 0
     model = AutoModelForCausalLM.from_pretrained(draft[0], dtype=torch.float32)
-    chains = [(tokens, found) for tokens, found in seen if found and not isinstance(found, Tree)]
-    assert len(chains) > 2
     with torch.inference_mode():
-        for tokens, found in trees_of(seen, 5) + chains:
-
-            def after(path, tokens=tokens):
-                return model(torch.tensor([tokens + path])).logits[0, -1].log_softmax(-1)
-
-            if isinstance(found, Tree):
-                assert same_tree(found, grown(after, DEPTH, NODES, run=RUN))
-            else:
-                assert found == [int(after(found[:i]).argmax()) for i in range(len(found))]
+        for tokens, found in enough(seen):
+            assert likeliest(
+                found, lambda path, t=tokens: model(torch.tensor([t + path])).logits[0, -1].log_softmax(-1)
+            )
 
 
 def test_what_is_sampled_is_what_it_would_be_without_drafts(target, draft):
@@ -124,23 +125,22 @@ def test_heads_grow_the_trees_of_plain_torch(target, tmp_path, kind):
     sizes = dict(max_draft_tokens=NODES)
     head = cast_head(tmp_path / "engine", *export_head(tmp_path / "head", checkpoint), **sizes)
     with interpreted_gpu() as replays, growing(engine, head, "medusa" if kind == "medusa" else "eagle") as llm:
-        seen = recorded(llm, often_in_trees(PROMPTS, wanted))
+        seen = recorded(llm, now_and_then_chains(llm, often_in_trees(PROMPTS, wanted)))
         assert answers(llm) == wanted
         stats, moved = llm.metrics().speculation, sum(MOVES in parts for _, parts in replays)
-    assert stats.accepted > 7 and moved > 3
+    assert stats.accepted > 5 and moved > 2
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     config, embedding = json.loads((tmp_path / "head" / "config.json").read_text()), model.get_input_embeddings().weight
     reads = (1, 0, 0) if kind == "eagle3" else (1,)
     with torch.inference_mode():
-        for tokens, found in trees_of(seen, 5):
+        for tokens, found in enough(seen):
             states = model(torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states
             if kind == "medusa":
                 said = [x.log_softmax(-1) for x in medusa_logits(tensors, states[1][0, -1], DEPTH, 1)]
-                assert same_tree(found, grown(lambda path, said=said: said[len(path)], DEPTH, NODES, run=8))
+                assert likeliest(found, lambda path, said=said: said[len(path)], run=8)
                 continue
             given = tensors, config, torch.cat([states[i][0] for i in reads], -1), tokens
-            after = lambda path, given=given: logprobs_after(*given, path, embedding)  # noqa: E731
-            assert same_tree(found, grown(after, DEPTH, NODES, run=RUN))
+            assert likeliest(found, lambda path, given=given: logprobs_after(*given, path, embedding))
 
 
 def test_trees_that_cannot_be_are_refused(target, draft, tmp_path):
