@@ -336,6 +336,11 @@ def _check_plans(plan: Plan, target: Plan, engine: Engine, gpu: Gpu, config: Ser
             f"The draft engine {engine.folder} was built for pages of {plan.page_size} tokens, the target for pages of"
             f" {target.page_size}; build one of them again."
         )
+    if config.num_draft_nodes and not any(BRANCHES in bucket.parts for bucket in plan.buckets):
+        raise EngineError(
+            f"The draft engine {engine.folder} was built by a version that drafted chains only; build it again with"
+            f" --max-draft-tokens {config.num_draft_nodes}."
+        )
     needed = config.num_draft_tokens if engine.manifest.head else 1  # a head takes all samples of a step at once
     needed = config.num_draft_nodes or needed
     if plan.max_draft_tokens < needed:

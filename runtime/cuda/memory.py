@@ -99,6 +99,10 @@ def check_plan(plan: Plan, engine: Engine, gpu: Gpu, config: ServeConfig) -> Non
         if not plan.max_draft_tokens:
             raise EngineError(f"{found} none; {again}.")
         raise EngineError(f"{found} at most {plan.max_draft_tokens}; ask for fewer, or {again}.")
+    if config.num_draft_nodes and not any(MOVES in bucket.parts for bucket in plan.buckets):
+        raise EngineError(
+            f"{folder} was built by a version that verified chains only; {mend} --max-draft-tokens {most}."
+        )
     if config.page_size not in (None, plan.page_size):
         raise EngineError(
             f"page_size is {config.page_size}, but {folder} was built for pages of {plan.page_size}; leave it out."

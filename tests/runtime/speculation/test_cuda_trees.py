@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from ingot import LLM, SamplingParams
 pytest.importorskip("triton")
 
 from ingot.engines.errors import EngineError
-from ingot.engines.plan import MOVES
+from ingot.engines.manifest import Manifest
+from ingot.engines.plan import FOLDER, MOVES, Plan
+from ingot.runtime.cuda.drafting import BRANCHES
 from ingot.runtime.speculation.tree import Tree
 from interpreted_gpu import cast, cast_head, export_head, interpreted_gpu, random_weights, write_target
 from random_tree import grown, same_tree
@@ -143,13 +147,26 @@ def test_heads_grow_the_trees_of_plain_torch(target, tmp_path, kind):
             assert likeliest(found, lambda path, given=given: logprobs_after(*given, path, embedding))
 
 
+def older(engine, out, part):
+    """The engine without this part of its plan, as older versions built it."""
+    shutil.copytree(engine, out)
+    plan = Plan.open(out / FOLDER)
+    buckets = [{name: some for name, some in bucket.parts.items() if name != part} for bucket in plan.buckets]
+    kept = tuple(replace(bucket, parts=parts) for bucket, parts in zip(plan.buckets, buckets, strict=True))
+    replace(plan, buckets=kept).save(out / FOLDER)
+    Manifest.read(out).save(out)
+    return out
+
+
 def test_trees_that_cannot_be_are_refused(target, draft, tmp_path):
-    options = dict(speculate="draft", draft_engine=draft[1], num_draft_tokens=3)
-    with interpreted_gpu(), pytest.raises(EngineError, match="num_draft_nodes is 9, but .* verify at most 7; ask for"):
-        LLM(target[1], num_draft_nodes=9, **options, **ROOMY)
     few = cast(tmp_path / "few", random_weights(), "cuda", max_draft_tokens=4)
-    with (
-        interpreted_gpu(),
-        pytest.raises(EngineError, match="--max-draft-tokens 4, so it cannot draft trees of 7; .*7"),
+    chains = older(target[1], tmp_path / "target", MOVES), older(draft[1], tmp_path / "draft", BRANCHES)
+    for engine, drafter, nodes, words in (
+        (target[1], draft[1], 9, "num_draft_nodes is 9, but .* verify at most 7; ask for"),
+        (target[1], few, 7, "--max-draft-tokens 4, so it cannot draft trees of 7; build it again .* 7"),
+        (chains[0], draft[1], 7, "was built by a version that verified chains only; build it again .* 7"),
+        (target[1], chains[1], 7, "was built by a version that drafted chains only; build it again .* 7"),
     ):
-        LLM(target[1], num_draft_nodes=7, **options | {"draft_engine": few}, **ROOMY)
+        options = dict(speculate="draft", draft_engine=drafter, num_draft_tokens=3, num_draft_nodes=nodes)
+        with interpreted_gpu(), pytest.raises(EngineError, match=words):
+            LLM(engine, **options, **ROOMY)
