@@ -81,13 +81,6 @@ class Kind:
         return frozenset(names)
 
     @property
-    def num_logprobs(self) -> int:
-        """How many of the best tokens of each row it tells."""
-        if not self.logprobs:
-            return 0
-        return MAX_LOGPROBS if self.extras else MAX_BRANCHES
-
-    @property
     def results(self) -> tuple[str, ...]:
         """The outputs it writes, in the order of the op."""
         return tuple(RESULTS) if self.logprobs else (SAMPLED,)
@@ -105,5 +98,4 @@ KINDS: dict[str, Kind] = {
     "any": Kind(random=True, truncate=True, extras=True),
     "logprobs": Kind(random=True, truncate=True, extras=True, logprobs=True),
 }
-# of drafts that are to be trees
-BRANCHING: dict[str, Kind] = {"branches": Kind(logprobs=True)}
+BRANCHES = Kind(logprobs=True)  # of drafts that are to be trees: the best MAX_BRANCHES of each row

@@ -14,6 +14,7 @@ LOGIT_ROWS = "logit_rows"  # [R] indices into T
 LOGITS = "logits"  # [R, vocab], the output
 # [T] bits of what a token sees of its sequence's last keys, where drafts are a tree (`PagedAttention`); else left out
 ANCESTORS = "ancestors"
+MOST_NODES = 31  # of a tree: with the token before them, the keys that a token has bits for
 
 # of a head that drafts (`Manifest.head`), besides; activation dtype. Its token t is the one at position t + 1
 FEATURES = "features"  # [T, width] hidden states of the target, side by side, or zeros

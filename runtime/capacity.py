@@ -12,12 +12,12 @@ from pathlib import Path
 
 from ..engines.errors import EngineError
 from ..engines.manifest import Manifest
+from ..engines.step import MOST_NODES
 
 MEMORY_SHARE = 0.2  # of the memory available
 MEMORY_CEILING = 4 << 30  # bytes; more has to be asked for
 WITH_ENGINE = {"draft": "a draft engine", "eagle": "a head's engine", "medusa": "the engine of Medusa heads"}
 DRAFTERS = ("ngram", "suffix", *WITH_ENGINE)
-MOST_NODES = 31  # of a tree: with the token before them, the keys that `PagedAttention` has bits for
 
 
 @dataclass(frozen=True, kw_only=True)

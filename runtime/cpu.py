@@ -19,7 +19,7 @@ import torch
 from ..engines.dtypes import DTYPES
 from ..engines.errors import EngineError
 from ..engines.manifest import Manifest
-from ..engines.step import FC_BIAS, LOGIT_ROWS, LOGITS, SLOTS, TOKEN_IDS, TOKENS, hidden_states, k_pages, v_pages
+from ..engines.step import FC_BIAS, LOGITS, TOKEN_IDS, TOKENS, hidden_states, k_pages, v_pages
 from ..engines.weights import GRAPH_FILE, load_graph, open_weights, random_weights
 from ..plugins import native
 from ..plugins.interpreter import Program
@@ -27,14 +27,13 @@ from ..plugins.paged_attention.trees import with_ancestors
 from .batch import Batch
 from .capacity import ServeConfig, available_memory, num_kv_pages
 from .engine import Engine
-from .executor import Logprobs, Result, Sampled, by_work
+from .executor import Logprobs, Result, Sampled, by_work, moved
 from .request import SamplingParams
 from .sampler import Sampler, top_logprobs
 from .speculation.costs import Costs, Curve, scratch_step
 from .speculation.draft_engine import DraftEngine
 from .speculation.head import HeadEngine, MedusaEngine
 from .speculation.pairing import check_drafter
-from .speculation.verify import holding, moves
 
 Graph = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, PAGE_SIZE = 64, 512, 16  # what is served if nothing else is asked for
@@ -174,10 +173,7 @@ class CpuExecutor:
 
     def _move(self, batch: Batch, tokens: np.ndarray) -> None:
         """The nodes of trees that hold, to the slots of their positions, in everything that lies by slot."""
-        assert batch.drafts is not None and batch.nodes is not None
-        pairs = moves(holding(tokens, batch.drafts, batch.nodes), batch.nodes)
-        rows = (batch.inputs[LOGIT_ROWS][batch.sample_index[samples]] for samples in pairs)
-        source, target = (batch.inputs[SLOTS][some] for some in rows)
+        _, source, target = moved(batch, tokens)
         if len(source):
             move(self._pools, source, target)
             if self.drafter:
@@ -199,7 +195,7 @@ def open_program(engine: Engine, config: ServeConfig) -> Program:
     binders = kernels.binders if isinstance(kernels, native.Kernels) else None
     graph = load_graph(compiled if (compiled / GRAPH_FILE).exists() else engine.folder)  # lowered, if quantised
     if config.num_draft_nodes:
-        graph = with_ancestors(graph)
+        with_ancestors(graph)
     weights = random_weights(graph) if config.load_format == "dummy" else open_weights(engine.folder)
     return Program(graph, weights, binders)
 

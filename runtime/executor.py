@@ -12,12 +12,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from ..engines.errors import EngineError
+from ..engines.step import LOGIT_ROWS, SLOTS
 from .batch import Batch
 from .capacity import ServeConfig
 from .engine import Engine
 from .request import Logprob, SamplingParams
 from .speculation.costs import Costs
-from .speculation.verify import holding
+from .speculation.verify import holding, moves
 
 Logprobs = dict[int, Logprob]
 
@@ -81,6 +82,15 @@ def open_executor(engine: Engine, config: ServeConfig) -> Executor:
     from .cpu import CpuExecutor
 
     return CpuExecutor.open(engine, config)
+
+
+def moved(batch: Batch, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a step with trees, where `tokens` [N] were sampled, left elsewhere than a chain would have: works, slots
+    from and slots to [M] of the drafts that hold."""
+    assert batch.nodes is not None
+    pairs = moves(holding(tokens, batch.drafts, batch.nodes), batch.nodes)
+    source, target = (batch.inputs[SLOTS][batch.inputs[LOGIT_ROWS][batch.sample_index[each]]] for each in pairs)
+    return batch.sample_works[pairs[0]], source, target
 
 
 def by_work(

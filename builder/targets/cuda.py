@@ -20,6 +20,7 @@ from ...calibration.recipe import Recipe
 from ...engines.errors import BuildError, EngineError
 from ...engines.manifest import HeadInfo, ModelInfo
 from ...engines.plan import FOLDER, Cubin, Gemm, Plan
+from ...engines.step import MOST_NODES
 from ...plugins import cublas
 from ...plugins.gpu import Gpu
 from ...plugins.tactic import Device
@@ -39,17 +40,15 @@ LISTED = ("GatedQuantisedLinear", "QuantiseTokens", "QuantisedGatedActivation", 
 SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}  # multiprocessors of the best-known GPU of each kind
 
 
-MOST_DRAFTS = 31  # of a sequence in a step: with the token before them, the keys that `PagedAttention` has bits for
-
 HARDWARE_FP8 = 89  # compute capability from which GPUs multiply FP8
 
 
 @contextmanager
 def begin(config: BuildConfig, audience: Audience = NOBODY) -> Iterator[Compile]:
     """Looks for a GPU first, so that a build that cannot be made ends before the export."""
-    if not 0 <= config.max_draft_tokens <= MOST_DRAFTS:
+    if not 0 <= config.max_draft_tokens <= MOST_NODES:
         raise BuildError(
-            f"max_draft_tokens is {config.max_draft_tokens}, expected 0 (no speculation) to {MOST_DRAFTS}; ask for "
+            f"max_draft_tokens is {config.max_draft_tokens}, expected 0 (no speculation) to {MOST_NODES}; ask for "
             "fewer."
         )
     gpu, device, how = _device(config)

@@ -80,11 +80,6 @@ def quantised_results(model: ir.Model) -> None:
             replace(old, fresh)
 
 
-def tree_drafts(model: ir.Model) -> None:
-    """Attention reads `ancestors`, so that drafts to be verified may be a tree."""
-    with_ancestors(model)
-
-
 def _read_elsewhere(value: ir.Value) -> bool:
     return value.is_graph_output() or len(value.uses()) != 1
 
@@ -92,7 +87,7 @@ def _read_elsewhere(value: ir.Value) -> bool:
 FUSIONS: tuple[Fusion, ...] = (
     lower_quantised, gated_linears, gated_quantised_linears, quantised_results, rotary_attentions
 )  # fmt: skip
-VERIFYING: tuple[Fusion, ...] = (tree_drafts, *FUSIONS)  # of graphs that verify drafts
+VERIFYING: tuple[Fusion, ...] = (with_ancestors, *FUSIONS)  # of graphs whose drafts, to be verified, may be trees
 
 
 def fuse(graph: ir.Graph, fusions: Sequence[Fusion] = FUSIONS) -> ir.Graph:

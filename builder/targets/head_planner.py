@@ -64,7 +64,8 @@ class HeadPlanner(Planner):
         if self._drafted is None or not self.drafts_in(sizes):
             return found
         graph = [replace(each, part=OWN + each.part) for each in work if each.part in ("body", "head")]
-        parents = self._read(GROW, PARENTS, {DRAFTED: self._pool(self._drafted, sizes)}, self._drafted, sizes)
+        pool = replace(self.tensor(self._drafted, sizes), cold=True)
+        parents = self._read(GROW, PARENTS, {DRAFTED: pool}, self._drafted, sizes)
         return [*found, parents, *_apart(_without(self._features, graph, self._hidden), self.logits)]
 
     def plan(self, sizes: Sizes) -> Bucket:
@@ -102,11 +103,6 @@ class HeadPlanner(Planner):
         tokens = Tensor((sizes.tokens,), "int32")
         site = Site("ReadStates", {}, (tokens, *pools.values()), (self.tensor(y, sizes),), self.device)
         return Work(part, STAGING, site, (slots, *pools), (y,))
-
-    def _pool(self, states: ir.Value, sizes: Sizes) -> Tensor:
-        """A buffer of such states."""
-        tensor = self.tensor(states, sizes)
-        return Tensor((1, *tensor.shape[1:]), tensor.dtype, cold=True)
 
     def _drafting(self, sizes: Sizes) -> list[Work]:
         assert self.head

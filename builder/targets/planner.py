@@ -13,7 +13,7 @@ from ...engines.errors import BuildError
 from ...engines.plan import FIRST, GROW, MOVES, NEXT, PATH, TARGET, ZEROS, Argument, Bucket, Launch, keep, move
 from ...engines.sampling import (
     BASES,
-    BRANCHING,
+    BRANCHES,
     CHANCES,
     KINDS,
     LAST_TOKEN,
@@ -22,6 +22,7 @@ from ...engines.sampling import (
     MAX_BIAS,
     MAX_BRANCHES,
     MAX_LEVELS,
+    MAX_LOGPROBS,
     MAX_STOP,
     PACKED,
     PARENTS,
@@ -140,7 +141,7 @@ class Planner:
         work += [self._sampling(name, kind, sizes) for name, kind in self.kinds.items()]
         if not self.drafts_in(sizes):
             return work
-        return [*work, *self._drafting(sizes), *(self._sampling(name, kind, sizes) for name, kind in BRANCHING.items())]
+        return [*work, *self._drafting(sizes), self._sampling("branches", BRANCHES, sizes, MAX_BRANCHES)]
 
     def _keeping(self, states: ir.Value, sizes: Sizes) -> Work:
         """Copies a hidden state to its pool, a buffer of the same name, for heads that draft from it."""
@@ -198,10 +199,11 @@ class Planner:
         tensors = tuple(self.tensor(values[name], sizes) for name in STEP_INPUTS)
         return (*STEP_INPUTS, SAMPLE_ROWS, SAMPLE_POSITIONS), (*tensors, *[Tensor((sizes.rows,), "int32")] * 2)
 
-    def _sampling(self, name: str, kind: Kind, sizes: Sizes) -> Work:
+    def _sampling(self, name: str, kind: Kind, sizes: Sizes, most: int = MAX_LOGPROBS) -> Work:
+        """most: log-probabilities of a row, if it tells any."""
         logits = self.logits_of(sizes)
         num_rows, vocab = logits.shape
-        num_logprobs = min(kind.num_logprobs, vocab)
+        num_logprobs = min(most, vocab)
         tables: dict[str, Tensor] = {}
         for table, (dtype, _) in TABLES.items():
             columns = width(table, vocab)
@@ -218,7 +220,7 @@ class Planner:
         )
         attributes = {
             "num_rows": self.max_num_seqs, "num_bias": MAX_BIAS, "num_stop": MAX_STOP, "random": kind.random,
-            "num_logprobs": num_logprobs, "truncate": kind.truncate, "extras": kind.extras,
+            "num_logprobs": num_logprobs if kind.logprobs else 0, "truncate": kind.truncate, "extras": kind.extras,
             "drafts": drafts,
         }  # fmt: skip
         site = Site("Sample", attributes, (logits, row, row, *shapes, *verified), outputs, self.device)

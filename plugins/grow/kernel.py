@@ -23,12 +23,13 @@ Nodes of a level lie behind those of the levels before, from the base on, and se
 import triton
 import triton.language as tl
 
+from ...engines.sampling import MAX_BRANCHES
 from ..draft.kernel import slot_of
 from ..pdl import begin
 from ..tactic import POINTERS, Kernel, Launch, Operand, Site, Tactic
 
 BLOCK = 256
-MOST = tl.constexpr(8)  # nodes of a level that are run, and branches of each
+MOST = tl.constexpr(MAX_BRANCHES)  # nodes of a level that are run, and branches of each
 
 
 @triton.jit

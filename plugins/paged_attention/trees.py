@@ -8,8 +8,8 @@ from .schema import SCHEMA
 PLACE = [each.name for each in SCHEMA.inputs].index(ANCESTORS)
 
 
-def with_ancestors(model: ir.Model) -> ir.Model:
-    """The model itself, each `PagedAttention` of which has the graph's new input `ancestors`, [T] int32."""
+def with_ancestors(model: ir.Model) -> None:
+    """Gives each `PagedAttention` the graph's new input `ancestors`, [T] int32."""
     graph = model.graph
     (tokens,) = (value for value in graph.inputs if value.name == TOKENS)
     given = ir.Value(name=ANCESTORS, type=tokens.type, shape=tokens.shape)
@@ -18,4 +18,3 @@ def with_ancestors(model: ir.Model) -> ir.Model:
         if node.domain == "ingot" and node.op_type == "PagedAttention":
             node.resize_inputs(PLACE + 1)
             node.replace_input_with(PLACE, given)
-    return model

@@ -24,7 +24,7 @@ from ..capacity import ServeConfig
 from ..engine import Engine
 from ..speculation.costs import run_of_level
 from ..speculation.tree import Growth, Tree
-from ..speculation.verify import holding
+from ..speculation.verify import holding, newest
 from .graphs import Graphs, arena_bytes
 from .memory import GRAPH_RESERVE, check_plan, kv_pools, step_buffers, tree_buffers
 from .weights import Weights
@@ -167,17 +167,15 @@ class Drafting:
     def settle(self, batch: Batch, tokens: np.ndarray, guesses: Guesses | None) -> list[Sequence[int]] | None:
         """The step is done, and `tokens` [N] were sampled: the guesses of each work, and what is known of its rows."""
         works = batch.sample_works
-        held = np.ones(len(works), bool) if batch.drafts is None else holding(tokens, batch.drafts, batch.nodes)
-        holds = np.flatnonzero(held)
-        last = holds[np.append(works[holds][1:] != works[holds][:-1], True)] if len(holds) else holds
-        rows, newest = batch.sample_rows[last], batch.sample_positions[last]
-        self._seen[rows] = np.minimum(self._seen[rows], newest)
+        last = newest(works, holding(tokens, batch.drafts, batch.nodes))
+        rows, ends = batch.sample_rows[last], batch.sample_positions[last]
+        self._seen[rows] = np.minimum(self._seen[rows], ends)
         if guesses is None:
             return None
-        row_of, newest_of = np.zeros(batch.num_works, np.int64), np.zeros(batch.num_works, np.int64)
-        row_of[works[last]], newest_of[works[last]] = rows, newest
+        row_of, end_of = np.zeros(batch.num_works, np.int64), np.zeros(batch.num_works, np.int64)
+        row_of[works[last]], end_of[works[last]] = rows, ends
         steps = 1 if guesses.levels else len(guesses.chain)  # of trees no keys are kept
-        self._seen[row_of[guesses.works]] = self._seen_after(newest_of[guesses.works], steps)
+        self._seen[row_of[guesses.works]] = self._seen_after(end_of[guesses.works], steps)
         found: list[Sequence[int]] = [[] for _ in range(batch.num_works)]
         if guesses.levels:
             levels = [(self._tokens(tokens), chances) for tokens, chances in guesses.levels]
@@ -341,8 +339,8 @@ def _check_plans(plan: Plan, target: Plan, engine: Engine, gpu: Gpu, config: Ser
             f"The draft engine {engine.folder} was built by a version that drafted chains only; build it again with"
             f" --max-draft-tokens {config.num_draft_nodes}."
         )
-    needed = config.num_draft_tokens if engine.manifest.head else 1  # a head takes all samples of a step at once
-    needed = config.num_draft_nodes or needed
+    # a head takes all samples of a step at once
+    needed = config.num_draft_nodes or (config.num_draft_tokens if engine.manifest.head else 1)
     if plan.max_draft_tokens < needed:
         asked = f"trees of {needed}" if config.num_draft_nodes else f"{config.num_draft_tokens} tokens"
         what = f" {asked}" if plan.max_draft_tokens else ""

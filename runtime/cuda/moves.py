@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ...engines.plan import MOVES, Plan
-from ...engines.step import LOGIT_ROWS, SLOTS
 from ...plugins.gpu import Gpu
 from ..batch import Batch
-from ..speculation.verify import holding, moves
+from ..executor import moved
 from .graphs import Replays
 
 
@@ -33,14 +32,12 @@ class Moves:
 
     def note(self, batch: Batch, tokens: np.ndarray) -> None:
         """The step is done, and `tokens` [N] were sampled."""
-        if batch.nodes is None or batch.drafts is None:
+        if batch.nodes is None:
             return
-        pairs = moves(holding(tokens, batch.drafts, batch.nodes), batch.nodes)
-        works = batch.sample_works[pairs[0]]
+        works, source, target = moved(batch, tokens)
         # a request's moves one after the other: a slot that one empties may be filled by the next
         rank = np.arange(len(works)) - np.searchsorted(works, works)
-        rows = (batch.inputs[LOGIT_ROWS][batch.sample_index[samples]] for samples in pairs)
-        slots = np.stack([batch.inputs[SLOTS][some] for some in rows], 1)
+        slots = np.stack([source, target], 1)
         self._due = [slots[rank == i] for i in range(rank.max(initial=-1) + 1)]
 
     def launch(self) -> None:

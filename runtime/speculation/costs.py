@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ...engines import step as names
+from ...engines.sampling import MAX_BRANCHES
 
 if TYPE_CHECKING:
     import torch  # which engines for a GPU are served without
 
 BUDGET = 0.5  # seconds of measuring: larger sizes are taken to cost as much a token as the largest measured
-BRANCHES = 8  # of a node of a tree at most, and nodes of a level that are run
 REPEATS = 8  # the quickest counts: what is slower was disturbed
 
 
@@ -87,7 +87,7 @@ class Costs(NamedTuple):
 
 def run_of_level(nodes: int, depth: int) -> int:
     """Nodes of a level that a draft engine runs for a tree: those of all levels have room where its nodes will be."""
-    return max(1, min(BRANCHES, (nodes - 1) // max(1, depth - 1)))
+    return max(1, min(MAX_BRANCHES, (nodes - 1) // max(1, depth - 1)))
 
 
 def scratch_step(size: int, width: int) -> dict[str, torch.Tensor]:

@@ -20,11 +20,12 @@ import numpy as np
 
 from ...engines import step as names
 from ...engines.errors import EngineError
+from ...engines.sampling import MAX_BRANCHES
 from ..batch import Batch
 from ..engine import Engine
-from .costs import BRANCHES, run_of_level, scratch_step
+from .costs import run_of_level, scratch_step
 from .tree import Growth, Tree, bits
-from .verify import holding
+from .verify import holding, newest
 
 if TYPE_CHECKING:
     import torch  # which engines for a GPU are served without
@@ -79,9 +80,7 @@ class DraftEngine:
     def draft(self, batch: Batch, tokens: np.ndarray) -> list[Sequence[int]] | None:
         """Guesses after the step's tokens [N], `num_ahead` for each work; None where none are wanted."""
         works = batch.sample_works
-        held = np.ones(len(works), bool) if batch.drafts is None else holding(tokens, batch.drafts, batch.nodes)
-        holds = np.flatnonzero(held)
-        last = holds[np.append(works[holds][1:] != works[holds][:-1], True)]  # one for each work
+        last = newest(works, holding(tokens, batch.drafts, batch.nodes))
         works, rows, ends = works[last], batch.sample_rows[last], batch.sample_positions[last] + 1
         self._seen[rows] = np.minimum(self._seen[rows], ends - 1)
         if batch.num_ahead is None:
@@ -229,7 +228,7 @@ class DraftEngine:
     def _best(self, logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """[.., V] -> the best tokens [.., branches] and the logarithms of their chances."""
         found = logits[..., : self._vocab_size].float().log_softmax(-1)
-        chances, tokens = found.topk(min(BRANCHES, found.shape[-1]))
+        chances, tokens = found.topk(min(MAX_BRANCHES, found.shape[-1]))
         return chances.numpy(), tokens.numpy()
 
     def _put(self, pages: np.ndarray, positions: np.ndarray, tokens: np.ndarray) -> None:

@@ -40,12 +40,14 @@ class Nodes(NamedTuple):
             samples = self.parents[samples]
 
 
-def holding(tokens: np.ndarray, drafts: np.ndarray, nodes: Nodes | None = None) -> np.ndarray:
+def holding(tokens: np.ndarray, drafts: np.ndarray | None, nodes: Nodes | None = None) -> np.ndarray:
     """tokens [N] sampled, drafts [N] what was guessed for each, -1 for the last of a request -> bool [N].
 
-    A request's samples follow one another: up to its first that is not what was guessed, that one included, they hold.
-    nodes: instead of drafts; the samples along the path that holds.
+    A request's samples follow one another: up to its first that is not what was guessed, that one included, they hold;
+    all where nothing was guessed (None). nodes: instead of drafts; the samples along the path that holds.
     """
+    if drafts is None:
+        return np.ones(len(tokens), bool)
     if nodes is not None:
         held = nodes.parents < 0
         right = ~held & (tokens[nodes.parents] == nodes.tokens)
@@ -57,6 +59,12 @@ def holding(tokens: np.ndarray, drafts: np.ndarray, nodes: Nodes | None = None) 
     before = np.cumsum(wrong) - wrong  # wrong guesses before each sample, of all requests
     first = np.concatenate(([True], last[:-1]))
     return before == np.maximum.accumulate(np.where(first, before, 0))
+
+
+def newest(works: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """works [N] of samples, held [N] -> [M]: of each work the last sample that holds."""
+    holds = np.flatnonzero(held)
+    return holds[np.append(works[holds][1:] != works[holds][:-1], True)[: len(holds)]]
 
 
 def depths(drafts: np.ndarray) -> np.ndarray:
