@@ -21,7 +21,7 @@ from ...engines import plan
 from ...engines.errors import BuildError
 from ...plugins import cublas, pdl
 from ...plugins.tactic import Gemm, Kernel
-from .sass import lost_operands
+from .sass import faults
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 BATCH = 8  # kernels that a process gets at a time: it takes a second to start
@@ -78,10 +78,8 @@ def compile_kernel(kernel: Kernel, capability: int) -> Cubin:
     except Exception as error:  # Triton raises whatever its passes raise
         message = " ".join(str(error).split())[:300]
         raise BuildError(f"{kernel.function} does not compile for sm_{capability}: {message}") from error
-    if "wgmma" in compiled.asm["ptx"] and (lost := lost_operands(compiled.asm["cubin"])):
-        raise BuildError(
-            f"ptxas makes wrong code of {kernel.function} for sm_{capability}, an operand is lost: {lost[0]}"
-        )
+    if "wgmma" in compiled.asm["ptx"] and (wrong := faults(compiled.asm["cubin"])):
+        raise BuildError(f"ptxas makes wrong code of {kernel.function} for sm_{capability}: {wrong[0]}")
     meta, limit = compiled.metadata, shared_memory(capability)
     if meta.shared > limit:
         raise BuildError(
