@@ -4,11 +4,13 @@
 
 Scales are calibrated on ingot's own sources, perplexity is over windows of TEXT, by the log-probabilities that the
 engine gives for its prompts, which is the way they are served: by the target's kernels. KV tokens are those of 64 MiB.
-Engines are built `--jobs` at a time, for the GPU without timing.
+Engines are built `--jobs` at a time, for the GPU without timing. The exit status is the number of those that could not
+be built or run.
 """
 
 import argparse
 import math
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -51,7 +53,7 @@ def measure(folder: Path, windows: list[list[int]]) -> tuple[float, int]:
     return math.exp(total / sum(len(window) - 1 for window in windows)), capacity
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("--model", default=str(ROOT / "engines/demo/pycoder-14m"))
@@ -80,13 +82,20 @@ def main() -> None:
         engines += [(name, start(name, quant=name)) for name in args.recipes]
         engines += [(f"{kind} KV cache", start(f"kv-{kind}", kv_cache=kind)) for kind in args.kinds]
         print(f"{len(windows)} windows of {WINDOW} tokens of {args.text}, target {args.target}")
-        first = 0.0
+        first, failed = 0.0, 0
         for name, engine in engines:
-            perplexity, capacity = measure(engine.result(), windows)
+            try:
+                perplexity, capacity = measure(engine.result(), windows)
+            except Exception as error:  # the others are worth their time
+                failed += 1
+                print(f"{name:22} failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
+                continue
             first = first or perplexity
             rise = 100 * (perplexity / first - 1)
             print(f"{name:22} perplexity {perplexity:.4f} ({rise:+.3f}%), {capacity} KV tokens in 64 MiB", flush=True)
 
+        return failed
+
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
