@@ -93,7 +93,6 @@ def main() -> int:
             first = first or perplexity
             rise = 100 * (perplexity / first - 1)
             print(f"{name:22} perplexity {perplexity:.4f} ({rise:+.3f}%), {capacity} KV tokens in 64 MiB", flush=True)
-
         return failed
 
 
