@@ -5,6 +5,8 @@ The engine is the embedded draft checkpoint, cast by hand in a moment, on the CP
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from contextlib import asynccontextmanager, contextmanager
@@ -97,6 +99,21 @@ def api(llm, room=None, **config):
     room = room or Room()
     config = ServerConfig(engine=Path(NAME), served_model_name=NAME, **config)
     return create_app(llm, config, room, Page()), room
+
+
+@contextmanager
+def process_serving(engine, *options, says="4096 tokens of context"):
+    """`ingot serve` as a process that is ready, and its base URL."""
+    command = [sys.executable, "-m", "ingot", "serve", str(engine), "--port", "0", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline()
+        assert line.startswith(f"ingot serves {Path(engine).name} at http://127.0.0.1:"), line + process.stderr.read()
+        assert says in line
+        yield process, line.split(" at ")[1].split(": ")[0]
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @contextmanager

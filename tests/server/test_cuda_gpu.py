@@ -3,13 +3,11 @@
 import json
 import re
 import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import httpx2
 import pytest
+from api_server import process_serving
 from hand_made import DEMO
 from ingot import LLM, BuildConfig, SamplingParams, build_engine
 
@@ -36,20 +34,6 @@ def wanted(engine):
         return [output.outputs[0].text for output in llm.generate(PROMPTS, params, progress=False)]
 
 
-@contextmanager
-def serving(engine, *options):
-    """(process, base URL) of a server that is ready."""
-    command = [sys.executable, "-m", "ingot", "serve", str(engine), "--port", "0", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        line = process.stdout.readline()
-        assert line.startswith("ingot serves draft at http://"), line + process.stderr.read()
-        yield process, re.search(r"http://[\w.:]+\d", line)[0]
-    finally:
-        process.kill()
-        process.communicate()
-
-
 def complete(url, prompt, **options):
     body = {"prompt": prompt, "temperature": 0, "max_tokens": 24} | options
     found = httpx2.post(f"{url}/v1/completions", json=body, timeout=60)
@@ -67,7 +51,7 @@ def streamed(url, prompt, max_tokens):
 
 @pytest.mark.parametrize("options", [(), ("--speculate", "ngram")], ids=["plain", "drafting"])
 def test_clients_get_what_the_engine_answers(engine, wanted, options):
-    with serving(engine, *POOL, *options) as (process, url), ThreadPoolExecutor(len(PROMPTS)) as clients:
+    with process_serving(engine, *POOL, *options) as (process, url), ThreadPoolExecutor(len(PROMPTS)) as clients:
         whole = clients.map(lambda prompt: complete(url, prompt, ignore_eos=True), PROMPTS)
         pieces = clients.map(lambda prompt: streamed(url, prompt, 24), PROMPTS)
         dates = clients.map(
@@ -94,7 +78,10 @@ def test_clients_get_what_the_engine_answers(engine, wanted, options):
 
 
 def test_two_replicas_share_the_gpu(engine, wanted):
-    with serving(engine, *POOL, "--replicas", "2") as (process, url), ThreadPoolExecutor(len(PROMPTS)) as clients:
+    with (
+        process_serving(engine, *POOL, "--replicas", "2") as (process, url),
+        ThreadPoolExecutor(len(PROMPTS)) as clients,
+    ):
         assert list(clients.map(lambda prompt: complete(url, prompt, ignore_eos=True), PROMPTS)) == wanted
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0

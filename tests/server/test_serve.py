@@ -8,27 +8,12 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 
 import httpx2
 import pytest
+from api_server import process_serving
 
 COMPLETION = {"prompt": "def main():\n", "temperature": 0, "ignore_eos": True}
-
-
-@contextmanager
-def serving(engine, *options):
-    """(process, base URL) of a server that is ready."""
-    command = [sys.executable, "-m", "ingot", "serve", str(engine), "--port", "0", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        line = process.stdout.readline()
-        assert line.startswith("ingot serves draft at http://127.0.0.1:"), line + process.stderr.read()
-        assert "4096 tokens of context" in line
-        yield process, line.split(" at ")[1].split(": ")[0]
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def stream(url, found, max_tokens):
@@ -45,7 +30,7 @@ def children(pid):
 
 
 def test_it_serves_and_lets_open_requests_end(engine):
-    with serving(engine) as (process, url):
+    with process_serving(engine) as (process, url):
         answer = httpx2.post(f"{url}/v1/completions", json=COMPLETION | {"max_tokens": 5}, timeout=30).json()
         assert answer["usage"]["completion_tokens"] == 5 and answer["model"] == "draft"
         assert httpx2.get(f"{url}/ready").status_code == 200
@@ -74,7 +59,7 @@ def test_it_serves_and_lets_open_requests_end(engine):
 
 
 def test_a_second_signal_aborts(engine):
-    with serving(engine) as (process, url):
+    with process_serving(engine) as (process, url):
         found = []
         reader = threading.Thread(target=stream, args=(url, found, 4000))
         reader.start()
@@ -113,7 +98,7 @@ def test_what_cannot_be_served_is_one_sentence(engine, tmp_path):
 
 
 def test_the_log_has_a_line_for_each_event_and_request(engine):
-    with serving(engine, "--log-format", "json", "--log-level", "info") as (process, url):
+    with process_serving(engine, "--log-format", "json", "--log-level", "info") as (process, url):
         headers = {"X-Request-Id": "one"}
         body = COMPLETION | {"max_tokens": 5}
         assert httpx2.post(f"{url}/v1/completions", json=body, headers=headers, timeout=30).status_code == 200
