@@ -4,6 +4,7 @@ The engine is the embedded draft checkpoint, cast by hand in a moment, on the CP
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def process_serving(engine, *options, says="4096 tokens of context"):
         line = process.stdout.readline()
         assert line.startswith(f"ingot serves {Path(engine).name} at http://127.0.0.1:"), line + process.stderr.read()
         assert says in line
-        yield process, line.split(" at ")[1].split(": ")[0]
+        yield process, re.search(r"http://127.0.0.1:\d+", line)[0]
     finally:
         process.kill()
         process.communicate()

@@ -70,7 +70,7 @@ def test_clients_get_what_the_engine_answers(engine, wanted, options):
         page = httpx2.get(f"{url}/metrics").text
         assert 'ingot:request_success_total{finished_reason="length",model_name="draft"} 24.0' in page, page
         assert httpx2.get(f"{url}/health").status_code == 200
-        last = clients.submit(streamed, url, PROMPTS[0], 200)
+        last = clients.submit(streamed, url, PROMPTS[0], 3000)
         while 'num_requests_running{model_name="draft"} 1.0' not in httpx2.get(f"{url}/metrics").text:
             assert not last.done()
         process.send_signal(signal.SIGTERM)
@@ -79,7 +79,7 @@ def test_clients_get_what_the_engine_answers(engine, wanted, options):
 
 def test_two_replicas_share_the_gpu(engine, wanted):
     with (
-        process_serving(engine, *POOL, "--replicas", "2") as (process, url),
+        process_serving(engine, *POOL, "--replicas", "2", says="2 replicas") as (process, url),
         ThreadPoolExecutor(len(PROMPTS)) as clients,
     ):
         assert list(clients.map(lambda prompt: complete(url, prompt, ignore_eos=True), PROMPTS)) == wanted
