@@ -74,7 +74,7 @@ def overwritten_operands(lines: list[str]) -> list[str]:
 
 def _registers_set(name: str, suffixes: str) -> int:
     parts = suffixes.split(".")
-    if "128" in parts or "4" in parts:
+    if "128" in parts or "4" in parts or name.endswith("MMA"):
         return 4
     return 2 if name == "CS2R" or {"64", "WIDE", "2"} & set(parts) else 1
 
