@@ -33,6 +33,7 @@ EXIT ;
     ("NOP ;", "0x1", "IADD3 R16, P2, R4, 0x80, RZ ;\nWARPGROUP.DEPBAR.LE gsb0, 0x0 ;", None),  # the next register
     ("NOP ;", "0x1", "LDSM.16.M88.4 R10, [R4+0x20] ;\nWARPGROUP.DEPBAR.LE gsb0, 0x0 ;", "LDSM"),  # sets R10 to R13
     ("NOP ;", "0x1", "HMMA.16816.F32.BF16 R8, R4, R2, R8 ;\nWARPGROUP.DEPBAR.LE gsb0, 0x0 ;", None),  # R8 to R11
+    ("NOP ;", "0x1", "HMMA.16816.F32.BF16 R10, R4, R2, R8 ;\nWARPGROUP.DEPBAR.LE gsb0, 0x0 ;", "HMMA"),
     ("NOP ;", "0x1", "IMAD.WIDE.U32 R11, R3, 0x2, R20 ;\nWARPGROUP.DEPBAR.LE gsb0, 0x0 ;", "IMAD.WIDE"),
     ("NOP ;", "0x1", "SHFL.BFLY PT, R14, R3, 0x1, 0x1f ;\nWARPGROUP.DEPBAR.LE gsb0, 0x0 ;", "SHFL"),
     ("NOP ;", "0x1", "ISETP.GE.U32.AND P1, PT, R12, 0x3, PT ;\nWARPGROUP.DEPBAR.LE gsb0, 0x0 ;", None),  # reads
