@@ -5,49 +5,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from calibrated import MANY, RECIPES, STATIC, TEXT, calibrated, tensors
 from families import VOCAB
 from hand_made import DEMO
 from ingot.builder import BuildConfig, build_engine, find_scales, gate, quantisation
 from ingot.builder.calibration_text import Text
 from ingot.builder.journal import Journal
 from ingot.builder.quantisation import Quantisation
-from ingot.calibration.observers import OBSERVERS
-from ingot.calibration.recipe import FOLDER, KV_CACHES, kv_recipes, parse
-from ingot.calibration.scales import KINDS
+from ingot.calibration.recipe import parse
+from ingot.calibration.scales import Scales
 from ingot.engines.errors import BuildError
 from ingot.engines.manifest import Manifest
 from ingot.engines.weights import open_weights
 from pretended_gpu import pretended_gpu
 from random_graph import random_graph, random_windows
 from tiny_llama import tiny
-
-TEXT = Text((random_windows(2, 16, VOCAB), random_windows(1, 16, VOCAB, 1)), (random_windows(1, 16, VOCAB, 2),))
-STATIC = "method: rtn, format: {dtype: int8}, activation: {dtype: int8, rows: 0}"
-# all that is looked for in one recipe
-MANY = f"""{{perplexity: 10, kv_cache: {{dtype: int8, per: head, observer: mse, centred: true}}, rules: [
-  {{match: '*q_proj*', method: awq, format: {{dtype: int4, group: 32, symmetric: false}}}},
-  {{match: '*o_proj*', {STATIC}}}, {{match: '*down*', method: gptq, format: {{dtype: fp8_e4m3}}}},
-  {{match: '*', {STATIC.replace("rtn", "smoothquant")}, observer: mse}}]}}"""
-RECIPES = {
-    **{path.stem: parse(path.read_text().replace("128", "32"), path.stem, "") for path in FOLDER.glob("*.yaml")},
-    **{f"kv-{name}": kv_recipes()[name] for name in KV_CACHES},
-    **{name: parse(f"{{perplexity: 1, rules: [{{match: '*o_proj*', {STATIC}, observer: {name}}}]}}", name, "")
-       for name in OBSERVERS},
-    "many": parse(MANY, "many", ""),
-}  # fmt: skip
-
-
-def calibrated(recipe, device, journal=None, text=TEXT, graph=None, **options):
-    """What is found, everything that a build needs."""
-    found = Quantisation(recipe, text, True, "a model", device)
-    return found.find(graph or random_graph("llama"), journal or Journal.none(), **options)[1]
-
-
-def tensors(scales):
-    found = {(kind, name): x for kind in KINDS for name, x in getattr(scales, kind).items()}
-    for name, weight in scales.weights.items():
-        found |= {("values", name): weight.values, ("scale", name): weight.scale}
-    return found
 
 
 def same(found, expected):
@@ -107,6 +79,16 @@ def test_one_that_was_stopped_goes_on(tmp_path):
         same(calibrated(RECIPES["many"], "cuda", journal), expected)
 
 
+def test_scales_of_a_file_are_measured(tmp_path):
+    expected = calibrated(RECIPES["many"], "cpu")
+    expected.save(tmp_path / "scales")
+    with pretended_gpu():
+        found = calibrated(RECIPES["many"], "cuda", scales=Scales.open(tmp_path / "scales"))
+    for about in (found.about, expected.about):  # pools come in the order of their names
+        about["accuracy"]["layers"].sort(key=lambda layer: layer["name"])
+    same(found, expected)
+
+
 def test_what_the_gate_refuses():
     """Recipes that it advises are tried on the device."""
     said, recipe = [], replace(RECIPES["kv-int8-head"], rules=RECIPES["int4-rtn"].rules, perplexity=1e-4)
@@ -161,4 +143,5 @@ def test_builds_and_files_of_scales(here, tmp_path):
 
 def record(engine):
     found = Manifest.open(engine).quantisation
-    return found | {"accuracy": found["accuracy"] | {"layers": sorted(map(str, found["accuracy"]["layers"]))}}
+    found["accuracy"]["layers"].sort(key=lambda layer: layer["name"])
+    return found
