@@ -135,8 +135,7 @@ def _smoothing(site: Site, members: Sequence[Chosen], inputs: OnDevice, device: 
     sample = _sample(inputs, SAMPLED if rule.method == "awq" else SAMPLED_TO_SMOOTH)
     if rule.method == "awq":
         mean_abs = sum((x.float().abs().sum(0) for x in inputs), torch.zeros(sample.shape[1], device=device))
-        mean_abs = mean_abs / sum(len(x) for x in inputs)
-        return search_scales(weights, sample, site.share(mean_abs), members[0].format)
+        return search_scales(weights, sample, site.share(mean_abs / inputs.num_rows), members[0].format)
     assert rule.activation
     largest = AbsMax(channels=True)
     for x in inputs:
@@ -159,7 +158,7 @@ def _search(each: Chosen, weight: Tensor, inputs: OnDevice, scales: Scales) -> N
 
 def _sample(inputs: OnDevice, most: int = SAMPLED) -> Tensor:
     """Rows from all of the text, at most so many: what searches try their candidates with."""
-    step = -(-sum(len(x) for x in inputs) // most)
+    step = -(-inputs.num_rows // most)
     return torch.cat([x[::step] for x in inputs])
 
 

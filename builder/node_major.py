@@ -205,8 +205,13 @@ class OnDevice(Sequence[Tensor]):
         self._tensors, self._device, self._change = tensors, device, change
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> OnDevice:
-        """The same as `change` makes them."""
-        return OnDevice(self, self._device, change)
+        """The same as `change`, by which no rows come or go, makes them."""
+        return OnDevice(self._tensors, self._device, lambda x: change(self._change(x)))
+
+    @property
+    def num_rows(self) -> int:
+        """Of all, which takes none of them to the device."""
+        return sum(map(len, self._tensors))
 
     def __len__(self) -> int:
         return len(self._tensors)
