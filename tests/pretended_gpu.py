@@ -66,7 +66,7 @@ class Gpu(TorchDispatchMode):
         if ours and torch.Tag.inplace_view in func.tags and func._schema.name != "aten::detach_":
             raise NotImplementedError(f"{func} on the pretended GPU")
         if 0 < len(ours) < len(tensors):
-            _check(func, args, tensors)
+            _check(func, args, kwargs, tensors)
         there = kwargs.get("device")
         goes = bool(ours) if there is None else there == OURS
         if func._schema.name == "aten::copy_":
@@ -122,7 +122,7 @@ def _host(x: Any) -> Any:
     return x.host if isinstance(x, OnGpu) else x
 
 
-def _check(func: Any, args: tuple, tensors: list[torch.Tensor]) -> None:
+def _check(func: Any, args: tuple, kwargs: dict, tensors: list[torch.Tensor]) -> None:
     """Raises torch's error for an op on tensors of both devices that a GPU does not allow."""
     name = func._schema.name
     if name in COPIES:
@@ -132,7 +132,7 @@ def _check(func: Any, args: tuple, tensors: list[torch.Tensor]) -> None:
         tensors = [x for x in tensors if not any(x is index for index in indices)]
     others = [x for x in tensors if not isinstance(x, OnGpu)]
     free = torch.Tag.pointwise in func.tags or name in INDEXING | SCALARS
-    written = [x for x in others if func._schema.is_mutable and x is args[0]]
+    written = [x for x in others if func._schema.is_mutable and (x is args[0] or x is kwargs.get("out"))]
     if written or any(x.dim() or not free for x in others):
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and "

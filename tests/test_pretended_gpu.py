@@ -54,7 +54,8 @@ def test_what_torch_refuses(gpu):
         lambda: torch.stack([x.sum(), one]), lambda: torch.where(x > 0, x, host), lambda: x.equal(host),
         lambda: host[torch.tensor([0], device="cuda")], lambda: x.index_select(0, torch.tensor([0])),
         lambda: x.gather(0, torch.zeros(1, 4, dtype=torch.long)), lambda: x.__setitem__(torch.tensor([0]), host[:1]),
-        lambda: torch.add(x, 1, out=host), lambda: torch.maximum(x, host), lambda: x.clamp(min=host),
+        lambda: torch.add(x, 1, out=host),
+        lambda: torch.add(x[0, 0], 1, out=one.clone()), lambda: torch.maximum(x, host), lambda: x.clamp(min=host),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match="all tensors to be on the same device, but found .* cuda:0 and cpu"):
             call()

@@ -130,15 +130,14 @@ def test_builds_and_files_of_scales(here, tmp_path):
             calibration_device=device, **options,
         )  # fmt: skip
 
-    build_engine(config("host", "cpu", **options))
-    build_engine(config("device", "auto", **options))
-    find_scales(config("scales", "cuda", **options))
-    build_engine(config("given", "cuda", scales=str(tmp_path / "scales")))
-    for name in ("device", "given"):
-        assert record(tmp_path / name) == record(tmp_path / "host")
-        ours, theirs = open_weights(tmp_path / name), open_weights(tmp_path / "host")
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(x, theirs[key]) for key, x in ours.items())
+    for device in ("cpu", "cuda"):
+        find_scales(config(device, device, **options))
+    same(Scales.open(tmp_path / "cuda"), Scales.open(tmp_path / "cpu"))
+    build_engine(config("given", "cpu", scales=str(tmp_path / "cpu")))
+    build_engine(config("found", "auto", **options))
+    assert record(tmp_path / "found") == record(tmp_path / "given")
+    ours, theirs = open_weights(tmp_path / "found"), open_weights(tmp_path / "given")
+    assert ours.keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
 def record(engine):
