@@ -4,6 +4,9 @@ The first pass runs the model as it is: on held-out text, and where the recipe s
 says how. The second goes through the smoothed graph with both texts: at each weight it sees what really reaches it
 (all before it are quantised already), puts weight and activations into their formats, and goes on with that. Its logits
 on the held-out text are those of the quantised model.
+
+Searches run on the device, where what a node reads (`node_major.OnDevice`) and its weight lie for as long as they take.
+The graph, scales (`Scales.keep`) and the numbers that an engine will have are the host's.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from ..engines.errors import BuildError
 from .calibration_text import Text
 from .journal import Journal
 from .kv_cache import PoolScales
-from .node_major import OnNode, run
+from .node_major import OnDevice, OnNode, run
 from .passes.smoothing import Site
 from .quantise import Chosen, choose, quantise_others, quantised, sites, smooth
 
@@ -63,11 +66,12 @@ def calibrate(
     weights = {each.name: each for each in chosen}
     seen = calibration if smoothed else ()
 
-    def look(name: str, inputs: Sequence[Tensor]) -> None:
+    def look(name: str, inputs: OnDevice) -> None:
         _check_finite(name, inputs)
         if name in smoothed and name not in scales.smoothing:
             site = smoothed[name]
-            s = _smoothing(site, [weights[name] for name in site.names], inputs[: len(seen)]).cpu()
+            s = _smoothing(site, [weights[name] for name in site.names], inputs[: len(seen)], device)
+            s = site.fit(s.cpu())  # to what the graph holds, on the host
             scales.smoothing.update(dict.fromkeys(site.names, s))
             journal.add(scales)
 
@@ -82,18 +86,18 @@ def calibrate(
     quantise_others(prepared, list(weights.values()))
     num = len(calibration)
 
-    def replace(name: str, inputs: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]] | None:
+    def replace(name: str, inputs: OnDevice) -> tuple[Tensor, Sequence[Tensor]] | None:
         _check_finite(name, inputs)
         each = weights.get(name)
         if each is None:
             return None
         try:
-            reads = _quantised_inputs(each, inputs, num, scales)
-            _search(each, reads[:num], scales)
-            result = quantised(each, scales).dequantise(inputs[0].dtype).to(inputs[0].device)
+            weight, reads = each.weight().to(device), _quantised_inputs(each, inputs, num, scales, device)
+            _search(each, weight, reads[:num], scales)
+            result = quantised(each, scales).to(device).dequantise(weight.dtype)
+            change = _error(weight, inputs[num:], result, reads[num:])
         except QuantisationError as error:
             raise BuildError(f"the weight '{name}' cannot be quantised: {error}") from error
-        change = _error(each.weight().to(result.device), inputs[num:], result, reads[num:])
         journal.add(scales, Layer(name, each.rule.spelt(), change))
         return result, reads
 
@@ -111,7 +115,7 @@ def calibrate(
     return scales, accuracy
 
 
-def _quantised_inputs(each: Chosen, inputs: Sequence[Tensor], num: int, scales: Scales) -> Sequence[Tensor]:
+def _quantised_inputs(each: Chosen, inputs: OnDevice, num: int, scales: Scales, device: str) -> OnDevice:
     """What a Linear reads, in the numbers that an engine will have; a static scale is of the first `num` inputs."""
     form = each.rule.activation
     if form is None:
@@ -120,49 +124,45 @@ def _quantised_inputs(each: Chosen, inputs: Sequence[Tensor], num: int, scales: 
         observer = OBSERVERS[each.rule.observer]()
         for x in inputs[:num]:
             observer.update(x)
-        scales.activations[each.name] = observer.scale(form).cpu()
-    scale = scales.activations[each.name].to(inputs[0].device) if each.rule.static else None
-    return [round_to_nearest(x, form, scale).dequantise(x.dtype) for x in inputs]
+        scales.keep("activations", each.name, observer.scale(form))
+    scale = scales.activations[each.name].to(device) if each.rule.static else None
+    return inputs.changed(lambda x: round_to_nearest(x, form, scale).dequantise(x.dtype))
 
 
-def _smoothing(site: Site, members: Sequence[Chosen], inputs: Sequence[Tensor]) -> Tensor:
-    """s [K] that serves all Linears of the site best, by the method of their rule."""
-    rule = members[0].rule
+def _smoothing(site: Site, members: Sequence[Chosen], inputs: OnDevice, device: str) -> Tensor:
+    """s [K], on the device, that serves all Linears of the site best, by the method of their rule."""
+    rule, weights = members[0].rule, [each.weight().to(device) for each in members]
     sample = _sample(inputs, SAMPLED if rule.method == "awq" else SAMPLED_TO_SMOOTH)
-    weights = [each.weight().to(sample.device) for each in members]
     if rule.method == "awq":
-        mean_abs = sum((x.float().abs().sum(0) for x in inputs), torch.zeros(sample.shape[1], device=sample.device))
-        mean_abs = mean_abs / sum(len(x) for x in inputs)
-        return site.fit(search_scales(weights, sample, site.share(mean_abs), members[0].format))
+        mean_abs = sum((x.float().abs().sum(0) for x in inputs), torch.zeros(sample.shape[1], device=device))
+        return search_scales(weights, sample, site.share(mean_abs / inputs.num_rows), members[0].format)
     assert rule.activation
     largest = AbsMax(channels=True)
     for x in inputs:
         largest.update(x)
-    return site.fit(search_smoothing(weights, sample, rule.activation, members[0].format, largest.absmax, site.share))
+    return search_smoothing(weights, sample, rule.activation, members[0].format, largest.absmax, site.share)
 
 
-def _search(each: Chosen, inputs: Sequence[Tensor], scales: Scales) -> None:
-    """Finds what rounding to the nearest does not say of a weight, and adds it to the scales."""
+def _search(each: Chosen, weight: Tensor, inputs: OnDevice, scales: Scales) -> None:
+    """Finds what rounding to the nearest does not say of a weight [N, K], and adds it to the scales."""
     method, name = each.rule.method, each.name
     if method == "awq" and name not in scales.clipping and each.format.integer:
-        sample = _sample(inputs)
-        scales.clipping[name] = search_clip(each.weight().to(sample.device), sample, each.format).cpu()
+        scales.keep("clipping", name, search_clip(weight, _sample(inputs), each.format))
     elif method == "gptq" and name not in scales.weights:
-        weight, hessian = each.weight().to(inputs[0].device), Hessian()
+        hessian = Hessian()
         for x in inputs:
             hessian.update(x)
         clip = search_clip(weight, _sample(inputs), each.format) if each.format.integer else 1.0
-        found, _ = gptq(weight, hessian, each.format, each.rule.act_order, clip=clip)
-        scales.weights[name] = found.to("cpu")
+        scales.keep("weights", name, gptq(weight, hessian, each.format, each.rule.act_order, clip=clip)[0])
 
 
-def _sample(inputs: Sequence[Tensor], most: int = SAMPLED) -> Tensor:
+def _sample(inputs: OnDevice, most: int = SAMPLED) -> Tensor:
     """Rows from all of the text, at most so many: what searches try their candidates with."""
-    step = -(-sum(len(x) for x in inputs) // most)
+    step = -(-inputs.num_rows // most)
     return torch.cat([x[::step] for x in inputs])
 
 
-def _check_finite(name: str, inputs: Sequence[Tensor]) -> None:
+def _check_finite(name: str, inputs: OnDevice) -> None:
     for x in inputs:
         try:
             check_finite(x, f"what the weight '{name}' reads")
@@ -173,7 +173,7 @@ def _check_finite(name: str, inputs: Sequence[Tensor]) -> None:
             ) from error
 
 
-def _error(weight: Tensor, inputs: Sequence[Tensor], result: Tensor, reads: Sequence[Tensor]) -> float:
+def _error(weight: Tensor, inputs: OnDevice, result: Tensor, reads: OnDevice) -> float:
     """Root mean square of the change of the outputs, over that of the outputs."""
     change, whole = 0.0, 0.0
     for x, read in zip(inputs, reads, strict=True):

@@ -1,8 +1,9 @@
 """Runs a graph over many batches node by node: each node for all batches before the next one, as calibration wants it.
 
 So a weight is in memory only while its node runs, whatever the size of the model, and what reaches a Linear from all
-batches is there at once. Alive between nodes are the activations of one layer, on the host; the weights and activations
-of the node at hand are on the device. The last Linear and what follows are run batch by batch, since logits are large.
+batches is there at once. Alive between nodes are the activations of one layer, on the host; on the device are the
+weights of the node at hand, and of its activations those of one batch (with pages for one layer). The last Linear and
+what follows are run batch by batch, since logits are large.
 Invariant: whenever one looks, all batches are before the same node, so that a walk can be interrupted and gone on with.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol, overload
 
 import onnx_ir as ir
@@ -24,7 +26,7 @@ from .passes.graph import nodes
 
 # name of a Linear's weight, what the node reads from each batch [T, K] -> the weight [N, K] and the inputs that it is
 # run with instead, or None: its own
-Replace = Callable[[str, Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]] | None]
+Replace = Callable[[str, "OnDevice"], tuple[Tensor, Sequence[Tensor]] | None]
 # what a node is, what each batch is about to hand it -> what each of them reads instead, by slot; nothing: as it is
 Give = Callable[[Bound, Sequence[Values]], Sequence[Mapping[int, Tensor]]]
 OnNode = Callable[[int, int, str], None]  # nodes done, of all, the weight of the one that begins ("": it has none)
@@ -84,17 +86,17 @@ def run(
     if snapshots and (found := snapshots.load()):
         node, alive = found[0], [_with(values, own) for values, own in zip(alive, found[1], strict=True)]
 
-    def begin(i: int) -> list[Mapping[int, Tensor]]:
-        """What each batch reads at a node instead of what is in its slots."""
+    def begin(i: int) -> Iterator[Mapping[int, Tensor]]:
+        """What each batch reads at a node instead of what is in its slots, one on the device at a time."""
         on_node(i, len(walk.nodes), walk.nodes[i].name)
         given = (give(walk.bound(i), alive) if give else ()) or [{}] * len(batches)
         slot, source = walk.nodes[i].weight, walk.nodes[i].source
         found = replace(walk.nodes[i].name, walk.reads(source, alive)) if slot else None
         if found is None:
             own = walk.weights(i)
-            return [{**own, **each} for each in given]
+            return ({**own, **each} for each in given)
         theirs = walk.weights(i, but=slot) | {slot: found[0].to(device)}
-        return [theirs | {source: x} for x in found[1]]
+        return (theirs | {source: x} for x in found[1])
 
     try:
         while node < walk.head:
@@ -103,9 +105,8 @@ def run(
             node, alive = node + 1, after
             if snapshots and snapshots.due():
                 snapshots.save(node, [walk.own(values) for values in alive])
-        instead = begin(node)
-        for b in range(unread, len(batches)):
-            yield walk.finish(alive[b], instead[b])
+        for values, own in islice(zip(alive, begin(node), strict=True), unread, None):
+            yield walk.finish(values, own)
         on_node(len(walk.nodes), len(walk.nodes), "")
     except (KeyboardInterrupt, SystemExit):
         if snapshots:
@@ -164,7 +165,7 @@ class Walk:
         """What nodes made of a batch that is alive; the rest is in every `begin` of it."""
         return {slot: values[slot] for slot in self._made if values[slot] is not None}
 
-    def reads(self, slot: int, alive: Sequence[Values]) -> Sequence[Tensor]:
+    def reads(self, slot: int, alive: Sequence[Values]) -> OnDevice:
         """What is in a slot of each batch, moved to the device when it is asked for."""
         return OnDevice([values[slot] for values in alive], self.device)
 
@@ -198,10 +199,19 @@ class Walk:
 
 
 class OnDevice(Sequence[Tensor]):
-    """Tensors of the host that are moved to the device one by one, when they are asked for."""
+    """Tensors of the host that are moved to the device, and changed there, one by one, whenever they are asked for."""
 
-    def __init__(self, tensors: Sequence[Tensor], device: str):
-        self._tensors, self._device = tensors, device
+    def __init__(self, tensors: Sequence[Tensor], device: str, change: Callable[[Tensor], Tensor] = lambda x: x):
+        self._tensors, self._device, self._change = tensors, device, change
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> OnDevice:
+        """The same as `change`, by which no rows come or go, makes them."""
+        return OnDevice(self._tensors, self._device, lambda x: change(self._change(x)))
+
+    @property
+    def num_rows(self) -> int:
+        """Of all, which takes none of them to the device."""
+        return sum(map(len, self._tensors))
 
     def __len__(self) -> int:
         return len(self._tensors)
@@ -209,11 +219,11 @@ class OnDevice(Sequence[Tensor]):
     @overload
     def __getitem__(self, at: int) -> Tensor: ...
     @overload
-    def __getitem__(self, at: slice) -> Sequence[Tensor]: ...
-    def __getitem__(self, at: int | slice) -> Tensor | Sequence[Tensor]:
+    def __getitem__(self, at: slice) -> OnDevice: ...
+    def __getitem__(self, at: int | slice) -> Tensor | OnDevice:
         if isinstance(at, slice):
-            return OnDevice(self._tensors[at], self._device)
-        return self._tensors[at].to(self._device)
+            return OnDevice(self._tensors[at], self._device, self._change)
+        return self._change(self._tensors[at].to(self._device))
 
 
 def linear_weights(model: ir.Model) -> Mapping[str, ir.Value]:

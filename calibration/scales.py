@@ -66,6 +66,10 @@ class Scales:
     kv: dict[str, Tensor] = field(default_factory=dict)  # [1], or [kv_heads]: scale of the pool
     about: dict[str, Any] = field(default_factory=dict)  # JSON: recipe, model, text
 
+    def keep(self, kind: str, name: str, found: Tensor | Quantised) -> None:
+        """Adds what was found on whatever device: scales are the host's. kind: a field, as `activations`."""
+        getattr(self, kind)[name] = found.to("cpu")
+
     def save(self, path: Path) -> None:
         """Writes the file, one weight in memory at a time, or leaves what was there."""
         found = [of_tensor(f"{kind}/{name}", value) for kind in KINDS for name, value in getattr(self, kind).items()]

@@ -10,22 +10,22 @@ CONFIG = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_ke
 VOCAB, WIDE = 304, 96
 
 
-def tiny():
-    """A random Llama of four layers in bf16, its head tied to the embedding."""
+def tiny(num_layers=4):
+    """A random Llama in bf16, its head tied to the embedding."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
         return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).bfloat16()
 
     weights = {"model.embed_tokens.weight": random(VOCAB, 64), "model.norm.weight": 1 + random(64)}
-    for i in range(4):
+    for i in range(num_layers):
         shapes = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_attn.v_proj": (32, 64),
                   "self_attn.o_proj": (64, 64), "mlp.gate_proj": (WIDE, 64), "mlp.up_proj": (WIDE, 64),
                   "mlp.down_proj": (64, WIDE)}  # fmt: skip
         weights |= {f"model.layers.{i}.{name}.weight": random(*shape) for name, shape in shapes.items()}
         weights |= {f"model.layers.{i}.{name}_layernorm.weight": 1 + random(64)
                     for name in ("input", "post_attention")}  # fmt: skip
-    return llama_graph(CONFIG, weights, "bfloat16")
+    return llama_graph({**CONFIG, "num_hidden_layers": num_layers}, weights, "bfloat16")
 
 
 def text():

@@ -44,7 +44,10 @@ class Site:
         return of_v.expand(-1, heads // shared, -1).flatten()
 
     def fit(self, s: torch.Tensor) -> torch.Tensor:
-        """The s nearest to this one by which what makes x can be divided without rounding: [K] float32."""
+        """The s nearest to this one by which what makes x can be divided without rounding: [K] float32.
+
+        Both are on the host, as what the graph holds.
+        """
         s, norm = self.share(s.float()), self._norm()
         if norm is not None:
             weight = to_torch(operand(norm, 1).const_value)
