@@ -6,8 +6,8 @@ The checkpoint is benchmarks/dummy_checkpoint.py's llama-8b with some layers (16
 end) and the tokenizer of a demo model. Memory is for one layer, so the peak of a few layers is that of all; what grows
 with layers lies on disk. Exit code 1 if the peak of either process (VmHWM), or what is used of a GPU that has no other
 user (by nvidia-smi), is over the limit, or nothing was resumed.
-Two shared, busy cores: all 32 layers by int4-rtn 2.73 GiB, killed after 711 s, resumed and built in 1,092 s; two layers
-by int4-gptq 3.76 GiB, killed after 801 s, resumed and built in 518 s.
+Two cores: all 32 layers by int4-rtn 2.73 GiB, killed after 711 s, resumed and built in 1,092 s; two layers by int4-gptq
+3.74 GiB, killed after 104 s, resumed and built in 94 s.
 """
 
 import argparse
