@@ -4,8 +4,8 @@
 
 Scales are calibrated on ingot's own sources, perplexity is over windows of TEXT, by the log-probabilities that the
 engine gives for its prompts, which is the way they are served: by the target's kernels. KV tokens are those of 64 MiB.
-Engines are built `--jobs` at a time, for the GPU without timing. The exit status is the number of those that could not
-be built or run.
+Engines are built `--jobs` at a time, for the GPU without timing. The exit status is the number of recipes and
+caches of which no engine could be built or run.
 """
 
 import argparse
@@ -78,11 +78,13 @@ def main() -> int:
             max_num_batched_tokens=WINDOW, calibration_data=str(source), calibration_tokens=args.calibration_tokens,
         )  # fmt: skip
         start = partial(workers.submit, build, config)
-        engines = [("bfloat16", start("bfloat16"))]
-        engines += [(name, start(name, quant=name)) for name in args.recipes]
+        plain = start("bfloat16")
+        engines = [(name, start(name, quant=name)) for name in args.recipes]
         engines += [(f"{kind} KV cache", start(f"kv-{kind}", kv_cache=kind)) for kind in args.kinds]
         print(f"{len(windows)} windows of {WINDOW} tokens of {args.text}, target {args.target}")
-        first, failed = 0.0, 0
+        first, capacity = measure(plain.result(), windows)  # without it there is nothing to compare with
+        print(f"{'bfloat16':22} perplexity {first:.4f}, {capacity} KV tokens in 64 MiB", flush=True)
+        failed = 0
         for name, engine in engines:
             try:
                 perplexity, capacity = measure(engine.result(), windows)
@@ -90,7 +92,6 @@ def main() -> int:
                 failed += 1
                 print(f"{name:22} failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
                 continue
-            first = first or perplexity
             rise = 100 * (perplexity / first - 1)
             print(f"{name:22} perplexity {perplexity:.4f} ({rise:+.3f}%), {capacity} KV tokens in 64 MiB", flush=True)
         return failed
