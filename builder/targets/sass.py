@@ -11,7 +11,6 @@ from collections.abc import Iterator
 DESCRIPTOR = re.compile(r"UIADD3\.X UR\d+, (UR(\d+)), (?:-0x[37][0-9a-f]{7}|0x[48c][0-9a-f]{7}), URZ")
 ZERO = re.compile(r"URZ, URZ, URZ|UMOV \w+, (?:URZ|0x0)\b")
 
-
 # a product of a warpgroup: the registers of its first operand (absent: it is in shared memory), and whether more follow
 # before the group of products ends
 PRODUCT = re.compile(r"\b[A-Z]GMMA\.\S+ R\d+, (?:R(\d+)|gdesc)(.*)")

@@ -2,8 +2,8 @@
 
 `quantised_kernel` multiplies the stored numbers and scales the sums of each group, so that a tile has two sets of sums
 and every slice of depth waits for the one before it. Here what the tensor cores multiply has its scale, rounded to the
-type of x (what DequantizeLinear makes of it): one set of sums, which may be as wide as a thread's registers, and
-numbers are unpacked while earlier slices are multiplied. x comes with each 32 columns taken apart (`halves.py`).
+type of x (what DequantizeLinear makes of it): one set of sums, which may be as wide as a thread's registers, and most
+numbers of a slice are unpacked while its first are multiplied. x comes with each 32 columns taken apart (`halves.py`).
 """
 
 import triton
