@@ -216,6 +216,7 @@ def test_drafts_are_counted_and_masked_and_only_what_holds_is_kept():
     """Row 3 verifies three drafts, row 0 one, row 5 none; right and wrong ones; each sample has its own mask."""
     vocab, rows = 120, [3, 3, 3, 3, 0, 0, 5, -1]
     logits = torch.randn(8, vocab) * 2
+    logits[:, 100:] = -30.0  # no sample is one of these: what is drafted first is wrong
     logits[5] = logits[4]  # what is sampled twice is penalised the second time
     options = dict(temperature={3: 1.0, 0: 0.0, 5: 2.0}, seed=17)
     penalties = torch.tensor([[1.2, 0.5, 0.3]] * 6)
@@ -225,7 +226,8 @@ def test_drafts_are_counted_and_masked_and_only_what_holds_is_kept():
     words = base[14].repeat(4, 1)
     words[[6 + 3, 18 + 3]] = torch.randint(-(2**31), 2**31 - 1, (2, words.shape[1]), dtype=torch.int32)  # of row 3
     base[14] = words
-    tokens, logit_rows = torch.randint(vocab, (20,), dtype=torch.int32), torch.tensor([4, 5, 6, 7, 12, 13, 2, 0]).int()
+    tokens = torch.randint(100, vocab, (20,), dtype=torch.int32)
+    logit_rows = torch.tensor([4, 5, 6, 7, 12, 13, 2, 0]).int()
     kept = []
     for _ in range(4):  # the next draft is put right, until all hold
         inputs = [*base, tokens.clone(), logit_rows]
