@@ -1,9 +1,11 @@
 """The tensorrt target with the real TensorRT for RTX, which builds engines on a machine without a GPU."""
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import onnx_ir as ir
@@ -12,7 +14,8 @@ import torch
 from fake_driver import FakeDriver
 from ingot import BuildConfig
 from ingot.builder.targets import target_of, tensorrt
-from ingot.builder.targets.tensorrt import plan_file
+from ingot.builder.targets.tensorrt import direct_file, plan_file
+from ingot.builder.targets.tensorrt.direct_file import DirectFile
 from ingot.builder.targets.tensorrt.lowering import LOWERINGS
 from ingot.builder.targets.tensorrt.timing_cache import KeptCache
 from ingot.calibration.recipe import Recipe, parse
@@ -267,3 +270,51 @@ def test_out_of_memory_is_one_sentence():
     log.lines.append(("ERROR", "IBuilder::build: Error Code 2: OutOfMemory (std::bad_alloc\n in x)"))
     assert log.out_of_memory
     assert "ran out of memory" in str(plan_file._failed(log))
+
+
+def test_a_full_disk_ends_the_build(graphs, tmp_path, monkeypatch):
+    """TensorRT itself takes a write that failed for one that did not."""
+    source, model = graphs("mistral")
+    shutil.copytree(source, tmp_path / "engine")
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    without_cubins(monkeypatch)
+    monkeypatch.setattr(DirectFile, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        compile_for(tmp_path / "engine", model, 89)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("sizes", [[], [1], [4096], [9000, 0, 3, 70_000, 1], [8192, 8192, 8191], [200_001] * 3])
+def test_a_direct_file_holds_what_was_written(tmp_path, monkeypatch, direct, sizes):
+    monkeypatch.setattr(direct_file, "BUFFER_BYTES", 8192)
+    opened = []
+
+    def open_file(path, flags, mode):
+        opened.append(bool(flags & os.O_DIRECT))
+        if opened[-1] and not direct:
+            raise OSError(errno.EINVAL, "Invalid argument")  # of file systems without it
+        return os_open(path, flags, mode)
+
+    os_open = os.open
+    monkeypatch.setattr(direct_file.os, "open", open_file)
+    pieces = [os.urandom(size) for size in sizes]
+    (tmp_path / "plan").write_bytes(b"what was there before" * 10_000)
+    with DirectFile(tmp_path / "plan") as file:
+        assert [file.write(piece) for piece in pieces] == sizes
+    assert (tmp_path / "plan").read_bytes() == b"".join(pieces)
+    assert opened == ([True] if direct else [True, False])
+
+
+def test_a_direct_file_says_what_the_disk_says(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        DirectFile(tmp_path / "no folder" / "plan")
+    with pytest.raises(OSError, match="No space"), DirectFile(Path("/dev/full")) as file:
+        file.write(b"some")
+    num_open = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(KeyError), DirectFile(tmp_path / "plan") as file:
+        file.write(b"some")
+        raise KeyError
+    assert len(os.listdir("/proc/self/fd")) == num_open

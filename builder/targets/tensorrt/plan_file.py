@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -18,6 +18,7 @@ from ....plugins.tensorrt import api as trt
 from ....plugins.tensorrt import flavour
 from ....plugins.tensorrt.log import Log, one_line
 from ..timing_cache import cache_folder
+from .direct_file import DirectFile
 from .onnx_graph import MappedWeights
 from .profiles import Range, add_profile
 from .progress import monitor
@@ -47,7 +48,7 @@ def build(
     """Writes TensorRT's plan to `out`. The ops of the plugins are registered by the caller.
 
     model: what `proto` was made from, for messages. Raises BuildError: a node that TensorRT does not take, too little
-    memory, or whatever else it reports.
+    memory, or whatever else it reports. Raises OSError: the disk is full.
     """
     try:
         builder = trt.Builder(log.logger)
@@ -67,9 +68,11 @@ def build(
         cache = None if flavour.chooses_capability() else KeptCache.of(capability)
         if cache:
             cache.give_to(config)
-        with out.open("wb") as file:
+        with DirectFile(out) as file:
             writer = _writer(file)
             built = builder.build_serialized_network_to_stream(network, config, writer)
+            if writer.error:
+                raise writer.error
         if not built or out.stat().st_size == 0:
             raise _failed(log)
         if cache:
@@ -114,12 +117,21 @@ def _failed(log: Log, otherwise: str = "it gave no reason") -> BuildError:
     return BuildError(f"TensorRT could not build the engine ({why}); its log is {last_log()}.")
 
 
-def _writer(file: BinaryIO) -> trt.IStreamWriter:
+def _writer(file: DirectFile) -> Any:
     class Writer(trt.IStreamWriter):
+        """Keeps the first error, which TensorRT would print and forget: it calls what it has not written a success."""
+
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
+            self.error: OSError | None = None
 
         def write(self, data: bytes) -> int:
-            return file.write(data)
+            if self.error:
+                return 0
+            try:
+                return file.write(data)
+            except OSError as error:
+                self.error = error
+                return 0
 
     return Writer()
