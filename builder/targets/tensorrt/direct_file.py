@@ -49,8 +49,18 @@ class DirectFile:
         with memoryview(self._buffer) as buffer:
             written = 0
             while written < self._filled:
-                written += os.write(self._file, buffer[written : self._filled])
+                try:
+                    written += os.write(self._file, buffer[written : self._filled])
+                except OSError as error:  # some file systems say so only now
+                    if error.errno != errno.EINVAL or not self._leave_direct():
+                        raise
         self._filled = 0
+
+    def _leave_direct(self) -> bool:
+        """From here on through the cache; False if it was so already."""
+        flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
+        fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~_DIRECT)
+        return bool(flags & _DIRECT)
 
     def __enter__(self) -> DirectFile:
         return self
@@ -58,7 +68,7 @@ class DirectFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
             if kind is None:  # the end is no whole block
-                fcntl.fcntl(self._file, fcntl.F_SETFL, fcntl.fcntl(self._file, fcntl.F_GETFL) & ~_DIRECT)
+                self._leave_direct()
                 self._flush()
         finally:
             os.close(self._file)
