@@ -181,13 +181,17 @@ class Session:
                     self.scheduler.add(answer.request)
                     self._open[answer.request.id] = stream, answer
             except (RequestError, EngineError) as error:
-                for answer in stream.answers:
-                    if self._open.get(answer.request.id, (None,))[0] is stream:
-                        self.scheduler.cancel(answer.request.id)
-                        del self._open[answer.request.id]
-                stream.fail(error)
+                self._drop(stream, error)
                 refused.append(stream)
         _tell(refused)
+
+    def _drop(self, stream: Stream, error: Exception) -> None:
+        """One request fails, whatever there is of its answers."""
+        for answer in stream.answers:
+            if self._open.get(answer.request.id, (None,))[0] is stream:
+                self.scheduler.cancel(answer.request.id)
+                del self._open[answer.request.id]
+        stream.fail(error)
 
     def _cancel(self, request_id: str) -> None:
         keys = [key for key, (stream, _) in self._open.items() if stream.request_id == request_id]
@@ -203,6 +207,7 @@ class Session:
         """Deltas to their streams; a stop string ends its request in the scheduler, too."""
         now = time.monotonic()
         changed: dict[Any, Any] = {}
+        failed: dict[Stream, RequestError] = {}
         for delta in deltas:
             stream, answer = self._open[delta.request_id]
             if delta.token_ids:
@@ -215,7 +220,11 @@ class Session:
                 del self._open[delta.request_id]
                 request = answer.request
                 self._recorder.end(request.metrics, answer.finish_reason, request.num_prompt, len(answer.token_ids))
+            if answer.finish_reason == "error":
+                failed[stream] = RequestError(str(answer.stop_reason))
             changed[stream] = None
+        for stream, error in failed.items():
+            self._drop(stream, error)
         _tell(list(changed))
 
     def _fail(self, error: BaseException) -> None:
