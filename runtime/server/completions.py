@@ -170,8 +170,10 @@ class _Offsets:
             return at
         self._parts.append(token)
         whole = spelt if len(self._parts) == 1 else self._text.decode(self._parts, skip_special_tokens=False)
+        if not spelt.startswith("\ufffd"):  # the character before it was never completed
+            at += len(whole) - len(spelt)
         if not whole.endswith("\ufffd") or len(self._parts) >= LONGEST_CHARACTER:
-            self._at, self._parts = at + len(whole), []
+            self._at, self._parts = self._at + len(whole), []
         return at
 
 

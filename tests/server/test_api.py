@@ -152,6 +152,12 @@ def test_echo_scores_the_prompt_as_evaluation_harnesses_want(client, llm, offlin
     assert scores["text_offset"][len(ids) :] == [len(prompt)] * max_tokens
 
 
+def test_offsets_behind_a_character_that_was_never_completed(client, llm):
+    half, rest = llm.text.encode("é")[:1], llm.text.encode("ab")
+    found = post(client, "/v1/completions", prompt=half + rest, echo=True, logprobs=0, max_tokens=0)["choices"][0]
+    assert found["text"] == "\ufffdab" and found["logprobs"]["text_offset"][: len(half) + 1] == [0, 1]
+
+
 def test_prompt_logprobs_by_token_id(client, llm, offline):
     ids = llm.text.encode(PROMPTS[0])
     expected = offline([ids], temperature=0, max_tokens=1, prompt_logprobs=2)[0].prompt_logprobs
