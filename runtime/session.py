@@ -95,6 +95,11 @@ class Session:
         ending = set(params.stop_token_ids or ())
         if not params.ignore_eos:
             ending |= self.scheduler.eos_token_ids
+        if params.min_tokens and len(ending) >= self.limits.vocab_size:
+            raise RequestError(
+                f"min_tokens is {params.min_tokens}, but each of the model's tokens ends the answer; leave some out of"
+                " stop_token_ids."
+            )
         self.executor.check(params, len(ending))
         if params.stop_strings and self.text is None:
             raise RequestError("This engine has no tokenizer, so stop strings cannot be found; use stop_token_ids.")
