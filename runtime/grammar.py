@@ -9,6 +9,7 @@ fails alone. Invariant: a token that is sampled under a mask is one that the mat
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -116,13 +117,15 @@ class Matcher:
             self._matcher.consume_token(token)
             self._mask = None
             masks.append(self.mask)
-        self._back(len(drafts))
-        self._mask = masks[0]
+        if drafts:
+            self._back(len(drafts))
+            self._mask = masks[0]
         return masks
 
     def _back(self, num: int) -> None:
         """Forget as many drafts."""
-        if num and not self._matcher.rollback(num):  # it gave up on them, which says nothing of the answer
+        if self._matcher.is_error() or (num and not self._matcher.rollback(num)):
+            # it gave up on them (one past its vocabulary will do), which says nothing of the answer
             self._matcher = self._start.deep_copy()
             self._matcher.consume_tokens(self._tokens)
 
@@ -169,6 +172,8 @@ class Grammars:
             if kind == "json":
                 json.loads(text)
                 grammar = self._library.LLMatcher.grammar_from_json_schema(text, {"whitespace_pattern": BLANKS})
+            elif kind == "choice":  # as one word: as rules of a grammar there can be 2,000 that begin alike
+                grammar = self._library.grammar_from("regex", "|".join(map(re.escape, json.loads(text))))
             else:
                 grammar = self._library.grammar_from(kind, text)  # type: ignore[arg-type]
         except ValueError as error:

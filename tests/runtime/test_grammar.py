@@ -51,12 +51,13 @@ def test_json_is_of_the_schema(llm, options, schema):
     [
         ({"regex": r"[0-9]{3}-[a-f]{2,4}"}, lambda text: re.fullmatch(r"[0-9]{3}-[a-f]{2,4}", text)),
         ({"choice": ["yes", "no", "it \"depends\"\n"]}, lambda text: text in ("yes", "no", "it \"depends\"\n")),
+        ({"choice": [f"a/{i}.b" for i in range(5000)]}, lambda text: re.fullmatch(r"a/[0-9]{1,4}\.b", text)),
         ({"grammar": 'root ::= "x" | "(" root ")"'}, lambda text: re.fullmatch(r"(\(*)x(\)*)", text)
          and text.count("(") == text.count(")")),
         ({"grammar": 'start: "a" start "b" | "c"'}, lambda text: re.fullmatch(r"a*cb*", text)
          and text.count("a") == text.count("b")),
     ],
-    ids=["regex", "choice", "gbnf", "lark"],
+    ids=["regex", "choice", "many", "gbnf", "lark"],
 )  # fmt: skip
 def test_answers_are_what_was_asked_for(llm, options, wanted, right):
     for answer in answers(llm, **options, n=4, structured_outputs=wanted):
@@ -162,6 +163,7 @@ def test_drafts_that_the_library_gives_up_on_say_nothing_of_the_answer(llm):
     fit = matcher.fitting([x] * 60)
     assert 0 < len(fit) < 60 and len(matcher.masks(fit)) == len(fit) + 1
     assert np.array_equal(matcher.mask, before) and not matcher.advance(x)
+    assert not matcher.fitting([llm.vocab_size]) and not matcher.advance(x), "of a vocabulary that is padded"
 
 
 @pytest.mark.parametrize(
