@@ -122,7 +122,7 @@ class LLM(Opened):
                 finished = output.finished
         finally:
             if not stream.finished:
-                self._session.cancel(stream.request_id)
+                self._session.cancel(stream)
 
     def _run(self, streams: list[Stream], done: SimpleQueue[Stream], progress: bool) -> None:
         """Submit and wait for all. Whatever interrupts the wait cancels what is still open."""
@@ -137,7 +137,7 @@ class LLM(Opened):
         finally:
             for stream in streams:
                 if not stream.finished:
-                    self._session.cancel(stream.request_id)
+                    self._session.cancel(stream)
 
 
 def chat_prompt(

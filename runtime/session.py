@@ -128,11 +128,12 @@ class Session:
             self.check()
             self._inbox.put(lambda: self._add(streams))
 
-    def cancel(self, request_id: str) -> None:
-        """End a request with "abort"; its pages and row are free within one step. An unknown id is ignored."""
+    def cancel(self, which: str | Stream) -> None:
+        """End a request with "abort", by its id or as the stream that it is; its pages and row are free within one
+        step. An unknown one is ignored."""
         with self._gate:
             if not self._closed:
-                self._inbox.put(lambda: self._cancel(request_id))
+                self._inbox.put(lambda: self._cancel(which))
 
     @property
     def healthy(self) -> bool:
@@ -198,8 +199,8 @@ class Session:
                 del self._open[answer.request.id]
         stream.fail(error)
 
-    def _cancel(self, request_id: str) -> None:
-        keys = [key for key, (stream, _) in self._open.items() if stream.request_id == request_id]
+    def _cancel(self, which: str | Stream) -> None:
+        keys = [key for key, (stream, _) in self._open.items() if which in (stream, stream.request_id)]
         self._hand_out([delta for key in keys if (delta := self.scheduler.cancel(key))])
 
     def _deliver(self, deltas: Sequence[Delta]) -> None:

@@ -200,12 +200,18 @@ def test_async_cancel_and_going_away(engine):
                 if len(outputs) == 2:
                     llm.cancel("mine")
             assert outputs[-1].outputs[0].finish_reason == "abort"
+            mine = llm.generate("def ", SamplingParams(max_tokens=30, ignore_eos=True), "mine")
+            assert not (await anext(mine)).finished
+            other = asyncio.ensure_future(anext(llm.generate("def ", LONG, "mine")))
+            await asyncio.sleep(0)  # the other one of that id is on its way, and gives up before it is refused
+            other.cancel()
+            assert [output async for output in mine][-1].outputs[0].finish_reason == "length"
             llm.cancel("nobody")
             for _ in range(500):
                 if idle(llm.metrics()):
                     break
                 await asyncio.sleep(0.01)
-            assert idle(llm.metrics()) and llm.metrics().finished == {"abort": 3}
+            assert idle(llm.metrics()) and llm.metrics().finished == {"abort": 3, "length": 1}
             with pytest.raises(RequestError, match="empty"):
                 await first_of_prompt(llm, "")
 
