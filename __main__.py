@@ -54,6 +54,9 @@ def _report(error: Exception) -> int:
         case IngotError():
             print(f"error: {str(error).rstrip('.')}.", file=sys.stderr)
             return 3 if isinstance(error, EngineError) else 2
+        case OSError():  # a full disk behind our output, a file that nobody may read: no bug of ours
+            print(f"error: {error.filename or 'reading or writing'}: {error.strerror or error}.", file=sys.stderr)
+            return 2
         case _:
             what = " ".join(str(error).split())[:300]
             print(

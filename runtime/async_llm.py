@@ -77,7 +77,7 @@ class AsyncLLM(Opened):
         finally:
             del self._news[stream]
             if not stream.finished:
-                self._session.cancel(stream.request_id)
+                self._session.cancel(stream)
 
     async def chat(
         self,

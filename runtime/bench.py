@@ -76,8 +76,12 @@ def from_file(path: Path, num_requests: int | None, output_len: str, seed: int) 
     """
     if not path.is_file():
         raise RequestError(f"{path} is not a file; expected text with one prompt a line, or JSONL.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
     rng, jobs = random.Random(seed), []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() cuts at U+2028 too, which JSON has in strings
         if not line.strip():
             continue
         options: dict[str, Any] = {"temperature": 0.0, "max_tokens": rng.randint(*lengths(output_len))}

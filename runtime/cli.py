@@ -101,11 +101,11 @@ def bench(
     num_requests: Annotated[int | None, typer.Option("--num-requests", "-n", help="64, or all of the file.")] = None,
     input_len: Annotated[str, typer.Option(help="Prompt tokens: 128, or a range 16:512.")] = "128",
     output_len: Annotated[str, typer.Option(help="Output tokens: 64, or a range 16:256.")] = "64",
-    prefix_len: Annotated[int, typer.Option(help="Tokens that all synthetic prompts begin with, on top.")] = 0,
+    prefix_len: Annotated[int, typer.Option(min=0, help="Tokens that all synthetic prompts begin with, on top.")] = 0,
     file: Annotated[Path | None, typer.Option(help="Prompts instead: text, one a line, or JSONL.")] = None,
     concurrency: Annotated[int | None, typer.Option("--concurrency", "-c", help="Requests at any time.")] = None,
     rate: Annotated[float | None, typer.Option(help="Requests a second, Poisson arrivals.")] = None,
-    warmup: Annotated[int, typer.Option(help="Requests sent before and not counted.")] = 2,
+    warmup: Annotated[int, typer.Option(min=0, help="Requests sent before and not counted.")] = 2,
     max_num_seqs: MaxSeqs = None,
     max_num_batched_tokens: MaxTokens = None,
     prefix_cache: PrefixCache = True,
@@ -151,11 +151,13 @@ def bench(
         options |= {"speculate": speculate, "draft_engine": draft_engine, "num_draft_tokens": num_draft_tokens}
         options |= {"num_draft_nodes": num_draft_nodes, "prefix_cache": False}
         sizes = _sizes("levels", levels)
+        if not sizes:
+            raise typer.BadParameter("--levels is empty, expected numbers above 0 such as 1,64.")
         return _speculation(engine, options, file, input_len, output_len, sizes, rounds, seed, plot, as_json)
     if concurrency is None and rate is None:
         concurrency = 8
     for name, value in {"num-requests": num_requests, "concurrency": concurrency, "rate": rate}.items():
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # nor what is no number
             raise typer.BadParameter(f"--{name} must be above 0, not {value}.")
     if file:
         jobs = benchmark.from_file(file, num_requests, output_len, seed)

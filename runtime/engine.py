@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..engines.errors import EngineError, RequestError
 from ..engines.manifest import Manifest
 from ..engines.weights import WEIGHTS_FILE
 from .request import SamplingParams
@@ -54,10 +55,19 @@ class Engine:
         return self._text.result()
 
     def default_params(self) -> SamplingParams:
-        """Sampling as `generation_config.json` suggests, vLLM's way; what it leaves out has SamplingParams' default."""
+        """Sampling as `generation_config.json` suggests, vLLM's way; what it leaves out has SamplingParams' default.
+
+        Raises EngineError: it suggests what cannot be.
+        """
         config = {name: value for name, value in self.generation_config.items() if value is not None}
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         options = {name: config[name] for name in names if name in config}
         if "max_new_tokens" in config:
             options["max_tokens"] = config["max_new_tokens"]
-        return SamplingParams(**options)
+        try:
+            return SamplingParams(**options)
+        except RequestError as error:
+            raise EngineError(
+                f"generation_config.json of {self.folder} cannot be followed ({str(error).rstrip('.')}); mend it in the"
+                " checkpoint and build the engine again."
+            ) from None

@@ -2,12 +2,14 @@
 
 The grammar itself is llguidance's. A matcher follows one answer, token by token, on the host; the mask of a step is
 worked out while the step before it runs. What the library does not know of a schema is refused by name when the
-request comes, never ignored. Invariant: a token that is sampled under a mask is one that the matcher accepts.
+request comes, never ignored; where it gives up on an answer later, as on grammars that are too ambiguous, that request
+fails alone. Invariant: a token that is sampled under a mask is one that the matcher accepts.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -46,10 +48,12 @@ class StructuredOutputs:
                 f"structured_outputs asks for {found}; it must be one of json, json_object, regex, choice and grammar."
             )
         if self.choice is not None:
-            strings = not isinstance(self.choice, str) and all(isinstance(each, str) and each for each in self.choice)
-            if not strings or not self.choice:
+            several = isinstance(self.choice, Sequence) and not isinstance(self.choice, str)
+            if not several or not self.choice or not all(isinstance(each, str) and each for each in self.choice):
                 raise RequestError(f"choice is {self.choice!r}; it must be a list of strings that are not empty.")
             object.__setattr__(self, "choice", tuple(self.choice))
+        if not isinstance(self.json_object, bool):
+            raise RequestError(f"json_object is {self.json_object!r}; it must be true or false.")
         for name in ("regex", "grammar"):
             if not isinstance(getattr(self, name), str | None):
                 raise RequestError(f"{name} is {getattr(self, name)!r}; it must be text.")
@@ -71,16 +75,22 @@ class StructuredOutputs:
 class Matcher:
     """Follows one answer. Made by `Grammars.matcher`; used by whoever owns the request."""
 
-    def __init__(self, matcher: Any, vocab_size: int):
-        self._matcher = matcher
+    def __init__(self, start: Any, vocab_size: int):
+        self._start, self._matcher = start, start.deep_copy()
+        self._tokens: list[int] = []  # of the answer
         self._words = -(-vocab_size // WORD)
         self._mask: np.ndarray | None = None
 
     def advance(self, token: int) -> bool:
-        """The answer goes on with `token`; True if nothing can follow it. Raises ValueError: it must not."""
+        """The answer goes on with `token`; True if nothing can follow it. Raises RequestError: the library
+        gave up, here or while it worked out `mask`."""
         self._mask = None
+        self._tokens.append(token)
         if not self._matcher.consume_token(token):
-            raise ValueError(f"token {token} is not in the grammar: {self._matcher.get_error()}")
+            raise RequestError(
+                f"structured_outputs cannot be kept after {len(self._tokens)} tokens of the answer"
+                f" ({_short(self._matcher.get_error())}); give a simpler grammar."
+            )
         return self._matcher.is_stopped()
 
     def fitting(self, drafts: Sequence[int]) -> Sequence[int]:
@@ -90,8 +100,7 @@ class Matcher:
             return drafts.keep([len(self.fitting(path)) == len(path) for path in paths])
         fit = drafts[: self._matcher.validate_tokens(list(drafts))]
         for num, token in enumerate(fit):
-            self._matcher.consume_token(token)
-            if self._matcher.is_stopped():
+            if not self._matcher.consume_token(token) or self._matcher.is_stopped():
                 self._back(num + 1)
                 return fit[:num]
         self._back(len(fit))
@@ -105,7 +114,8 @@ class Matcher:
                 masks.append(self.masks(path)[-1])
             return masks
         for token in drafts:
-            self.advance(token)
+            self._matcher.consume_token(token)
+            self._mask = None
             masks.append(self.mask)
         if drafts:
             self._back(len(drafts))
@@ -113,8 +123,11 @@ class Matcher:
         return masks
 
     def _back(self, num: int) -> None:
-        if num and not self._matcher.rollback(num):
-            raise ValueError(f"the grammar does not go back by {num} tokens: {self._matcher.get_error()}")
+        """Forget as many drafts."""
+        if self._matcher.is_error() or (num and not self._matcher.rollback(num)):
+            # it gave up on them (one past its vocabulary will do), which says nothing of the answer
+            self._matcher = self._start.deep_copy()
+            self._matcher.consume_tokens(self._tokens)
 
     @property
     def complete(self) -> bool:
@@ -148,7 +161,7 @@ class Grammars:
 
     def matcher(self, wanted: StructuredOutputs) -> Matcher:
         """At the beginning of an answer. Raises RequestError: the library refuses the schema or grammar."""
-        return Matcher(self._compiled(*wanted.source).deep_copy(), self._vocab_size)
+        return Matcher(self._compiled(*wanted.source), self._vocab_size)
 
     def _compile(self, kind: str, text: str) -> Any:
         if len(text) > MOST_BYTES:
@@ -159,6 +172,8 @@ class Grammars:
             if kind == "json":
                 json.loads(text)
                 grammar = self._library.LLMatcher.grammar_from_json_schema(text, {"whitespace_pattern": BLANKS})
+            elif kind == "choice":  # as one word: as rules of a grammar there can be 2,000 that begin alike
+                grammar = self._library.grammar_from("regex", "|".join(map(re.escape, json.loads(text))))
             else:
                 grammar = self._library.grammar_from(kind, text)  # type: ignore[arg-type]
         except ValueError as error:
@@ -172,4 +187,5 @@ class Grammars:
 
 
 def _short(message: Any) -> str:
-    return " ".join(str(message).split())[:300].rstrip(".")
+    said = str(message).partition("<state>")[0]  # what follows is for the library's authors
+    return " ".join(said.split())[:300].rstrip(".")

@@ -57,7 +57,8 @@ class LLM(Opened):
         Raises RequestError for a prompt or a parameter that cannot be honoured, EngineError if the engine fails.
         """
         several = split(prompts)
-        params = _one_each("sampling_params", sampling_params or self.default_params(), SamplingParams, len(several))
+        given = self.default_params() if sampling_params is None else sampling_params
+        params = _one_each("sampling_params", given, SamplingParams, len(several))
         priorities = _one_each("priority", priority, int, len(several))
         done: SimpleQueue[Stream] = SimpleQueue()
 
@@ -85,7 +86,8 @@ class LLM(Opened):
         **options: Any,
     ) -> list[RequestOutput]:
         """Answer a conversation, or several: messages are {"role": .., "content": ..}. `options` as in `generate`."""
-        conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages
+        one = isinstance(messages, Mapping) or not messages or isinstance(messages[0], Mapping)
+        conversations = [messages] if one else messages
         values = dict(chat_template_kwargs or {})
         if tools is not None:
             values["tools"] = tools
@@ -120,7 +122,7 @@ class LLM(Opened):
                 finished = output.finished
         finally:
             if not stream.finished:
-                self._session.cancel(stream.request_id)
+                self._session.cancel(stream)
 
     def _run(self, streams: list[Stream], done: SimpleQueue[Stream], progress: bool) -> None:
         """Submit and wait for all. Whatever interrupts the wait cancels what is still open."""
@@ -135,7 +137,7 @@ class LLM(Opened):
         finally:
             for stream in streams:
                 if not stream.finished:
-                    self._session.cancel(stream.request_id)
+                    self._session.cancel(stream)
 
 
 def chat_prompt(

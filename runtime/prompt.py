@@ -43,7 +43,8 @@ def tokens_of(prompt: Prompt, text: Text | None, limits: Limits) -> tuple[str | 
     """
     words: Any = None
     if isinstance(prompt, Mapping):
-        words, prompt = prompt.get("prompt"), prompt.get("prompt_token_ids") or prompt.get("prompt") or ""
+        words, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        prompt = ids if ids is not None else words if words is not None else ""
     if isinstance(prompt, str):
         if text is None and prompt:
             raise RequestError("This engine has no tokenizer; send token ids instead of text.")

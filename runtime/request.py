@@ -33,8 +33,9 @@ _INTEGERS: dict[str, tuple[float, float]] = {
     "n": (1, 128), "top_k": (-1, 2**31 - 1), "seed": (-_SEEDS, _SEEDS - 1), "max_tokens": (1, 2**31 - 1),
     "min_tokens": (0, 2**31 - 1), "logprobs": (0, MAX_LOGPROBS), "prompt_logprobs": (0, MAX_LOGPROBS),
 }  # fmt: skip
+# temperature: far from where it is infinite in float32, where logits of minus infinity over it are no numbers
 _NUMBERS: dict[str, tuple[float, float]] = {
-    "temperature": (0.0, math.inf), "top_p": (math.ulp(0.0), 1.0), "min_p": (0.0, 1.0),
+    "temperature": (0.0, 1e30), "top_p": (math.ulp(0.0), 1.0), "min_p": (0.0, 1.0),
     "repetition_penalty": (0.01, 100.0), "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0),
 }  # fmt: skip
 RANGES = {**_INTEGERS, **_NUMBERS}  # of all that have one

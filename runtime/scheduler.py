@@ -309,11 +309,16 @@ class Scheduler:
         reason: FinishReason | None = None
         stop: int | str | None = None
         for token in sampled:
+            try:
+                complete = request.matcher is not None and request.matcher.advance(token)
+            except RequestError as found:
+                reason, stop = "error", str(found)
+                break
             tokens.append(token)
             if token in request.stop_ids and len(tokens) > unstoppable:
                 reason, stop = "stop", None if token in self.eos_token_ids else token
                 break
-            if request.matcher and request.matcher.advance(token):
+            if complete:
                 reason = "stop"
                 break
             if len(tokens) == request.limit:

@@ -95,6 +95,11 @@ class Session:
         ending = set(params.stop_token_ids or ())
         if not params.ignore_eos:
             ending |= self.scheduler.eos_token_ids
+        if params.min_tokens and len(ending) >= self.limits.vocab_size:
+            raise RequestError(
+                f"min_tokens is {params.min_tokens}, but each of the model's tokens ends the answer; leave some out of"
+                " stop_token_ids."
+            )
         self.executor.check(params, len(ending))
         if params.stop_strings and self.text is None:
             raise RequestError("This engine has no tokenizer, so stop strings cannot be found; use stop_token_ids.")
@@ -123,11 +128,12 @@ class Session:
             self.check()
             self._inbox.put(lambda: self._add(streams))
 
-    def cancel(self, request_id: str) -> None:
-        """End a request with "abort"; its pages and row are free within one step. An unknown id is ignored."""
+    def cancel(self, which: str | Stream) -> None:
+        """End a request with "abort", by its id or as the stream that it is; its pages and row are free within one
+        step. An unknown one is ignored."""
         with self._gate:
             if not self._closed:
-                self._inbox.put(lambda: self._cancel(request_id))
+                self._inbox.put(lambda: self._cancel(which))
 
     @property
     def healthy(self) -> bool:
@@ -181,16 +187,20 @@ class Session:
                     self.scheduler.add(answer.request)
                     self._open[answer.request.id] = stream, answer
             except (RequestError, EngineError) as error:
-                for answer in stream.answers:
-                    if self._open.get(answer.request.id, (None,))[0] is stream:
-                        self.scheduler.cancel(answer.request.id)
-                        del self._open[answer.request.id]
-                stream.fail(error)
+                self._drop(stream, error)
                 refused.append(stream)
         _tell(refused)
 
-    def _cancel(self, request_id: str) -> None:
-        keys = [key for key, (stream, _) in self._open.items() if stream.request_id == request_id]
+    def _drop(self, stream: Stream, error: Exception) -> None:
+        """One request fails, whatever there is of its answers."""
+        for answer in stream.answers:
+            if self._open.get(answer.request.id, (None,))[0] is stream:
+                self.scheduler.cancel(answer.request.id)
+                del self._open[answer.request.id]
+        stream.fail(error)
+
+    def _cancel(self, which: str | Stream) -> None:
+        keys = [key for key, (stream, _) in self._open.items() if which in (stream, stream.request_id)]
         self._hand_out([delta for key in keys if (delta := self.scheduler.cancel(key))])
 
     def _deliver(self, deltas: Sequence[Delta]) -> None:
@@ -203,6 +213,7 @@ class Session:
         """Deltas to their streams; a stop string ends its request in the scheduler, too."""
         now = time.monotonic()
         changed: dict[Any, Any] = {}
+        failed: dict[Stream, RequestError] = {}
         for delta in deltas:
             stream, answer = self._open[delta.request_id]
             if delta.token_ids:
@@ -215,7 +226,11 @@ class Session:
                 del self._open[delta.request_id]
                 request = answer.request
                 self._recorder.end(request.metrics, answer.finish_reason, request.num_prompt, len(answer.token_ids))
+            if answer.finish_reason == "error":
+                failed[stream] = RequestError(str(answer.stop_reason))
             changed[stream] = None
+        for stream, error in failed.items():
+            self._drop(stream, error)
         _tell(list(changed))
 
     def _fail(self, error: BaseException) -> None:

@@ -53,7 +53,8 @@ Step: TypeAlias = tuple[Work, ...]
 
 
 class Delta(NamedTuple):
-    """What a commit adds to one request. `logprobs`: an entry per token; `prompt_logprobs`: one per position scored."""
+    """What a commit adds to one request. `logprobs`: an entry per token; `prompt_logprobs`: one per position scored.
+    `stop_reason` of one that ends with "error" by its own fault: the sentence."""
 
     request_id: str
     token_ids: list[int]

@@ -1,5 +1,6 @@
 """The command line as a user meets it: one sentence and an exit code for every mistake, and nothing left behind."""
 
+import errno
 import json
 import shutil
 import signal
@@ -190,6 +191,8 @@ def test_bench(ingot, draft, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "import os\\n", "max_tokens": 5}\n' * 3)
     code, out, _ = ingot("bench", draft[0], "--file", tmp_path / "prompts.jsonl", "--rate", "50")
     assert code == 0 and "output tokens/s" in out and "time to first token" in out
+    for options in (["--rate", "nan"], ["--warmup", "-1"], ["--speculate", "ngram", "--levels", ""]):
+        refused(ingot("bench", draft[0], *options), 2, options[-2])
 
 
 def test_a_damaged_engine(ingot, draft, tmp_path):
@@ -222,6 +225,14 @@ def test_a_bug_says_so(ingot, monkeypatch, tmp_path):
     assert code == 70 and out == "" and "ZeroDivisionError: by zero" in err and "--debug" in err
     with pytest.raises(ZeroDivisionError):
         cli.run(cli.app, "ingot", ["inspect", str(tmp_path), "--debug"])
+
+
+def test_a_disk_that_is_full_is_no_bug_of_ours(ingot, monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ingot.engines.manifest.Manifest.open", full)
+    assert ingot("inspect", tmp_path) == (2, "", "error: reading or writing: No space left on device.\n")
 
 
 def test_generate_that_is_stopped(draft):

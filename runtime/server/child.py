@@ -61,6 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     threading.Thread(target=service.listen, name="ingot-listen", daemon=True).start()
     try:
         session = Session(given["engine"], ServeConfig(**given["options"]))
+        session.engine.default_params()  # the API begins with them
     except Exception as error:
         known = isinstance(error, EngineError)
         if not known:

@@ -6,7 +6,7 @@ of the same parts, so both say the same.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -103,8 +103,11 @@ async def events(generator: Generator, body: CompletionRequest, job: Job, create
 class _Choice:
     """A choice on its way out: the echoed prompt goes first, once; what is generated follows, with running offsets."""
 
-    def __init__(self, index: int, prompt: Encoded, body: CompletionRequest, text: Text | None):
+    def __init__(
+        self, index: int, prompt: Encoded, body: CompletionRequest, text: Text | None, unsaid: Collection[int]
+    ):
         self.index, self._prompt, self._body, self._text = index, prompt, body, text
+        self._unsaid = unsaid  # tokens that an answer's text leaves out
         self._begun = self.ended = False
         self._offsets = _Offsets(text)
 
@@ -114,10 +117,12 @@ class _Choice:
         self._begun, self.ended = True, delta.finish_reason is not None
         part = TextChoice(self.index, "", None, delta.finish_reason, delta.stop_reason)
         entries: list[tuple[int, dict[int, Logprob] | None]] = []
+        num_echoed = 0
         if body.echo and begins:
             part.text = self._prompt_text()
             if body.logprobs is not None:
                 entries += zip(self._prompt.ids, scores or (), strict=True)
+                num_echoed = len(entries)
         if _echo_only(body):
             part.finish_reason = delta.finish_reason and "length"
         else:
@@ -125,7 +130,7 @@ class _Choice:
             if body.logprobs is not None:
                 entries += zip(delta.token_ids, delta.logprobs, strict=True)
         if entries:
-            part.logprobs = self._logprobs(entries)
+            part.logprobs = self._logprobs(entries, num_echoed)
         if body.return_token_ids:
             part.token_ids = [] if _echo_only(body) else delta.token_ids
             part.prompt_token_ids = self._prompt.ids if begins else UNSET
@@ -136,9 +141,9 @@ class _Choice:
             return self._text.decode(self._prompt.ids, skip_special_tokens=False)
         return self._prompt.text or ""
 
-    def _logprobs(self, entries: Sequence[tuple[int, dict[int, Logprob] | None]]) -> TextLogprobs:
+    def _logprobs(self, entries: Sequence[tuple[int, dict[int, Logprob] | None]], num_echoed: int) -> TextLogprobs:
         found = TextLogprobs([], [], [], [])
-        for token, entry in entries:
+        for i, (token, entry) in enumerate(entries):
             if entry is None:  # nothing precedes the first token
                 spelt = self._text.token_text(token) if self._text else f"token_id:{token}"
                 found.token_logprobs.append(None)
@@ -153,7 +158,8 @@ class _Choice:
                     )  # of equal texts the likelier
                 found.top_logprobs.append(top)
             found.tokens.append(spelt)
-            found.text_offset.append(self._offsets.take(token, spelt))
+            said = i < num_echoed or token not in self._unsaid
+            found.text_offset.append(self._offsets.take(token, spelt) if said else self._offsets.at)
         return found
 
 
@@ -161,17 +167,19 @@ class _Offsets:
     """Where tokens begin in the text, in characters. Tokens that are parts of one character begin where it does."""
 
     def __init__(self, text: Text | None):
-        self._text, self._at = text, 0
+        self._text, self.at = text, 0
         self._parts: list[int] = []
 
     def take(self, token: int, spelt: str) -> int:
-        at = self._at
+        at = self.at
         if self._text is None:
             return at
         self._parts.append(token)
         whole = spelt if len(self._parts) == 1 else self._text.decode(self._parts, skip_special_tokens=False)
+        if not spelt.startswith("\ufffd"):  # the character before it was never completed
+            at += len(whole) - len(spelt)
         if not whole.endswith("\ufffd") or len(self._parts) >= LONGEST_CHARACTER:
-            self._at, self._parts = at + len(whole), []
+            self.at, self._parts = self.at + len(whole), []
         return at
 
 
@@ -181,7 +189,8 @@ def _echo_only(body: CompletionRequest) -> bool:
 
 def _choices(generator: Generator, body: CompletionRequest, job: Job) -> list[_Choice]:
     n, text = job.params.n, generator.llm.text
-    return [_Choice(i, job.prompts[i // n], body, text) for i in range(job.num_choices)]
+    unsaid = text.pieces.special if text and job.params.skip_special_tokens else ()
+    return [_Choice(i, job.prompts[i // n], body, text, unsaid) for i in range(job.num_choices)]
 
 
 def _prompts(prompt: Any) -> list[Any]:

@@ -55,6 +55,8 @@ class ServerConfig:
         for name in ("drain_timeout", "stream_pause"):
             if not getattr(self, name) >= 0:
                 raise EngineError(f"{name} is {getattr(self, name):g}; it must be 0 seconds or more.")
+        if not all(key and key == key.strip() for key in self.api_keys):  # an unset variable would let everybody in
+            raise EngineError("An API key is empty, or has blanks around it; give none at all to serve everybody.")
         wanted(self.otlp_endpoint)
 
     @property

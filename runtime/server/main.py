@@ -92,10 +92,9 @@ def listen(host: str, port: int, shared: bool = False) -> socket.socket:
         if shared:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((host, port))
-    except OSError as error:
-        raise EngineError(
-            f"{host}:{port} cannot be served on ({error.strerror or error}); choose another --port or --host."
-        ) from None
+    except (OSError, UnicodeError) as error:  # the latter: of a name that cannot be a host's
+        why = getattr(error, "strerror", None) or error
+        raise EngineError(f"{host}:{port} cannot be served on ({why}); choose another --port or --host.") from None
     return listener
 
 

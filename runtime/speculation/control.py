@@ -156,7 +156,8 @@ class Speculation:
         path = drafts.path(found) if isinstance(drafts, Tree) else range(num_right)
         if isinstance(drafts, Tree):
             tried = num_right + ((path[-1] if path else -1) in parents)
-            for chance in self._branched, self._outlook(request).branched:
+            outlook = self._outlooks.get(request)  # none any more where these drafts ended the request
+            for chance in (self._branched, outlook.branched) if outlook else (self._branched,):
                 chance.count(num_right, tried)
         chain = next((i for i, parent in enumerate(parents) if parent != i - 1), len(parents))  # the likeliest path
         right = next((i for i, node in enumerate(path) if node != i), num_right)

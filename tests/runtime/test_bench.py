@@ -57,6 +57,11 @@ def test_file_workload(tmp_path):
         (tmp_path / "bad.jsonl").write_text(bad)
         with pytest.raises(RequestError):
             from_file(tmp_path / "bad.jsonl", None, "5", 0)
+    (tmp_path / "ends.jsonl").write_text(json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False), encoding="utf-8")
+    assert from_file(tmp_path / "ends.jsonl", None, "5", 0)[0].prompt == "a\u2028b\x85c"
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(RequestError, match="is not UTF-8 text"):
+        from_file(tmp_path / "latin.txt", None, "5", 0)
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(RequestError, match="holds no prompt"):
         from_file(tmp_path / "empty.txt", None, "5", 0)

@@ -51,12 +51,13 @@ def test_json_is_of_the_schema(llm, options, schema):
     [
         ({"regex": r"[0-9]{3}-[a-f]{2,4}"}, lambda text: re.fullmatch(r"[0-9]{3}-[a-f]{2,4}", text)),
         ({"choice": ["yes", "no", "it \"depends\"\n"]}, lambda text: text in ("yes", "no", "it \"depends\"\n")),
+        ({"choice": [f"a/{i}.b" for i in range(5000)]}, lambda text: re.fullmatch(r"a/[0-9]{1,4}\.b", text)),
         ({"grammar": 'root ::= "x" | "(" root ")"'}, lambda text: re.fullmatch(r"(\(*)x(\)*)", text)
          and text.count("(") == text.count(")")),
         ({"grammar": 'start: "a" start "b" | "c"'}, lambda text: re.fullmatch(r"a*cb*", text)
          and text.count("a") == text.count("b")),
     ],
-    ids=["regex", "choice", "gbnf", "lark"],
+    ids=["regex", "choice", "many", "gbnf", "lark"],
 )  # fmt: skip
 def test_answers_are_what_was_asked_for(llm, options, wanted, right):
     for answer in answers(llm, **options, n=4, structured_outputs=wanted):
@@ -132,8 +133,37 @@ def test_masks_are_those_of_the_tokens_that_may_follow(llm):
     (token,) = llm.text.encode("b", add_special_tokens=False)
     assert not matcher.advance(token)
     assert "c" in allowed() and len(allowed()) == 2, "the end, too"
-    with pytest.raises(ValueError, match="not in the grammar"):
+    with pytest.raises(RequestError, match="cannot be kept after 3 tokens"):
         matcher.advance(token)
+
+
+# each x may belong to any of 2^20 places: past some 30 of them the library has more states than it will keep
+AMBIGUOUS = "start: a0\n" + "".join(f"a{i}: a{i + 1} a{i + 1} | a{i + 1}\n" for i in range(20)) + 'a20: "x"*'
+
+
+@pytest.mark.parametrize("speculate", [None, "ngram"])
+def test_a_grammar_that_the_library_gives_up_on_fails_alone(demo_engine, speculate):
+    plain = dict(temperature=0, max_tokens=40)
+    with LLM(demo_engine, speculate=speculate, adapt_drafts=False) as llm:
+        alone = answers(llm, **plain)[0].token_ids
+        beside = llm.stream(PROMPT, SamplingParams(**plain))
+        next(beside)
+        with pytest.raises(RequestError, match=r"^structured_outputs cannot be kept after \d+ tokens"):
+            answers(llm, "xxxxxxxx", temperature=0, n=2, max_tokens=60, structured_outputs={"grammar": AMBIGUOUS})
+        assert [*beside][-1].outputs[0].token_ids == alone
+        assert llm.healthy and not llm._session._open
+
+
+def test_drafts_that_the_library_gives_up_on_say_nothing_of_the_answer(llm):
+    grammars = Grammars(llm.text.tokenizer.to_str(), llm.vocab_size, llm._session.scheduler.eos_token_ids)
+    matcher = grammars.matcher(StructuredOutputs(grammar=AMBIGUOUS))
+    (x,) = llm.text.encode("x", add_special_tokens=False)
+    matcher.advance(x)
+    before = matcher.mask.copy()
+    fit = matcher.fitting([x] * 60)
+    assert 0 < len(fit) < 60 and len(matcher.masks(fit)) == len(fit) + 1
+    assert np.array_equal(matcher.mask, before) and not matcher.advance(x)
+    assert not matcher.fitting([llm.vocab_size]) and not matcher.advance(x), "of a vocabulary that is padded"
 
 
 @pytest.mark.parametrize(
@@ -144,6 +174,8 @@ def test_masks_are_those_of_the_tokens_that_may_follow(llm):
         ({"structured_outputs": {"jsn": "{}"}}, "one of json, json_object"),
         ({"structured_outputs": {"choice": []}}, "choice is"),
         ({"structured_outputs": {"choice": "yes"}}, "choice is 'yes'"),
+        ({"structured_outputs": {"choice": 5}}, "choice is 5"),
+        ({"structured_outputs": {"json_object": "no"}}, "json_object is 'no'"),
         ({"structured_outputs": {"regex": 3}}, "regex is 3"),
         ({"structured_outputs": {"regex": "[a-"}}, "regex"),
         ({"structured_outputs": {"json": "{"}}, "json of structured_outputs cannot be read"),

@@ -98,11 +98,19 @@ def test_a_bad_prompt_costs_the_others_nothing(llm):
     with pytest.raises(RequestError, match="4096"):
         llm.generate([[5, 4096]], progress=False)
     wrong = ("fine \ud800", "not Unicode"), (b"bytes", "text or a list"), ([1, True], "text or a list")
+    wrong += (({"prompt_token_ids": torch.tensor([1, 2])}, "text or a list"),)
     for prompt, sentence in wrong:
         with pytest.raises(RequestError, match=sentence):
             llm.generate(["fine", prompt], progress=False)
     with pytest.raises(RequestError, match="2 of them for 1 prompts"):
         llm.generate(["fine"], [LONG, LONG], progress=False)
+    with pytest.raises(RequestError, match="0 of them for 1 prompts"):
+        llm.generate(["fine"], [], progress=False)
+    with pytest.raises(RequestError, match="it must be an object"):
+        llm.chat({"role": "user", "content": "fine"}, progress=False)
+    none_left = SamplingParams(stop_token_ids=range(llm.vocab_size), min_tokens=1)
+    with pytest.raises(RequestError, match="min_tokens is 1, but each"):
+        llm.generate(["fine", "fine"], [LONG, none_left], progress=False)
     assert llm.metrics().steps == 0, "nothing was run for any of them"
     assert llm.generate("fine", SamplingParams(max_tokens=1), progress=False)[0].finished
 
@@ -192,12 +200,18 @@ def test_async_cancel_and_going_away(engine):
                 if len(outputs) == 2:
                     llm.cancel("mine")
             assert outputs[-1].outputs[0].finish_reason == "abort"
+            mine = llm.generate("def ", SamplingParams(max_tokens=30, ignore_eos=True), "mine")
+            assert not (await anext(mine)).finished
+            other = asyncio.ensure_future(anext(llm.generate("def ", LONG, "mine")))
+            await asyncio.sleep(0)  # the other one of that id is on its way, and gives up before it is refused
+            other.cancel()
+            assert [output async for output in mine][-1].outputs[0].finish_reason == "length"
             llm.cancel("nobody")
             for _ in range(500):
                 if idle(llm.metrics()):
                     break
                 await asyncio.sleep(0.01)
-            assert idle(llm.metrics()) and llm.metrics().finished == {"abort": 3}
+            assert idle(llm.metrics()) and llm.metrics().finished == {"abort": 3, "length": 1}
             with pytest.raises(RequestError, match="empty"):
                 await first_of_prompt(llm, "")
 

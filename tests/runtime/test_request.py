@@ -19,6 +19,7 @@ def test_defaults_are_vllms():
     [
         ("n", 0), ("n", 129), ("n", True), ("n", 2.0), ("n", None),
         ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "hot"),
+        ("temperature", 1e39),  # infinite in float32: -inf / inf broke the step, and with it the engine
         ("temperature", True), ("temperature", None),
         ("top_p", 0), ("top_p", 1.01), ("top_p", -1), ("top_k", -2), ("top_k", 1.5), ("top_k", False),
         ("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0), ("repetition_penalty", math.nan),

@@ -152,6 +152,25 @@ def test_echo_scores_the_prompt_as_evaluation_harnesses_want(client, llm, offlin
     assert scores["text_offset"][len(ids) :] == [len(prompt)] * max_tokens
 
 
+def test_offsets_behind_a_character_that_was_never_completed(client, llm):
+    half, rest = llm.text.encode("é")[:1], llm.text.encode("ab")
+    found = post(client, "/v1/completions", prompt=half + rest, echo=True, logprobs=0, max_tokens=0)["choices"][0]
+    assert found["text"] == "\ufffdab" and found["logprobs"]["text_offset"][: len(half) + 1] == [0, 1]
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_offsets_behind_a_special_token(client, llm, skip):
+    """One that the text leaves out takes no room in it."""
+    asked = {"max_tokens": 9, "temperature": 0, "ignore_eos": True, "skip_special_tokens": skip}
+    asked |= {"logit_bias": {"0": 8}, "frequency_penalty": 2}  # a few of them first, then others
+    found = post(client, "/v1/completions", prompt="x = 1\n", echo=True, logprobs=0, **asked)["choices"][0]
+    scores, (special,) = found["logprobs"], llm.text.pieces.special & {0}
+    assert 0 < scores["tokens"][-9:].count(llm.text.token_text(special)) < 9
+    for offset, token in zip(scores["text_offset"], scores["tokens"], strict=True):
+        assert found["text"].startswith(token, offset) or (skip and token == llm.text.token_text(special))
+    assert scores["text_offset"][-1] <= len(found["text"])
+
+
 def test_prompt_logprobs_by_token_id(client, llm, offline):
     ids = llm.text.encode(PROMPTS[0])
     expected = offline([ids], temperature=0, max_tokens=1, prompt_logprobs=2)[0].prompt_logprobs

@@ -13,12 +13,26 @@ import time
 from contextlib import asynccontextmanager
 
 import pytest
-from engine_process import LONG, PROMPT, alive, cpu_seconds, idle, last_of, until
+from engine_process import LONG, PROMPT, SHORT, alive, cpu_seconds, idle, last_of, until
 from ingot import LLM, SamplingParams
 from ingot.engines.errors import EngineError
+from ingot.engines.manifest import Manifest
 from ingot.runtime.server import child
 from ingot.runtime.server.channel import Failed, Frames, FromEngine, News, Ping, Pong, Ready, Submit, frame, options
 from ingot.runtime.server.engine import EngineProcess
+
+
+def test_defaults_that_cannot_be_are_one_sentence(demo_engine_fp32, tmp_path, capfd):
+    engine = shutil.copytree(demo_engine_fp32, tmp_path / "engine")
+    (engine / "generation_config.json").write_text('{"top_p": 0}')
+    Manifest.read(engine).save(engine)
+    with LLM(engine) as llm:
+        assert llm.generate(PROMPT, SHORT, progress=False)[0].finished, "who gives parameters needs none of them"
+        with pytest.raises(EngineError, match="generation_config.json of .* cannot be followed .top_p is 0"):
+            llm.generate(PROMPT, progress=False)
+    with pytest.raises(EngineError, match="generation_config.json of .* cannot be followed .top_p is 0"):
+        asyncio.run(EngineProcess(engine).start())
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_killed_and_stopped_engines_are_replaced(demo_engine_fp32):

@@ -157,6 +157,9 @@ def test_api_keys(llm):
             assert client.get("/v1/models", headers=headers).status_code == 200
         for path in ("/health", "/ready", "/metrics", "/version", "/", "/openapi.json"):
             assert client.get(path).status_code == 200
+    for key in ("", "third "):  # what "Bearer " would open, and what no header can
+        with pytest.raises(EngineError, match="API key is empty, or has blanks around it"):
+            api(llm, api_keys=("first", key))
 
 
 def test_other_origins_only_where_allowed(llm):

@@ -90,6 +90,7 @@ def test_what_cannot_be_served_is_one_sentence(engine, tmp_path):
             ((engine, "--port", 70000), 3, "port is 70000"),
             ((engine, "--port", 0, "--max-model-len", 10**6), 3, "max_model_len"),
             ((engine, "--port", 0, "--queue-timeout", 0), 3, "queue_timeout is 0"),
+            ((engine, "--port", 0, "--host", "a" * 64), 3, f"{'a' * 64}:0 cannot be served on"),
             ((engine, "--port", 0, "--no-such"), 2, "No such option"),
         ):
             done = run(*arguments)

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 from api_server import CHAT, CONVERSE, TEMPLATE, Scripted, api, cast
-from ingot import AsyncLLM
+from ingot import AsyncLLM, RequestError
 from ingot.runtime.grammar import Grammars, StructuredOutputs
 from ingot.runtime.server.formats import Tool
 from ingot.runtime.server.strict import can_be_strict, strict_grammar
@@ -65,7 +65,7 @@ def reads(text, answer, parallel=True):
     try:
         for token in text.encode(answer, add_special_tokens=False):
             matcher.advance(token)
-    except ValueError:
+    except RequestError:
         return None
     return matcher.complete
 

@@ -133,7 +133,6 @@ def _listen(host: str, port: int) -> socket.socket:
         # pieces waits for the client's delayed acknowledgement, 40 ms
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
-    except OSError as error:
-        raise EngineError(
-            f"{host}:{port} cannot be served on ({error.strerror or error}); choose another --port or --host."
-        ) from None
+    except (OSError, UnicodeError) as error:  # the latter: of a name that cannot be a host's
+        why = getattr(error, "strerror", None) or error
+        raise EngineError(f"{host}:{port} cannot be served on ({why}); choose another --port or --host.") from None

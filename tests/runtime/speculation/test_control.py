@@ -150,6 +150,12 @@ def test_nothing_is_kept_of_requests_that_ended():
     speculation = Speculation(Oracle(False), 4, Costs(Curve([1, 512], [1.0, 20.0])))
     simulate(32, 0.0, small, steps=40, speculation=speculation)
     assert not speculation._outlooks
+    request = Request("a", [1] * 8, SamplingParams())
+    speculation = Speculation(Oracle(True), 2, Costs(Curve([1, 512], [1.0, 20.0])), nodes=4)
+    speculation.num_ahead(request, 2)
+    speculation.end(request)  # by the drafts of the step that is observed now
+    speculation.observe((work_of(request, grow(4, 2)),), [[1, 1]], 1.0)
+    assert not speculation._outlooks
 
 
 def prompt_of(num):
