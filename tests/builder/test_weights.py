@@ -145,6 +145,20 @@ def test_tied_head_from_either_name(tmp_path, kept):
         assert torch.equal(to_torch(plan[name]), model.state_dict()[name])
 
 
+def test_tied_but_stored_twice(tmp_path):
+    """Which of two that differ is meant nobody knows; transformers unties them, other servers take the embedding."""
+    save("qwen2", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, file)
+    plan_of(tmp_path, torch.float32)
+    tensors["lm_head.weight"][3, 5] += 1
+    save_file(tensors, file)
+    with pytest.raises(BuildError, match="'lm_head.weight' and 'model.embed_tokens.weight' with different numbers"):
+        plan_of(tmp_path, torch.float32)
+
+
 @pytest.mark.parametrize("family, lost", [("llama", "model.layers.1.mlp.up_proj.weight"), ("mixtral", "experts.2.w1")])
 def test_missing_weight(tmp_path, family, lost):
     save(family, tmp_path)
