@@ -48,6 +48,7 @@ def engine_directory(out: str | os.PathLike, force: bool = False) -> Iterator[Pa
         yield partial
         if not (partial / FILE_NAME).is_file():
             raise RuntimeError(f"the build ended without a {FILE_NAME}")
+        check_destination(out, force)  # whatever came there meanwhile is not ours to replace
         _replace(out, partial)
     except BaseException as error:
         _remove(made)

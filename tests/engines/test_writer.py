@@ -65,6 +65,17 @@ def test_only_an_engine_is_replaced_and_only_by_force(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["engine"]
 
 
+@pytest.mark.parametrize("manifest, words", [(FILE_NAME, "pass --force"), ("notes.txt", "is not an engine")])
+def test_what_came_there_during_the_build_is_kept(tmp_path, manifest, words):
+    out = tmp_path / "engine"
+    with pytest.raises(BuildError, match=words), engine_directory(out, force=manifest != FILE_NAME) as folder:
+        fill(folder)
+        out.mkdir()
+        (out / manifest).write_text("another's")
+    assert (out / manifest).read_text() == "another's"
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_a_folder_that_is_no_engine_is_never_touched(tmp_path):
     out = tmp_path / "thesis"
     out.mkdir()
