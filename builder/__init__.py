@@ -152,6 +152,7 @@ def find_scales(
     from .checkpoint import Checkpoint
     from .quantisation import Quantisation
     from .record import activation_dtype
+    from .stored_weights import check_options
 
     phase, out = Phases(on_phase), Path(config.out)
     if out.is_dir() or not out.absolute().parent.is_dir():
@@ -160,6 +161,8 @@ def find_scales(
         raise BuildError(f"{out} is there already; pass --force to replace it, or give `-o` another file.")
     with phase("read the checkpoint"):
         checkpoint = Checkpoint.open(config.model)
+        if checkpoint.quantised:
+            check_options(config, checkpoint.quantised)
         quantisation = Quantisation.of(config, checkpoint)
         dtype = activation_dtype(config.dtype, checkpoint.config)
     assert quantisation is not None
