@@ -117,7 +117,8 @@ def test_heads_that_are_none_or_not_whole_are_refused(tmp_path):
         (head("layers", eagle_aux_hidden_state_layer_ids=[1, 2, 3]), {}, r"hidden states \[1, 2, 3\], but .* 2 layers"),
         (head("beyond", change=beyond), {}, r"maps draft tokens to none of the target's \(d2t\)"),
         (head("type", model_type="qwen2"), {}, "is a head of type qwen2; expected llama"),
-        (head("fine"), {"quant": "int8"}, "--quant and --kv-cache need text"),
+        (head("fine"), {"quant": "int8"}, "--quant is for models"),
+        (tmp_path / "fine", {"calibration_data": "text"}, "--calibration-data is for models"),
         (tmp_path / "fine", {"target": "tensorrt"}, "a head .* cannot be built for the tensorrt target"),
     ):
         with pytest.raises(BuildError, match=message) as caught:
