@@ -188,6 +188,11 @@ def test_training_that_was_stopped_comes_to_the_same_head(text, tmp_path, monkey
         run("stopped", stop)
     with pytest.raises(BuildError, match="begun with learning_rate=0.002, now it is 0.1; give the same settings"):
         run("stopped", learning_rate=0.1)
+    words = text.read_text()
+    text.write_text(words.upper())  # another text of the same name
+    with pytest.raises(BuildError, match="begun with digest of the text="):
+        run("stopped")
+    text.write_text(words)
     steps = []
     again = run("stopped", lambda done, total, loss: steps.append(done))
     assert steps == [5, 6, 7, 8] and all(torch.equal(again[name], tensor) for name, tensor in whole.items())
