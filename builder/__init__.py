@@ -97,6 +97,7 @@ def build_engine(
     from .stored_weights import check_options, keep_stored
     from .targets import audience_of, target_of
     from .text_files import copy_text_files
+    from .weights import unread
 
     phase = Phases(on_phase)
     target = target_of(config.target)
@@ -115,6 +116,11 @@ def build_engine(
     journal = quantisation.journal(Path(config.out), dtype, on_note) if quantisation else nullcontext()
     with journal as kept, target.begin(config, audience_of(on_bytes, on_note)) as compile:
         graph, error, num_exported = _graph(checkpoint, dtype, phase, on_pass, states)
+        if on_note and (left := unread(checkpoint)):
+            on_note(
+                f"{checkpoint.path} holds {len(left)} tensors that the model of its config.json does not read, as "
+                f"'{left[0]}'; if that is not meant, use config and weights of the same model."
+            )
         quantised = None
         if quantisation and kept is not None:
             with phase(f"calibrate and check {quantisation.recipe.name}"):
@@ -150,6 +156,7 @@ def find_scales(
     not checked, but the accuracy is in the file. Raises BuildError as a build does.
     """
     from .checkpoint import Checkpoint
+    from .journal import disk
     from .quantisation import Quantisation
     from .record import activation_dtype
     from .stored_weights import check_options
@@ -170,7 +177,8 @@ def find_scales(
         graph, *_ = _graph(checkpoint, dtype, phase)
         with phase(f"calibrate {quantisation.recipe.name}"):
             _, scales = quantisation.find(graph, journal, on_node)
-            scales.save(out)
+            with disk(out.absolute()):
+                scales.save(out)
     return scales
 
 
