@@ -118,8 +118,8 @@ def build_engine(
         graph, error, num_exported = _graph(checkpoint, dtype, phase, on_pass, states)
         if on_note and (left := unread(checkpoint)):
             on_note(
-                f"{checkpoint.path} holds {len(left)} tensors that the model of its config.json does not read, as "
-                f"'{left[0]}'; if that is not meant, use config and weights of the same model."
+                f"the model that the config.json of {checkpoint.path} describes does not read {len(left)} of its "
+                f"tensors, as '{left[0]}'; if that is not meant, use config and weights of the same model."
             )
         quantised = None
         if quantisation and kept is not None:

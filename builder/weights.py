@@ -7,6 +7,7 @@ mapping, so that a plan loads what `from_pretrained` would. Invariant: making a 
 tied and stored twice, to see that they are the same), and reading one keeps nothing.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
@@ -94,6 +95,17 @@ def load_plan(checkpoint: Checkpoint, model: PreTrainedModel, dtype: torch.dtype
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise BuildError(f"{checkpoint.path} lacks the weight '{missing[0]}'{more}; download the checkpoint again")
     return plan
+
+
+def unread(checkpoint: Checkpoint) -> list[str]:
+    """Stored tensors that the model of its config has no place for, but for those of which transformers knows that."""
+    if checkpoint.quantised:
+        return []  # scales are its own matter
+    model = empty_model(checkpoint.config, torch.float32)
+    read = {name for name, *_ in _targets(checkpoint, model, model.state_dict())}
+    known = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
+    others = (name for name in checkpoint.stored if name not in read)
+    return sorted(name for name in others if not any(re.search(pattern, name) for pattern in known))
 
 
 def attach(graph: ir.Model, plan: Mapping[str, ir.TensorProtocol | torch.Tensor]) -> None:
