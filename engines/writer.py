@@ -19,7 +19,9 @@ from .manifest import FILE_NAME, sync
 
 def check_destination(out: Path, force: bool) -> None:
     """Raise BuildError unless an engine may be written at `out`. Cheap: call it before the build starts."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
+    if out.is_symlink():
+        raise BuildError(f"{out} is a symbolic link, which is not replaced; give the directory that it stands for.")
+    if out.exists() and not out.is_dir():
         raise BuildError(f"{out} is not a directory; give `-o` a new directory.")
     if not out.exists() or not any(out.iterdir()):
         return

@@ -88,7 +88,10 @@ def test_a_folder_that_is_no_engine_is_never_touched(tmp_path):
         pass
     with pytest.raises(BuildError, match="cannot be made"), engine_directory(tmp_path / "file" / "engine"):
         pass
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
     (tmp_path / "empty").mkdir()
+    with pytest.raises(BuildError, match="is a symbolic link"), engine_directory(tmp_path / "link", force=True):
+        pass
     with engine_directory(tmp_path / "empty") as folder:
         fill(folder)
     assert (tmp_path / "empty" / FILE_NAME).exists()
