@@ -97,6 +97,7 @@ def build_engine(
     from .stored_weights import check_options, keep_stored
     from .targets import audience_of, target_of
     from .text_files import copy_text_files
+    from .weights import unread
 
     phase = Phases(on_phase)
     target = target_of(config.target)
@@ -115,6 +116,11 @@ def build_engine(
     journal = quantisation.journal(Path(config.out), dtype, on_note) if quantisation else nullcontext()
     with journal as kept, target.begin(config, audience_of(on_bytes, on_note)) as compile:
         graph, error, num_exported = _graph(checkpoint, dtype, phase, on_pass, states)
+        if on_note and (left := unread(checkpoint)):
+            on_note(
+                f"the model that the config.json of {checkpoint.path} describes does not read {len(left)} of its "
+                f"tensors, as '{left[0]}'; if that is not meant, use config and weights of the same model."
+            )
         quantised = None
         if quantisation and kept is not None:
             with phase(f"calibrate and check {quantisation.recipe.name}"):
@@ -150,8 +156,10 @@ def find_scales(
     not checked, but the accuracy is in the file. Raises BuildError as a build does.
     """
     from .checkpoint import Checkpoint
+    from .journal import disk
     from .quantisation import Quantisation
     from .record import activation_dtype
+    from .stored_weights import check_options
 
     phase, out = Phases(on_phase), Path(config.out)
     if out.is_dir() or not out.absolute().parent.is_dir():
@@ -160,6 +168,8 @@ def find_scales(
         raise BuildError(f"{out} is there already; pass --force to replace it, or give `-o` another file.")
     with phase("read the checkpoint"):
         checkpoint = Checkpoint.open(config.model)
+        if checkpoint.quantised:
+            check_options(config, checkpoint.quantised)
         quantisation = Quantisation.of(config, checkpoint)
         dtype = activation_dtype(config.dtype, checkpoint.config)
     assert quantisation is not None
@@ -167,7 +177,8 @@ def find_scales(
         graph, *_ = _graph(checkpoint, dtype, phase)
         with phase(f"calibrate {quantisation.recipe.name}"):
             _, scales = quantisation.find(graph, journal, on_node)
-            scales.save(out)
+            with disk(out.absolute()):
+                scales.save(out)
     return scales
 
 

@@ -21,6 +21,7 @@ import torch
 from ..engines.errors import BuildError
 from .checkpoint import Checkpoint
 from .node_major import Windows
+from .text_files import open_tokenizer
 
 NUM_TOKENS, WIDTH = 1 << 15, 512  # tokens to calibrate with (a quarter as many again to check with), and of a window
 FEWEST = 2048  # tokens of text that say anything
@@ -83,20 +84,20 @@ class Text:
 
 
 def _token_ids(source: str, checkpoint: Checkpoint, num_characters: int) -> Iterator[int]:
-    from tokenizers import Tokenizer
-
     file = checkpoint.path / "tokenizer.json"
     if not file.is_file():
         raise BuildError(
             f"{checkpoint.path} has no tokenizer.json, so {source} cannot be read for it; add the tokenizer."
         )
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = open_tokenizer(checkpoint.path)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     some, template = False, _ChatTemplate(checkpoint)
     for documents in _by_size(_documents(source, num_characters)):
         for chat, group in groupby(documents, lambda document: isinstance(document, list)):
             texts = [template(document) if isinstance(document, list) else document for document in group]
+            # JSON can say half of a surrogate pair, where text was cut off; no tokenizer takes one
+            texts = [text.encode("utf-8", "replace").decode() for text in texts]
             for encoding in tokenizer.encode_batch([t for t in texts if t.strip()], add_special_tokens=not chat):
                 some = True
                 yield from encoding.ids

@@ -7,6 +7,7 @@ Invariant: opening costs memory for names, never for weights.
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,8 +58,8 @@ class Checkpoint:
 
         Raises BuildError if it is neither, is not in safetensors, is damaged, or is quantised in a way that is unknown.
         """
-        path = Path(model).expanduser()
-        if not path.exists():
+        path = Path(os.path.expanduser(model))  # pathlib raises where a user or a name cannot be
+        if not os.path.exists(path):
             path = _download(model)
         if path.suffix == ".gguf":
             raise BuildError(f"{model} is a GGUF file, which ingot does not read; give the checkpoint in safetensors")
@@ -133,7 +134,11 @@ def read_header(file: Path) -> list[StoredTensor]:
         tensors = [_stored(file, name, entry, 8 + length) for name, entry in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(file, f"its header cannot be read: {error}") from None
-    end = max((t.offset + t.length for t in tensors), default=8 + length)
+    end = 8 + length
+    for tensor in sorted(tensors, key=lambda t: (t.offset, t.length)):  # the format knows no holes and no overlap
+        if tensor.offset != end:
+            raise _damaged(file, f"'{tensor.name}' begins at byte {tensor.offset}, expected {end}")
+        end += tensor.length
     if end != size:
         raise _damaged(file, f"its tensors end at byte {end}, the file has {size}")
     return tensors
@@ -146,7 +151,7 @@ def _stored(file: Path, name: str, entry: dict, data: int) -> StoredTensor:
     except KeyError:
         raise BuildError(f"{file} stores '{name}' as {entry['dtype']}, which ingot does not read") from None
     shape = tuple(entry["shape"])
-    if begin < 0 or end - begin != dtype.itemsize * math.prod(shape):
+    if min((begin, *shape)) < 0 or end - begin != dtype.itemsize * math.prod(shape):
         raise ValueError(f"'{name}' of {dtype.name} {list(shape)} cannot fill {end - begin} bytes")
     return StoredTensor(name, file, dtype, shape, data + begin, end - begin)
 
@@ -180,7 +185,7 @@ def shards(path: Path) -> list[Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = _json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise BuildError(f"{index} has no weight_map; download it again")
     return weight_map
 
@@ -198,7 +203,7 @@ def _json(file: Path) -> dict[str, Any]:
 def config_of(path: Path) -> PretrainedConfig:
     """What `config.json` of the directory says. Raises BuildError if it cannot be used."""
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)  # and do not ask for it
     except Exception as error:  # transformers raises many kinds: unknown type, bad json, validation of fields
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise BuildError(f"{path / 'config.json'} cannot be used: {reason[:300]}") from error

@@ -118,7 +118,7 @@ def _build_with_progress(config: BuildConfig, verbose: bool) -> Manifest:
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from . import build_engine
-    from .retarget import retarget
+    from .retarget import check_options, retarget
     from .targets import Audience
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -139,6 +139,7 @@ def _build_with_progress(config: BuildConfig, verbose: bool) -> Manifest:
             console.print(note, highlight=False, soft_wrap=True)
 
         if not config.model:
+            check_options(config)
             on_phase(f"compile for {config.target}")
             return retarget(Path(config.out), config, Audience(on_bytes, on_note))
         return build_engine(config, on_phase, on_bytes, on_note=on_note)

@@ -36,8 +36,8 @@ class Journal:
     """`scales` and `layers`: all that was found. `accuracy`: once it is complete.
 
     about: what the results depend on, as plain JSON; a journal with another one is begun anew, which `on_note` is told.
-    As a context it removes the folder at the end, unless the process is stopped or the model was refused for its
-    accuracy. Raises BuildError: a folder that is no journal, one that is in use, a full disk.
+    As a context it removes the folder at the end, unless the process is stopped, the disk is full or the model was
+    refused for its accuracy. Raises BuildError: a folder that is no journal, one that is in use, a full disk.
     """
 
     def __init__(
@@ -109,9 +109,11 @@ class Journal:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if not self.folder:
             return
-        refused = isinstance(error, BuildError) and self.accuracy is None
+        failed = isinstance(error and error.__cause__, OSError)  # the disk: what was found is good, once there is room
+        refused = isinstance(error, BuildError) and not failed and self.accuracy is None
         if isinstance(error, BuildError):
             self._remove("walk-*")
+            self._remove("*.part")
         os.close(self._lock)
         if error is None or refused or {path.name for path in self.folder.iterdir()} <= {ABOUT}:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -126,7 +128,10 @@ class Journal:
     def _open(self, folder: Path, about: Any, on_note: Callable[[str], None]) -> int:
         """Reads what is there, if it is of the same calibration; returns the lock."""
         file = folder / ABOUT
-        if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not file.is_file())):
+        mine = {ABOUT, f"{ABOUT}.part"}  # the latter alone: it was killed, or the disk was full, right here
+        if folder.exists() and (
+            not folder.is_dir() or (not file.is_file() and {path.name for path in folder.iterdir()} - mine)
+        ):
             raise BuildError(f"{folder} is in the way of what a calibration keeps; move it or give another `-o`.")
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)

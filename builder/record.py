@@ -58,7 +58,6 @@ def model_info(source: str, checkpoint: Checkpoint, model: ir.Model, dtype: str)
     vocab = logits.shape[-1] if logits.shape is not None else None
     if not isinstance(vocab, int):
         raise BuildError(f"the graph's logits have the shape {logits.shape}, expected a fixed vocabulary last.")
-    eos = generation_config(checkpoint.path).get("eos_token_id", config.eos_token_id)
     return ModelInfo(
         source=source,
         architecture=(checkpoint.config.architectures or [type(config).__name__])[0],
@@ -69,9 +68,21 @@ def model_info(source: str, checkpoint: Checkpoint, model: ir.Model, dtype: str)
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         max_model_len=config.max_position_embeddings,
-        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        eos_token_ids=end_tokens(checkpoint),
         bos_token_id=config.bos_token_id,
     )
+
+
+def end_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Ids of the tokens that end a text. Raises BuildError: something else, which no token would ever equal."""
+    found = generation_config(checkpoint.path).get("eos_token_id", checkpoint.config.get_text_config().eos_token_id)
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(type(token) is int for token in ids):
+        raise BuildError(
+            f"the eos_token_id of {checkpoint.path} is {found!r}, expected the id of a token or a list of ids; mend it "
+            "in generation_config.json, or in config.json where that says nothing of it."
+        )
+    return tuple(ids)
 
 
 def build_record(phase: Phases, error: float, num_exported: int, graph: ir.Model) -> BuildRecord:

@@ -8,12 +8,28 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from ..engines.errors import BuildError
 from ..engines.manifest import Manifest
 from ..engines.weights import load_graph
 from ..engines.writer import engine_directory
 from . import BuildConfig
 from .hidden_states import check_target
 from .targets import NOBODY, Audience, target_of
+
+OF_THE_CHECKPOINT = (
+    "dtype", "quant", "kv_cache", "scales", "calibration_data", "calibration_tokens", "calibration_width",
+    "calibration_device", "accept_accuracy", "hidden_states", "draft_for",
+)  # fmt: skip
+
+
+def check_options(config: BuildConfig) -> None:
+    """Raises BuildError: options that only a build from the checkpoint can follow."""
+    plain = BuildConfig(config.model, config.out)
+    if given := [name for name in OF_THE_CHECKPOINT if getattr(config, name) != getattr(plain, name)]:
+        raise BuildError(
+            f"--{given[0].replace('_', '-')} was given with --retarget, which compiles {config.out} anew; "
+            "leave it out, or build from the checkpoint."
+        )
 
 
 def retarget(folder: Path, config: BuildConfig, audience: Audience = NOBODY) -> Manifest:

@@ -4,12 +4,17 @@ They are copied as they are; a tokenizer that exists only in a slow format is co
 running an engine needs no transformers. A checkpoint without a tokenizer makes an engine that takes token ids.
 """
 
+from __future__ import annotations
+
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..engines.errors import BuildError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
           "added_tokens.json", "chat_template.jinja", "chat_template.json")  # fmt: skip
@@ -19,13 +24,27 @@ SLOW = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 def copy_text_files(checkpoint: Path, folder: Path) -> None:
     """Copy what is there of `COPIED`; make `tokenizer.json` if only a slow tokenizer is.
 
-    Raises BuildError if the slow tokenizer cannot be converted.
+    Raises BuildError if the slow tokenizer cannot be converted, or the fast one is damaged.
     """
     for name in COPIED:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, folder / name)
     if not (folder / "tokenizer.json").is_file() and any((checkpoint / name).is_file() for name in SLOW):
         _convert(checkpoint, folder)
+    if (checkpoint / "tokenizer.json").is_file():
+        open_tokenizer(checkpoint)
+
+
+def open_tokenizer(checkpoint: Path) -> Tokenizer:
+    """That of `tokenizer.json`. Raises BuildError if it cannot be read."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise BuildError(
+            f"{checkpoint / 'tokenizer.json'} cannot be read ({' '.join(str(error).split())[:200]}); download it again."
+        ) from None
 
 
 def _convert(checkpoint: Path, folder: Path) -> None:

@@ -3,10 +3,11 @@
 Each is an `ir.LazyTensor` that reads, casts or puts together (experts stored one by one) what is stored, anew whenever
 it is asked. An `ir.ExternalTensor` would keep its file mapped, and pages once read stay resident: all weights in the
 end, where now it is four (tests/builder/test_weights.py). Renaming and fusing follow transformers' own conversion
-mapping, so that a plan loads what `from_pretrained` would. Invariant: making a plan reads no weight, and reading one
-keeps nothing.
+mapping, so that a plan loads what `from_pretrained` would. Invariant: making a plan reads no weight (but those that are
+tied and stored twice, to see that they are the same), and reading one keeps nothing.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
@@ -55,7 +56,8 @@ class _Fusion:
 def bind_weights(graph: ir.Model, checkpoint: Checkpoint) -> None:
     """Gives the initialisers of an exported graph their lazy data; what is floating point is cast to the graph's dtype.
 
-    Raises BuildError if a weight is missing or has another shape than the config says.
+    Raises BuildError if a weight is missing or has another shape than the config says, or if weights that the config
+    ties are stored with different numbers.
     """
     weights = [value for value in graph.graph.initializers.values() if value.const_value is None]
     dtype = next(TORCH_DTYPES[int(value.dtype)] for value in weights if value.dtype)
@@ -71,10 +73,12 @@ def load_plan(checkpoint: Checkpoint, model: PreTrainedModel, dtype: torch.dtype
     wanted = model.state_dict()
     plan: LoadPlan = {}
     fusions: dict[str, _Fusion] = {}
+    names: dict[str, str] = {}
     for name, target, converter, pattern in _targets(checkpoint, model, wanted):
         if converter is None:
             _check_layout(checkpoint, model, name, target)
             plan[target] = _stored(checkpoint, name, target, wanted[target], dtype)
+            names[target] = name
         else:
             fusions.setdefault(target, _Fusion(converter)).sources[pattern].append(name)
     for first, fusion in fusions.items():
@@ -82,12 +86,26 @@ def load_plan(checkpoint: Checkpoint, model: PreTrainedModel, dtype: torch.dtype
             if target in wanted:
                 _check_shape(checkpoint, target, shape, wanted[target].shape)
                 plan[target] = lazy(target, shape, dtype, partial(_fused, checkpoint, model, first, fusion, target))
+    for target, source in model.all_tied_weights_keys.items():
+        if target in names and source in names:
+            _check_tied(checkpoint, names[target], names[source])
     _share_tied(plan, model)
     missing = sorted(wanted.keys() - plan.keys())
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise BuildError(f"{checkpoint.path} lacks the weight '{missing[0]}'{more}; download the checkpoint again")
     return plan
+
+
+def unread(checkpoint: Checkpoint) -> list[str]:
+    """Stored tensors that the model of its config has no place for, but for those of which transformers knows that."""
+    if checkpoint.quantised:
+        return []  # scales are its own matter
+    model = empty_model(checkpoint.config, torch.float32)
+    read = {name for name, *_ in _targets(checkpoint, model, model.state_dict())}
+    known = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
+    others = (name for name in checkpoint.stored if name not in read)
+    return sorted(name for name in others if not any(re.search(pattern, name) for pattern in known))
 
 
 def attach(graph: ir.Model, plan: Mapping[str, ir.TensorProtocol | torch.Tensor]) -> None:
@@ -178,6 +196,18 @@ def _share_tied(plan: LoadPlan, model: PreTrainedModel) -> None:
             plan.setdefault(source, plan[target])
         elif source in plan:
             plan[target] = plan[source]
+
+
+def _check_tied(checkpoint: Checkpoint, *names: str) -> None:
+    """transformers unties what differs, others take one of the two: whoever made the checkpoint has to say."""
+    if any(checkpoint.stored_module(name) for name in names):
+        return  # one in few bits is not the other, and yet meant to be
+    one, other = map(checkpoint.tensor, names)
+    if not torch.equal(one, other.to(one.dtype)):
+        raise BuildError(
+            f"{checkpoint.path} holds '{names[0]}' and '{names[1]}' with different numbers, but its config.json ties "
+            "them to each other; set tie_word_embeddings to false in it, or take the one that is not meant out"
+        )
 
 
 def _check_shape(checkpoint: Checkpoint, name: str, found: tuple[int, ...], expected: torch.Size) -> None:

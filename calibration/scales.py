@@ -83,8 +83,12 @@ class Scales:
             del quantised, tensor, here  # it may be in a file
         header = {"version": str(VERSION), "about": json.dumps(self.about), "formats": json.dumps(formats)}
         beside = path.with_name(path.name + ".part")
-        write_weights(beside, found, metadata=header)
-        os.replace(beside, path)
+        try:
+            write_weights(beside, found, metadata=header)
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
 
     def _load(self, name: str, key: str) -> np.ndarray:
         return of_tensor(name, _tensors(self.weights[name])[key]).load()

@@ -19,7 +19,9 @@ from .manifest import FILE_NAME, sync
 
 def check_destination(out: Path, force: bool) -> None:
     """Raise BuildError unless an engine may be written at `out`. Cheap: call it before the build starts."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
+    if out.is_symlink():
+        raise BuildError(f"{out} is a symbolic link, which is not replaced; give the directory that it stands for.")
+    if out.exists() and not out.is_dir():
         raise BuildError(f"{out} is not a directory; give `-o` a new directory.")
     if not out.exists() or not any(out.iterdir()):
         return
@@ -48,6 +50,7 @@ def engine_directory(out: str | os.PathLike, force: bool = False) -> Iterator[Pa
         yield partial
         if not (partial / FILE_NAME).is_file():
             raise RuntimeError(f"the build ended without a {FILE_NAME}")
+        check_destination(out, force)  # whatever came there meanwhile is not ours to replace
         _replace(out, partial)
     except BaseException as error:
         _remove(made)

@@ -103,8 +103,11 @@ class HeadBuild:
 
     def __init__(self, config: BuildConfig):
         """Raises BuildError: no such head, no such target, or they do not go together."""
-        if config.quant or config.kv_cache:
-            raise BuildError("--quant and --kv-cache need text, which says nothing of a head; leave them out")
+        for option in ("quant", "kv_cache", "scales", "calibration_data", "accept_accuracy", "hidden_states"):
+            if getattr(config, option):
+                raise BuildError(
+                    f"--{option.replace('_', '-')} is for models, and with --draft-for a head is built; leave it out"
+                )
         self.checkpoint = HeadCheckpoint.open(config.model)
         self.target = target_checkpoint(config.draft_for)
         self.dtype = activation_dtype(config.dtype, self.target.config)

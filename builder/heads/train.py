@@ -102,7 +102,7 @@ def train_head(
     check = partial(trainer.agreement, held.split(config.batch), begin)
     out.mkdir(parents=True, exist_ok=True)
     on_phase("train")
-    _train(config, trainer, windows, lambda share: on_check(share, check()), on_step)
+    _train(config, text.digest, trainer, windows, lambda share: on_check(share, check()), on_step)
     on_phase("check on text held out")
     found = check()
     write(trainer.head, ids, out)
@@ -111,14 +111,14 @@ def train_head(
 
 
 def _train(
-    config: TrainConfig, trainer: Trainer, windows: Tensor, on_check: Callable[[float], None],
+    config: TrainConfig, text: str, trainer: Trainer, windows: Tensor, on_check: Callable[[float], None],
     on_step: Callable[[int, int, float], None],
 ) -> None:  # fmt: skip
     """All steps, or as many as there is time for: the learning rate falls with the one that is nearer to its end."""
     out, generator = Path(config.out), torch.Generator().manual_seed(config.seed)
     order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(config.epochs)])
     batches = order[: len(order) // config.batch * config.batch].to(windows.device).split(config.batch)
-    done, spent = _go_on(trainer, out, config)
+    done, spent = _go_on(trainer, out, config, text)
     began = saved = time.monotonic()
     num_checks = int(CHECKS * done / len(batches))
     for i in range(done, len(batches)):
@@ -134,7 +134,7 @@ def _train(
             seen = float(loss)
         on_step(i + 1, len(batches), seen)
         if time.monotonic() - saved > SECONDS:
-            _save_state(trainer, i + 1, spent + time.monotonic() - began, out, config)
+            _save_state(trainer, i + 1, spent + time.monotonic() - began, out, config, text)
             saved = time.monotonic()
 
 
@@ -212,18 +212,20 @@ def _check_folder(out: Path, config: TrainConfig) -> None:
         raise BuildError(f"{out} is there already; pass --force to replace what is in it, or give -o another directory")
 
 
-def _settings(config: TrainConfig) -> dict[str, Any]:
-    return {name: value for name, value in asdict(config).items() if name not in ("out", "device", "force")}
+def _settings(config: TrainConfig, text: str) -> dict[str, Any]:
+    """What a training depends on; `text` is the digest of what was read, since a file of the same name may change."""
+    given = {name: value for name, value in asdict(config).items() if name not in ("out", "device", "force")}
+    return given | {"digest of the text": text[:16]}
 
 
-def _save_state(trainer: Trainer, done: int, spent: float, out: Path, config: TrainConfig) -> None:
-    state = {"settings": _settings(config), "done": done, "spent": spent, "head": trainer.head.state_dict(),
+def _save_state(trainer: Trainer, done: int, spent: float, out: Path, config: TrainConfig, text: str) -> None:
+    state = {"settings": _settings(config, text), "done": done, "spent": spent, "head": trainer.head.state_dict(),
              "optimiser": trainer.optimiser.state_dict()}  # fmt: skip
     torch.save(state, out / f"{STATE}.new")
     (out / f"{STATE}.new").replace(out / STATE)
 
 
-def _go_on(trainer: Trainer, out: Path, config: TrainConfig) -> tuple[int, float]:
+def _go_on(trainer: Trainer, out: Path, config: TrainConfig, text: str) -> tuple[int, float]:
     """Steps that are done, and the seconds that they took.
 
     Raises BuildError: what was begun in the folder has other settings.
@@ -231,7 +233,7 @@ def _go_on(trainer: Trainer, out: Path, config: TrainConfig) -> tuple[int, float
     if not (out / STATE).is_file():
         return 0, 0.0
     state = torch.load(out / STATE, map_location="cpu", weights_only=True)
-    wanted, found = _settings(config), state["settings"]
+    wanted, found = _settings(config, text), state["settings"]
     if found != wanted:
         if config.force:
             return 0, 0.0

@@ -38,12 +38,16 @@ def begin(config: BuildConfig, audience: Audience = NOBODY) -> Iterator[Compile]
 
         def compile(graph: ir.Model, model: ModelInfo, folder: Path, head: HeadInfo | None = None) -> dict[str, Any]:
             """Put kernels, and the lowered graph if any, into `folder/cpu`; returns what the manifest says of them."""
-            info = compiling.result().describe()
-            if (kernels / native.LIBRARY).exists():
-                shutil.copytree(kernels, folder / "cpu")
+            built = compiling.result()
+            if isinstance(built, native.NativeBuild):
+                (folder / "cpu").mkdir()
+                for name in (native.LIBRARY, native.RECORD):
+                    shutil.copy(kernels / name, folder / "cpu")
+            else:
+                audience.note(f"the engine has no native kernels, and will be slow: {' '.join(built.reason.split())}.")
             if nodes(graph, "DequantizeLinear"):
                 save_lowered(_lowered(folder), folder / "cpu")
-            return info
+            return built.describe()
 
         yield compile
 

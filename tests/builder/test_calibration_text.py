@@ -10,6 +10,7 @@ import torch
 from hand_made import DEMO
 from ingot.builder.calibration_text import Text
 from ingot.builder.checkpoint import Checkpoint
+from ingot.builder.text_files import copy_text_files
 from ingot.engines.errors import BuildError
 from tokenizers import Tokenizer
 
@@ -125,6 +126,22 @@ def test_a_checkpoint_without_a_tokenizer(file, tmp_path):
 
 
 # -- datasets ----------------------------------------------------------------------------------------------------------
+
+
+def test_half_of_a_surrogate_pair(checkpoint, tmp_path):
+    """What a program writes that cuts text in the middle of an emoji; JSON allows it."""
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": line + "\ud83d"}) for line in LINES))
+    assert Text.read(tmp_path / "t.jsonl", checkpoint, 2048, 128).num_tokens == (2048, 512)
+
+
+def test_a_damaged_tokenizer(tmp_path, file):
+    shutil.copytree(DRAFT, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text('{"version":')
+    (tmp_path / "engine").mkdir()
+    with pytest.raises(BuildError, match="tokenizer.json cannot be read"):
+        Text.read(file, Checkpoint.open(str(tmp_path / "model")))
+    with pytest.raises(BuildError, match="tokenizer.json cannot be read"):
+        copy_text_files(tmp_path / "model", tmp_path / "engine")
 
 
 @pytest.fixture

@@ -121,6 +121,8 @@ def test_longer_than_its_header_says(folder):
         {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 12]},  # the shape does not fill the bytes
         {"dtype": "F32", "shape": [3], "data_offsets": [-12, 0]},
         {"dtype": "F32", "shape": [3]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},  # a hole in front of it
+        {"dtype": "F32", "shape": [-1, -3], "data_offsets": [0, 12]},
         ["F32"],
     ],
 )
@@ -135,6 +137,34 @@ def test_damaged_json_in_header(folder):
     data[8:10] = b"\xff\xff"
     (folder / SINGLE).write_bytes(data)
     assert "not a whole safetensors file" in refusal(folder)
+
+
+def test_two_tensors_in_one_place(folder):
+    places = {"x": [0, 8], "y": [4, 12]}
+    header = json.dumps({n: {"dtype": "F32", "shape": [2], "data_offsets": at} for n, at in places.items()}).encode()
+    (folder / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(12))
+    assert "'y' begins at byte" in refusal(folder)
+
+
+def test_an_index_of_something_else(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    for shard in (5, ["model-00001-of-00002.safetensors"]):
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": shard, "b": "model.safetensors"}}))
+        assert "has no weight_map" in refusal(tmp_path)
+
+
+def test_code_of_a_checkpoint_is_not_run_nor_asked_for(folder, monkeypatch):
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "mine.py").write_text("raise SystemExit('it was run')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    assert "contains custom code" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["~nobody-is-called-so/model", "x" * 300])
+def test_a_name_that_no_path_can_have(name):
+    assert "is not a directory; give a model directory" in refusal(name)
 
 
 def test_unknown_data_type(folder):

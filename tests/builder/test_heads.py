@@ -117,7 +117,8 @@ def test_heads_that_are_none_or_not_whole_are_refused(tmp_path):
         (head("layers", eagle_aux_hidden_state_layer_ids=[1, 2, 3]), {}, r"hidden states \[1, 2, 3\], but .* 2 layers"),
         (head("beyond", change=beyond), {}, r"maps draft tokens to none of the target's \(d2t\)"),
         (head("type", model_type="qwen2"), {}, "is a head of type qwen2; expected llama"),
-        (head("fine"), {"quant": "int8"}, "--quant and --kv-cache need text"),
+        (head("fine"), {"quant": "int8"}, "--quant is for models"),
+        (tmp_path / "fine", {"calibration_data": "text"}, "--calibration-data is for models"),
         (tmp_path / "fine", {"target": "tensorrt"}, "a head .* cannot be built for the tensorrt target"),
     ):
         with pytest.raises(BuildError, match=message) as caught:
@@ -187,6 +188,11 @@ def test_training_that_was_stopped_comes_to_the_same_head(text, tmp_path, monkey
         run("stopped", stop)
     with pytest.raises(BuildError, match="begun with learning_rate=0.002, now it is 0.1; give the same settings"):
         run("stopped", learning_rate=0.1)
+    words = text.read_text()
+    text.write_text(words.upper())  # another text of the same name
+    with pytest.raises(BuildError, match="begun with digest of the text="):
+        run("stopped")
+    text.write_text(words)
     steps = []
     again = run("stopped", lambda done, total, loss: steps.append(done))
     assert steps == [5, 6, 7, 8] and all(torch.equal(again[name], tensor) for name, tensor in whole.items())

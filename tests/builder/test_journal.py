@@ -1,5 +1,7 @@
 """A calibration that is stopped, at whatever node and however, goes on and finds the same numbers."""
 
+import errno
+import itertools
 import os
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from ingot.builder.calibrate import calibrate
 from ingot.builder.journal import Journal, Kept
 from ingot.builder.node_major import run
 from ingot.calibration.recipe import parse
+from ingot.calibration.scales import Scales
 from ingot.engines.errors import BuildError
 from tiny_llama import text, tiny
 
@@ -145,6 +148,31 @@ def test_a_finished_one_is_done_at_once(graph, whole, tmp_path):
     with pytest.raises(BuildError), Journal(tmp_path / "new" / "er" / "e.calibration", ABOUT):
         raise BuildError("no such recipe")
     assert list(tmp_path.iterdir()) == [folder.parent] and not folder.exists()
+
+
+def test_a_full_disk_loses_nothing(graph, whole, tmp_path, monkeypatch):
+    """What was found stays for when there is room; and where there is none from the start, nothing is in the way."""
+    folder, num = tmp_path / "e.calibration", itertools.count()
+    save = Scales.save
+
+    def full(path, *_):
+        path.with_name(f"{path.name}.part").write_text("")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Scales, "save", lambda scales, path: save(scales, path) if next(num) < 5 else full(path))
+    with pytest.raises(BuildError, match="free some space"), Journal(folder, ABOUT) as kept:
+        calibrate(graph, RECIPE, text(), journal=kept)
+    monkeypatch.setattr(Scales, "save", save)
+    assert not list(folder.glob("walk-*"))
+    notes = []
+    with Journal(folder, ABOUT, notes.append) as kept:
+        same(calibrate(graph, RECIPE, text(), journal=kept), whole)
+    assert "going on with what" in notes[0]
+    folder.mkdir()
+    (folder / "about.json.part").write_text("")
+    with Journal(folder, ABOUT):
+        pass
+    assert not folder.exists()
 
 
 def test_a_folder_that_is_in_the_way(tmp_path):

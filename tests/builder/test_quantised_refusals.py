@@ -7,6 +7,7 @@ import quantised_models as written
 import torch
 from families import FAMILIES
 from ingot import LLM, BuildConfig, SamplingParams, build_engine
+from ingot.builder import find_scales
 from ingot.builder.checkpoint import Checkpoint
 from ingot.builder.weights import load_plan
 from ingot.engines.errors import BuildError
@@ -254,3 +255,5 @@ def test_options_of_a_build(tmp_path, options, words):
     model(tmp_path / "model", "gptq")
     with pytest.raises(BuildError, match=words):
         build_engine(BuildConfig(str(tmp_path / "model"), str(tmp_path / "engine"), **options))
+    with pytest.raises(BuildError, match=words):  # before hours of it, not behind
+        find_scales(BuildConfig(str(tmp_path / "model"), str(tmp_path / "scales.safetensors"), **options))

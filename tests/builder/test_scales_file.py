@@ -1,9 +1,11 @@
 """`ingot calibrate` and `build-engine --scales`: what is found is kept, shown, used without a search, or refused; and
 the picture of the accuracy."""
 
+import errno
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from ingot.calibration.accuracy import Accuracy, Layer
 from ingot.calibration.scales import Scales
 from ingot.engines.errors import BuildError
 from ingot.engines.manifest import Manifest
-from ingot.engines.weights import open_weights
+from ingot.engines.weights import open_weights, write_weights
 from ingot.plugins.onnx_quantise import unpack_int4
 from safetensors.torch import load_file, save_file
 
@@ -116,6 +118,22 @@ def test_scales_of_something_else(found, tmp_path):
     with pytest.raises(BuildError, match="does not say how accurate .*--calibration-data to measure it"):
         build(config, tmp_path / "e", scales=str(tmp_path / "bare.safetensors"))
     assert not (tmp_path / "e").exists()
+
+
+def test_a_disk_that_is_full_at_the_end(found, tmp_path, monkeypatch):
+    """One sentence, and what was found is there for the next try."""
+
+    def full(path, *_, **__):
+        if path.parent == tmp_path:
+            path.write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_weights(path, *_, **__)
+
+    monkeypatch.setattr("ingot.calibration.scales.write_weights", full)
+    with pytest.raises(BuildError, match="cannot be written .*; free some space"):
+        find_scales(replace(found[0], out=str(tmp_path / "scales.safetensors")))
+    assert (tmp_path / "scales.safetensors.calibration" / "accuracy.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["scales.safetensors.calibration"]
 
 
 def test_a_device_that_is_not_there(found, tmp_path, monkeypatch):

@@ -1,6 +1,9 @@
 """The cpu target: kernels where there is a compiler, a complete engine and the reason where there is none; what it
 makes of a quantised graph."""
 
+import errno
+import shutil
+
 import onnx_ir as ir
 import pytest
 import torch
@@ -11,12 +14,14 @@ from ingot.builder.export import export
 from ingot.builder.node_major import Windows
 from ingot.builder.passes import optimise
 from ingot.builder.quantise import quantise
-from ingot.builder.targets import target_of
+from ingot.builder.retarget import check_options
+from ingot.builder.targets import Audience, target_of
 from ingot.calibration.recipe import parse
 from ingot.calibration.scales import Scales
 from ingot.engines.errors import BuildError
 from ingot.engines.step import LOGITS
 from ingot.engines.weights import WEIGHTS_FILE, load_graph, open_weights, save_graph
+from ingot.engines.writer import engine_directory
 from ingot.plugins import native
 from ingot.plugins.interpreter import Program
 
@@ -44,6 +49,40 @@ def test_without_a_compiler_torch_serves(graph, tmp_path, monkeypatch):
         info = compile(graph, None, tmp_path)
     assert info["kernels"] == "torch" and "no C++ compiler" in info["reason"]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_compiler_that_fails_is_told_of(graph, tmp_path, monkeypatch):
+    """As where the disk of temporary files is full: a build that says nothing of it would make a slow engine."""
+    (compiler := tmp_path / "c++").write_text("#!/bin/sh\necho No space left >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    notes = []
+    with target_of("cpu").begin(CONFIG, Audience(note=notes.append)) as compile:
+        compile(graph, None, tmp_path)
+    assert len(notes) == 1 and "no native kernels" in notes[0] and "No space left" in notes[0]
+
+
+def test_kernels_that_find_the_disk_full(graph, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def compile_nothing(folder):
+        folder.mkdir()
+        for name in (native.LIBRARY, native.RECORD):
+            (folder / name).write_text("")
+        return native.NativeBuild(folder / native.LIBRARY, "c++", (), (), 0.0)
+
+    monkeypatch.setattr(native, "compile", compile_nothing)
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(BuildError, match="is full"), target_of("cpu").begin(CONFIG) as compile:
+        with engine_directory(tmp_path / "e") as folder:
+            compile(graph, None, folder)
+
+
+@pytest.mark.parametrize("option", [{"quant": "fp8"}, {"kv_cache": "int8"}, {"hidden_states": "eagle3"}])
+def test_what_an_engine_cannot_become_any_more(tmp_path, option):
+    with pytest.raises(BuildError, match=f"--{next(iter(option)).replace('_', '-')} was given with --retarget"):
+        check_options(BuildConfig("", str(tmp_path), **option))
 
 
 def test_no_such_target():

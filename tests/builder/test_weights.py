@@ -12,7 +12,7 @@ from ingot.builder.checkpoint import Checkpoint
 from ingot.builder.empty_model import empty_model
 from ingot.builder.export import export
 from ingot.builder.passes import optimise
-from ingot.builder.weights import attach, load_plan
+from ingot.builder.weights import attach, load_plan, unread
 from ingot.engines.errors import BuildError
 from ingot.plugins.dtypes import to_torch
 from safetensors.torch import load_file, save_file
@@ -143,6 +143,34 @@ def test_tied_head_from_either_name(tmp_path, kept):
     plan = plan_of(tmp_path, torch.float32)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert torch.equal(to_torch(plan[name]), model.state_dict()[name])
+
+
+def test_tied_but_stored_twice(tmp_path):
+    """Which of two that differ is meant nobody knows; transformers unties them, other servers take the embedding."""
+    save("qwen2", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, file)
+    plan_of(tmp_path, torch.float32)
+    tensors["lm_head.weight"][3, 5] += 1
+    save_file(tensors, file)
+    with pytest.raises(BuildError, match="'lm_head.weight' and 'model.embed_tokens.weight' with different numbers"):
+        plan_of(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_what_a_model_does_not_read(tmp_path, family):
+    """A config with fewer layers, or without the biases that are stored, makes another model than the one meant."""
+    save(family, tmp_path)
+    assert unread(Checkpoint.open(str(tmp_path))) == []
+    file = tmp_path / "model.safetensors"
+    more = {
+        "model.layers.0.self_attn.q_proj.my_bias": torch.ones(4),
+        "model.layers.9.mlp.up_proj.weight": torch.ones(4),
+    }
+    save_file(load_file(file) | more | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, file)
+    assert unread(Checkpoint.open(str(tmp_path))) == sorted(more)
 
 
 @pytest.mark.parametrize("family, lost", [("llama", "model.layers.1.mlp.up_proj.weight"), ("mixtral", "experts.2.w1")])

@@ -65,6 +65,17 @@ def test_only_an_engine_is_replaced_and_only_by_force(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["engine"]
 
 
+@pytest.mark.parametrize("manifest, words", [(FILE_NAME, "pass --force"), ("notes.txt", "is not an engine")])
+def test_what_came_there_during_the_build_is_kept(tmp_path, manifest, words):
+    out = tmp_path / "engine"
+    with pytest.raises(BuildError, match=words), engine_directory(out, force=manifest != FILE_NAME) as folder:
+        fill(folder)
+        out.mkdir()
+        (out / manifest).write_text("another's")
+    assert (out / manifest).read_text() == "another's"
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_a_folder_that_is_no_engine_is_never_touched(tmp_path):
     out = tmp_path / "thesis"
     out.mkdir()
@@ -77,7 +88,10 @@ def test_a_folder_that_is_no_engine_is_never_touched(tmp_path):
         pass
     with pytest.raises(BuildError, match="cannot be made"), engine_directory(tmp_path / "file" / "engine"):
         pass
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
     (tmp_path / "empty").mkdir()
+    with pytest.raises(BuildError, match="is a symbolic link"), engine_directory(tmp_path / "link", force=True):
+        pass
     with engine_directory(tmp_path / "empty") as folder:
         fill(folder)
     assert (tmp_path / "empty" / FILE_NAME).exists()
