@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..engines.errors import RequestError
-from .speculation.tree import Tree
+from .speculation.tree import Tree, parents_of
 
 MOST_BYTES = 1 << 17  # of a schema or grammar: compiling takes time that others wait for
 WORD = 32  # tokens of a word of a mask
@@ -73,11 +73,15 @@ class StructuredOutputs:
 
 
 class Matcher:
-    """Follows one answer. Made by `Grammars.matcher`; used by whoever owns the request."""
+    """Follows one answer. Made by `Grammars.matcher`; used by whoever owns the request.
 
-    def __init__(self, start: Any, vocab_size: int):
-        self._start, self._matcher = start, start.deep_copy()
-        self._tokens: list[int] = []  # of the answer
+    Drafts are followed by copies, which cost 2 us: a matcher of llguidance 1.9 that is rolled back behind a mask gives
+    wrong masks later, and one that failed on a draft stays failed.
+    """
+
+    def __init__(self, matcher: Any, vocab_size: int):
+        self._matcher = matcher
+        self._num_tokens = 0  # of the answer
         self._words = -(-vocab_size // WORD)
         self._mask: np.ndarray | None = None
 
@@ -85,49 +89,33 @@ class Matcher:
         """The answer goes on with `token`; True if nothing can follow it. Raises RequestError: the library
         gave up, here or while it worked out `mask`."""
         self._mask = None
-        self._tokens.append(token)
+        self._num_tokens += 1
         if not self._matcher.consume_token(token):
             raise RequestError(
-                f"structured_outputs cannot be kept after {len(self._tokens)} tokens of the answer"
+                f"structured_outputs cannot be kept after {self._num_tokens} tokens of the answer"
                 f" ({_short(self._matcher.get_error())}); give a simpler grammar."
             )
         return self._matcher.is_stopped()
 
     def fitting(self, drafts: Sequence[int]) -> Sequence[int]:
         """Those of `drafts` that may come next, each after those that it follows, without ending the answer."""
+        fit = [behind is not None and not behind.is_stopped() for behind in self._followed(drafts)]
         if isinstance(drafts, Tree):
-            paths = map(drafts.up_to, range(len(drafts)))
-            return drafts.keep([len(self.fitting(path)) == len(path) for path in paths])
-        fit = drafts[: self._matcher.validate_tokens(list(drafts))]
-        for num, token in enumerate(fit):
-            if not self._matcher.consume_token(token) or self._matcher.is_stopped():
-                self._back(num + 1)
-                return fit[:num]
-        self._back(len(fit))
-        return fit
+            return drafts.keep(fit)
+        return drafts[: (*fit, False).index(False)]
 
     def masks(self, drafts: Sequence[int]) -> list[np.ndarray]:
         """`mask` now and after each of `drafts`, all of which fit: what a token may be if those before it hold."""
-        masks = [self.mask]
-        if isinstance(drafts, Tree):
-            for path in map(drafts.up_to, range(len(drafts))):
-                masks.append(self.masks(path)[-1])
-            return masks
-        for token in drafts:
-            self._matcher.consume_token(token)
-            self._mask = None
-            masks.append(self.mask)
-        if drafts:
-            self._back(len(drafts))
-            self._mask = masks[0]
-        return masks
+        return [self.mask, *map(self._mask_of, self._followed(drafts))]
 
-    def _back(self, num: int) -> None:
-        """Forget as many drafts."""
-        if self._matcher.is_error() or (num and not self._matcher.rollback(num)):
-            # it gave up on them (one past its vocabulary will do), which says nothing of the answer
-            self._matcher = self._start.deep_copy()
-            self._matcher.consume_tokens(self._tokens)
+    def _followed(self, drafts: Sequence[int]) -> list[Any]:
+        """The matcher behind each of `drafts` and what it follows; None where that does not fit."""
+        found: list[Any] = []
+        for token, parent in zip(drafts, parents_of(drafts), strict=True):
+            before = found[parent] if parent >= 0 else self._matcher
+            behind = None if before is None else before.deep_copy()
+            found.append(None if behind is None or not behind.consume_token(token) else behind)
+        return found
 
     @property
     def complete(self) -> bool:
@@ -138,10 +126,13 @@ class Matcher:
     def mask(self) -> np.ndarray:
         """[ceil(vocabulary / 32)] int32: a bit for each token, the lowest first, 1 where it may come next."""
         if self._mask is None:
-            found = np.frombuffer(self._matcher.compute_bitmask(), np.int32)
-            self._mask = np.zeros(self._words, np.int32)
-            self._mask[: min(self._words, len(found))] = found[: self._words]
+            self._mask = self._mask_of(self._matcher)
         return self._mask
+
+    def _mask_of(self, matcher: Any) -> np.ndarray:
+        found, mask = np.frombuffer(matcher.compute_bitmask(), np.int32), np.zeros(self._words, np.int32)
+        mask[: min(self._words, len(found))] = found[: self._words]
+        return mask
 
 
 class Grammars:
@@ -161,7 +152,7 @@ class Grammars:
 
     def matcher(self, wanted: StructuredOutputs) -> Matcher:
         """At the beginning of an answer. Raises RequestError: the library refuses the schema or grammar."""
-        return Matcher(self._compiled(*wanted.source), self._vocab_size)
+        return Matcher(self._compiled(*wanted.source).deep_copy(), self._vocab_size)
 
     def _compile(self, kind: str, text: str) -> Any:
         if len(text) > MOST_BYTES:

@@ -118,6 +118,19 @@ def test_trees_of_drafts_follow_the_grammar(llm):
     assert matcher.fitting([a, c, x]) == [a, c] and not matcher.advance(b), "it is where it was"
 
 
+@pytest.mark.parametrize("draft", [[' {"'], [' {"', '"'], ['"', '"']])
+def test_masks_behind_drafts_that_did_not_hold(llm, draft):
+    """llguidance, rolled back behind a mask, would not let the list that begins after the draft be empty."""
+    grammars = Grammars(llm.text.tokenizer.to_str(), llm.vocab_size, llm._session.scheduler.eos_token_ids)
+    matcher, alone = (grammars.matcher(StructuredOutputs(json_object=True)) for _ in range(2))
+    tokens = [*llm.text.encode('{"a":', add_special_tokens=False), *llm.text.encode(' ["', add_special_tokens=False)]
+    guessed = [token for text in draft for token in llm.text.encode(text, add_special_tokens=False)]
+    for token in tokens:
+        matcher.masks(matcher.fitting(guessed))
+        assert not matcher.advance(token) and not alone.advance(token)
+        assert np.array_equal(matcher.mask, alone.mask)
+
+
 def test_masks_are_those_of_the_tokens_that_may_follow(llm):
     grammars = Grammars(llm.text.tokenizer.to_str(), llm.vocab_size, llm._session.scheduler.eos_token_ids)
     matcher = grammars.matcher(StructuredOutputs(choice=["ab", "abc"]))
