@@ -127,7 +127,7 @@ def _documents(source: str, num_characters: int) -> Iterator[str | list[Any]]:
         yield from _enough(_rows(name, split or "train", source), num_characters)
         return
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             if path.suffix.lower() == ".jsonl":
                 yield from _enough(_lines(file, path), max(LONGEST, num_characters // 2))
             else:
@@ -141,7 +141,7 @@ def _lines(lines: Iterable[str], path: Path) -> Iterator[str | list[Any]]:
         if line.strip():
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 entry = line.strip()
             yield _document(entry, f"line {number} of {path}")
 

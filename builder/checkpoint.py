@@ -24,6 +24,8 @@ from .quantised_checkpoints import QuantisedWeights, StoredModule
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DOWNLOADED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab.*")
+COUNTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size",
+          "vocab_size", "max_position_embeddings")  # fmt: skip
 _MAX_HEADER = 100 << 20  # bytes; the limit of the safetensors format
 
 
@@ -203,10 +205,14 @@ def _json(file: Path) -> dict[str, Any]:
 def config_of(path: Path) -> PretrainedConfig:
     """What `config.json` of the directory says. Raises BuildError if it cannot be used."""
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)  # and do not ask for it
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)  # and do not ask for it
     except Exception as error:  # transformers raises many kinds: unknown type, bad json, validation of fields
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise BuildError(f"{path / 'config.json'} cannot be used: {reason[:300]}") from error
+    for name in COUNTS:
+        if isinstance(found := getattr(config.get_text_config(), name, None), int) and found < 1:
+            raise BuildError(f"{path / 'config.json'} cannot be used: {name} is {found}, expected at least 1")
+    return config
 
 
 def _download(model: str) -> Path:

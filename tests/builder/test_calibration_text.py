@@ -134,6 +134,14 @@ def test_half_of_a_surrogate_pair(checkpoint, tmp_path):
     assert Text.read(tmp_path / "t.jsonl", checkpoint, 2048, 128).num_tokens == (2048, 512)
 
 
+def test_what_editors_put_before_a_text_is_none_of_it(checkpoint, tmp_path):
+    texts = []
+    for mark in "", "\ufeff":
+        (tmp_path / "t.jsonl").write_text(mark + "\n".join(json.dumps({"text": line}) for line in LINES), "utf-8")
+        texts.append(Text.read(tmp_path / "t.jsonl", checkpoint, 2048, 128))
+    assert texts[0].digest == texts[1].digest
+
+
 def test_a_damaged_tokenizer(tmp_path, file):
     shutil.copytree(DRAFT, tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_text('{"version":')

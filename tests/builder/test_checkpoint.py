@@ -85,6 +85,13 @@ def test_config_is_not_json(folder):
     assert "config.json" in refusal(folder)
 
 
+@pytest.mark.parametrize("name", ["num_hidden_layers", "num_key_value_heads", "max_position_embeddings"])
+def test_config_of_nothing(folder, name):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {name: 0}))
+    assert f"{name} is 0, expected at least 1" in refusal(folder)
+
+
 def test_pickled_weights_only(folder):
     (folder / SINGLE).rename(folder / "pytorch_model.bin")
     message = refusal(folder)
