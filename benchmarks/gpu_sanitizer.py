@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -94,11 +93,11 @@ def main() -> int:
     wrong = 0
     for file, tool in dict.fromkeys((run.file, run.tool) for run in done):
         here = [run for run in done if (run.file, run.tool) == (file, tool)]
-        count = Counter(asked=sum(len(run.tests) for run in here), passed=sum(run.passed for run in here))
+        asked, passed = sum(len(run.tests) for run in here), sum(run.passed for run in here)
         found = "cut off" if not all(run.ended for run in here) else (
             "no summary" if any(run.found < 0 for run in here) else str(sum(run.found for run in here)))  # fmt: skip
-        wrong += found != "0" or count["passed"] != count["asked"]
-        print(f"| {file.stem} | {tool} | {count['asked']} | {count['passed']} | {found} |", flush=True)
+        wrong += found != "0" or passed != asked
+        print(f"| {file.stem} | {tool} | {asked} | {passed} | {found} |", flush=True)
     return int(bool(wrong))
 
 

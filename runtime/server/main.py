@@ -83,7 +83,7 @@ def listen(host: str, port: int, shared: bool = False) -> socket.socket:
 
     Raises EngineError.
     """
-    try:
+    with binding(host, port):
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -92,10 +92,17 @@ def listen(host: str, port: int, shared: bool = False) -> socket.socket:
         if shared:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((host, port))
+    return listener
+
+
+@contextmanager
+def binding(host: str, port: int) -> Iterator[None]:
+    """Inside, a socket is bound to the address. Raises EngineError in the place of what the system says."""
+    try:
+        yield
     except (OSError, UnicodeError) as error:  # the latter: of a name that cannot be a host's
         why = getattr(error, "strerror", None) or error
         raise EngineError(f"{host}:{port} cannot be served on ({why}); choose another --port or --host.") from None
-    return listener
 
 
 def address_of(listener: socket.socket) -> str:

@@ -16,9 +16,8 @@ from typing import Any
 
 import uvicorn
 
-from ....engines.errors import EngineError
 from ..config import ServerConfig
-from ..main import Server, address_of
+from ..main import Server, address_of, binding
 from ..signals import after_signal
 from .app import Router
 from .config import RouterConfig
@@ -126,13 +125,10 @@ async def _stop(
 
 def _listen(host: str, port: int) -> socket.socket:
     """The socket, bound before anything is started: a taken port is known at once."""
-    try:
+    with binding(host, port):
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=2048)
         # connections inherit it. asyncio sets it only on sockets that name their protocol; without it an answer in two
         # pieces waits for the client's delayed acknowledgement, 40 ms
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return listener
-    except (OSError, UnicodeError) as error:  # the latter: of a name that cannot be a host's
-        why = getattr(error, "strerror", None) or error
-        raise EngineError(f"{host}:{port} cannot be served on ({why}); choose another --port or --host.") from None
+    return listener
