@@ -193,8 +193,8 @@ def _still(site: Site, activation: str, shape: Shape, slices: int, resident: int
     programs = max(1, min(resident * site.device.num_sms // parts, width // bn))
     constants = {
         "N": width, "K": depth, "BM": bm, "BN": bn, "SLICE": slice, "SLICES": slices, "PARTS": parts,
-        "PROGRAMS": programs, "STAGES": stages, "ZERO": site.inputs[ZERO] is not None, "GROUP": site.attributes["group"],
-        "BIAS": site.inputs[BIAS] is not None, "ACTIVATION": activation,
+        "PROGRAMS": programs, "STAGES": stages, "ZERO": site.inputs[ZERO] is not None,
+        "GROUP": site.attributes["group"], "BIAS": site.inputs[BIAS] is not None, "ACTIVATION": activation,
         "AHEAD": 1 << (slice * slices // 256).bit_length() >> 1,
     }  # fmt: skip
     names = "x", "weight", "scale", "zero", "bias", "y"

@@ -101,8 +101,12 @@ def still_shapes(site: Site) -> list[tuple[Shape, int, int]]:
         return []
     all_slices, bm = depth // slice, max(8, triton.next_power_of_2(rows))
     power = all_slices & -all_slices  # the largest power of two that divides them
-    return [((bm, bn, slice, warps, stages), min(most, power), resident) for bn, warps, stages, most, resident in STILL
-            if width % bn == 0 and warps <= min(most, power) and all_slices <= MOST_PARTS * min(most, power)]  # fmt: skip
+    found: list[tuple[Shape, int, int]] = []
+    for bn, warps, stages, most, resident in STILL:
+        slices = min(most, power)
+        if width % bn == 0 and warps <= slices and all_slices <= MOST_PARTS * slices:
+            found.append(((bm, bn, slice, warps, stages), slices, resident))
+    return found
 
 
 def scaled_shapes(site: Site) -> list[tuple[Shape, int]]:

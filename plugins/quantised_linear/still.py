@@ -17,8 +17,8 @@ from .numbers import both, half_bytes, zero_points
 def quantised_still_kernel(
     x, weight, scale, zero, bias, y, parts, arrived, M,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr,
-    PARTS: tl.constexpr, PROGRAMS: tl.constexpr, STAGES: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr, AHEAD: tl.constexpr,
+    PARTS: tl.constexpr, PROGRAMS: tl.constexpr, STAGES: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr,
+    BIAS: tl.constexpr, ACTIVATION: tl.constexpr, AHEAD: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
     """y [M, N] = x ((weight - zero) * scale)^T + bias, x in 16 bits, M at most BM; with an ACTIVATION, rows of the
