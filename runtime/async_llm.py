@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import uuid
 import weakref
 from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
@@ -59,6 +60,8 @@ class AsyncLLM(Opened):
         Raises RequestError, at the first step of the iteration, and EngineError if the engine fails.
         """
         loop, news = asyncio.get_running_loop(), asyncio.Event()
+        if request_id is None:  # one that no caller's own can meet
+            request_id = uuid.uuid4().hex
         stream = self._session.prepare(
             prompt, sampling_params or self.default_params(), self._listener(loop), request_id, priority
         )

@@ -148,6 +148,8 @@ def chat_prompt(
         raise RequestError("This engine has no tokenizer, so it has no chat; send token ids.")
     if not messages:
         raise RequestError("The conversation is empty; it needs at least one message.")
+    if taken := sorted(text.own_values & values.keys()):
+        raise RequestError(f"chat_template_kwargs sets {taken[0]}, which is not for it to set.")
     rendered = text.render(messages, template=template, add_generation_prompt=add_generation_prompt, **values)
     return {"prompt": rendered, "prompt_token_ids": text.encode(rendered, add_special_tokens=False)}
 

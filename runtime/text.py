@@ -107,6 +107,11 @@ class Text:
             what = " ".join(str(error).split()) or type(error).__name__
             raise RequestError(f"The chat template refuses these messages: {what}.") from None
 
+    @property
+    def own_values(self) -> frozenset[str]:
+        """Names that `values` of `render` cannot have: they are arguments of its own or the tokenizer's."""
+        return frozenset(("self", "messages", "template", "add_generation_prompt", *self.special_tokens))
+
     def template_has(self, word: str) -> bool:
         """Whether the chat template speaks of `word`, a role for one."""
         return word in (self._template_source or "")

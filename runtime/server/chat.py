@@ -42,7 +42,7 @@ from .strict import can_be_strict, strict_grammar
 from .tools import HERMES, MARKERS, OPENERS, Call, CallList, ToolReader
 
 _ROLES = frozenset(("system", "user", "assistant"))  # every template knows them, or refuses them itself
-_TAKEN = frozenset(("self", "messages", "template", "add_generation_prompt", "tools", "tool_choice"))
+_TAKEN = frozenset(("tools", "tool_choice"))  # fields of the request
 
 
 async def prepare(generator: Generator, body: ChatRequest, request_id: str, arrival: float) -> Job:
@@ -84,7 +84,7 @@ async def encode(
     if text is None:
         raise RequestError("This engine has no tokenizer, so it has no chat; send token ids to /v1/completions.")
     extra = body.chat_template_kwargs or {}
-    if taken := sorted((_TAKEN | text.special_tokens.keys()) & extra.keys()):
+    if taken := sorted((_TAKEN | text.own_values) & extra.keys()):
         raise ApiError(
             400, f"chat_template_kwargs sets {taken[0]}, which is not for it to set.", "chat_template_kwargs"
         )

@@ -108,6 +108,9 @@ def test_a_bad_prompt_costs_the_others_nothing(llm):
         llm.generate(["fine"], [], progress=False)
     with pytest.raises(RequestError, match="it must be an object"):
         llm.chat({"role": "user", "content": "fine"}, progress=False)
+    for name in ("messages", "template", "bos_token"):
+        with pytest.raises(RequestError, match=f"chat_template_kwargs sets {name}, which is not for it"):
+            llm.chat([{"role": "user", "content": "fine"}], chat_template_kwargs={name: 1}, progress=False)
     none_left = SamplingParams(stop_token_ids=range(llm.vocab_size), min_tokens=1)
     with pytest.raises(RequestError, match="min_tokens is 1, but each"):
         llm.generate(["fine", "fine"], [LONG, none_left], progress=False)
@@ -179,6 +182,18 @@ def test_async_streams_share_steps(engine):
     together, alone, steps = asyncio.run(main())
     assert together == alone
     assert steps < 8 * 25 / 2
+
+
+def test_no_id_of_the_engine_is_a_callers(engine):
+    async def ask(llm, request_id):
+        return [output async for output in llm.generate("def main():\n", SamplingParams(max_tokens=4), request_id)][-1]
+
+    async def main():
+        async with AsyncLLM(engine) as llm:
+            return await asyncio.gather(*(ask(llm, each) for each in ("0", "1", None, None, "2", "3")))
+
+    outputs = asyncio.run(main())
+    assert all(output.finished for output in outputs) and len({output.request_id for output in outputs}) == 6
 
 
 def test_async_cancel_and_going_away(engine):
