@@ -28,7 +28,6 @@ from .shapes import (
     row_shapes,
     scaled_shapes,
     slice_shapes,
-    still_shapes,
     tile_shapes,
 )
 
@@ -52,7 +51,6 @@ def own(site: Site, activation: str = "") -> list[Tactic]:
     """The kernels of this folder. With an activation, rows of the weight are gates, then ups."""
     found = [_row(site, activation, *shape) for shape in row_shapes(site)]
     found += [_few(site, activation, shape) for shape in slice_shapes(site)]
-    found += [_still(site, activation, *how) for how in still_shapes(site)]
     found += [_tiles(site, activation, *how) for how in tile_shapes(site)]
     found += [_scaled(site, activation, *how) for how in scaled_shapes(site)]
     return list({tactic.name: tactic for tactic in found}.values())
@@ -183,32 +181,6 @@ def _few(site: Site, activation: str, shape: Shape) -> Tactic:
     launch = Launch(kernel, (triton.cdiv(columns, block), triton.cdiv(rows, bm), 1),
                     (*operands[:X_SCALE], operands[BIAS], Operand("output", 0), rows))  # fmt: skip
     return Tactic(f"few {bm}x{bn}x{slice} warps{warps} stages{stages}", (launch,))
-
-
-def _still(site: Site, activation: str, shape: Shape, slices: int, resident: int) -> Tactic:
-    x, weight = site.inputs[X], site.inputs[WEIGHT]
-    assert x is not None and weight is not None
-    (bm, bn, slice, warps, stages), rows, (width, depth) = shape, x.shape[0], weight.shape
-    parts = depth // (slice * slices)
-    programs = max(1, min(resident * site.device.num_sms // parts, width // bn))
-    constants = {
-        "N": width, "K": depth, "BM": bm, "BN": bn, "SLICE": slice, "SLICES": slices, "PARTS": parts,
-        "PROGRAMS": programs, "STAGES": stages, "ZERO": site.inputs[ZERO] is not None,
-        "GROUP": site.attributes["group"], "BIAS": site.inputs[BIAS] is not None, "ACTIVATION": activation,
-        "AHEAD": 1 << (slice * slices // 256).bit_length() >> 1,
-    }  # fmt: skip
-    names = "x", "weight", "scale", "zero", "bias", "y"
-    signature = tuple(each for each in _signature(site) if each[0] in names)
-    kernel = Kernel("quantised_linear.still:quantised_still_kernel",
-                    (*signature, ("parts", "*fp32"), ("arrived", "*i32"), ("M", "i32")), tuple(constants.items()),
-                    warps, stages, divisible=(*_aligned(site), "parts"))  # fmt: skip
-    operands = _operands(site)
-    # a single part needs neither room nor counters: any pointer will do
-    room = (Operand("workspace", 0), Operand("zeros", 0)) if parts > 1 else (Operand("output", 0),) * 2
-    launch = Launch(kernel, (programs, parts, 1),
-                    (*operands[:X_SCALE], operands[BIAS], Operand("output", 0), *room, rows))  # fmt: skip
-    name = f"still {bm}x{bn}x{slice} warps{warps} stages{stages} parts{parts} resident{resident}"
-    return Tactic(name, (launch,), 4 * parts * rows * width if parts > 1 else 0, 4 * programs if parts > 1 else 0)
 
 
 def _operands(site: Site) -> tuple[Operand, ...]:

@@ -26,15 +26,6 @@ ROW = {
 # (BN, warps, stages) of tiles whose warps have slices of depth of their own, up to MOST_IN_SLICES rows
 SLICES = ((32, 4, 3), (16, 8, 3), (64, 4, 3), (32, 8, 3))
 SLICE, SHORTEST_SLICE = 128, 32  # columns
-# (BN, warps, stages, slices of a part at most, programs on a multiprocessor) of tiles that pass by an x which stays
-STILL = (
-    (16, 8, 3, 32, 1),
-    (16, 16, 3, 32, 1),
-    (32, 8, 3, 32, 1),
-    (16, 8, 3, 16, 2),
-    (16, 8, 4, 16, 2),
-    (16, 8, 3, 16, 3),
-)
 MOST_IN_SLICES = 16
 # (BN, BK, warps, stages) of tiles that hold all rows, up to FEW_ROWS; `pairs`: int4 and x in 16 bits
 FEW_ROWS = 64
@@ -89,24 +80,6 @@ def slice_shapes(site: Site) -> list[Shape]:
     bm = max(8, triton.next_power_of_2(x.shape[0]))
     # a program keeps more of x than of the weight where it has no more of its rows
     return [(bm, bn, slice, warps, stages) for bn, warps, stages in SLICES if bn > bm]
-
-
-def still_shapes(site: Site) -> list[tuple[Shape, int, int]]:
-    """Tiles that pass by an x which stays, slices of a part of the depth, and programs on a multiprocessor; [] where
-    that kernel does not serve."""
-    x, weight = site.inputs[X], site.inputs[WEIGHT]
-    assert x is not None and weight is not None
-    (width, depth), slice, rows = weight.shape, gcd(SLICE, group_columns(site)), x.shape[0]
-    if not in_pairs(site) or rows > MOST_IN_SLICES or slice < SHORTEST_SLICE or depth % slice:
-        return []
-    all_slices, bm = depth // slice, max(8, triton.next_power_of_2(rows))
-    power = all_slices & -all_slices  # the largest power of two that divides them
-    found: list[tuple[Shape, int, int]] = []
-    for bn, warps, stages, most, resident in STILL:
-        slices = min(most, power)
-        if width % bn == 0 and warps <= slices and all_slices <= MOST_PARTS * slices:
-            found.append(((bm, bn, slice, warps, stages), slices, resident))
-    return found
 
 
 def scaled_shapes(site: Site) -> list[tuple[Shape, int]]:

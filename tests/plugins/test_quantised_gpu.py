@@ -179,29 +179,6 @@ def test_half_bytes_are_read_four_bytes_at_once(form, depth, dtype, rows):
 
 
 @pytest.mark.parametrize("form,rows,width,depth", [
-    (WEIGHTS["int4"], 1, 96, 1024), (Format("int4", 128), 5, 80, 1024), (Format("int4", 128), 9, 64, 3072),
-    (WEIGHTS["int4 zero"], 3, 96, 768), (WEIGHTS["int4 rows"], 16, 48, 1024),
-    (Format("int4", symmetric=False), 2, 32, 2048),
-    *([(Format("int4", 128), rows, 6144, 4096) for rows in (1, 4, 8, 16)] if GPU else []),
-    *([(Format("int4", 128, symmetric=False), rows, 1024, 14336) for rows in (1, 16)] if GPU else []),
-])  # fmt: skip
-def test_tiles_pass_by_rows_that_stay(form, rows, width, depth):
-    """One multiprocessor, or few, so that programs have several tiles; all of the depth and parts of it."""
-
-    def wanted(name):
-        return name.startswith("still")
-
-    inputs, how = linear(rows, width, depth, form, bias=rows != 5)
-    few = Device() if depth * width > 1 << 20 else Device(90, 1 if depth < 3072 else 5)
-    names = compare("QuantisedLinear", inputs, **how, device=few, wanted=wanted)
-    assert {int(re.search("parts([0-9]+)", name)[1]) for name in names} <= {
-        768: {3}, 3072: {3}, 14336: {7}, 4096: {1, 2}}.get(depth, {1})  # fmt: skip
-    if rows in (1, 9):
-        options = dict(activation="silu", y_dtype=0, y_group=0)
-        compare("GatedQuantisedLinear", inputs, **how, **options, device=few, wanted=wanted)
-
-
-@pytest.mark.parametrize("form,rows,width,depth", [
     (WEIGHTS["int4"], 66, 72, 1152), (WEIGHTS["int4"], 256, 128, 128), (WEIGHTS["int4 zero"], 130, 71, 352),
     (Format("int4", 128, symmetric=False), 128, 128, 640), (WEIGHTS["int4 rows"], 140, 40, 544),
     (Format("int4", symmetric=False), 70, 40, 96), *([(Format("int4", 96), 600, 260, 960)] if GPU else []),
