@@ -60,7 +60,8 @@ def merge(
         weight = tl.exp2(part_top - higher[None, :])
         fade = tl.exp2(top - higher)
         acc = acc * fade[:, None] + tl.sum(part * weight[:, :, None], 0)
-        total = total * fade + tl.sum(part_total * weight, 0)
+        # none is negative, but a product may not be fused with the sum: what many threads hold would be rounded in many ways
+        total = total * fade + tl.sum(tl.maximum(part_total * weight, 0.0), 0)
         top = higher
     head = kv_head * GROUP + g
     out = finish(acc, top, total, v_unit, sinks, head, g < GROUP, SINKS)
