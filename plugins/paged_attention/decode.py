@@ -60,7 +60,7 @@ def merge(
         weight = tl.exp2(part_top - higher[None, :])
         fade = tl.exp2(top - higher)
         acc = acc * fade[:, None] + tl.sum(part * weight[:, :, None], 0)
-        # none is negative, but a product may not be fused with the sum: what many threads hold would be rounded in many ways
+        # none is negative, but a product may not be fused with the sum: threads that hold the same would round it apart
         total = total * fade + tl.sum(tl.maximum(part_total * weight, 0.0), 0)
         top = higher
     head = kv_head * GROUP + g

@@ -91,10 +91,10 @@ def _tiles(site: Site, activation: str, shape: Shape, parts: int) -> Tactic:
     x, weight = site.inputs[X], site.inputs[WEIGHT]
     assert x is not None and weight is not None
     (bm, bn, bk, warps, stages), rows, (width, depth) = shape, x.shape[0], weight.shape
-    # tensor cores that take the second side from shared memory
-    halves = (
-        site.device.capability == WGMMA and not warps % 4 and not bn % 64 and in_pairs(site) and not depth % COLUMNS
-    )
+    # tensor cores that take the second side from shared memory, and what was converted from registers
+    groups = site.device.capability == WGMMA and not warps % 4 and not bn % 64
+    halves = groups and in_pairs(site) and not depth % COLUMNS
+    waits = groups and x.dtype in ("bfloat16", "float16") and not site.attributes["group"]
     share = triton.cdiv(triton.cdiv(depth, parts), bk) * bk
     parts = triton.cdiv(depth, share)
     columns, block = (width // 2, bn // 2) if activation else (width, bn)
@@ -103,7 +103,7 @@ def _tiles(site: Site, activation: str, shape: Shape, parts: int) -> Tactic:
     constants = _constants(site, activation) | {
         "N": width, "K": depth, "BM": bm, "BN": bn, "BK": bk, "DEPTH": share, "PARTS": parts,
         "EVEN": columns % block == 0 and depth % bk == 0, "AHEAD": 1 << lines.bit_length() >> 1,
-        "HALVES": halves,
+        "HALVES": halves, "WAITS": waits,
     }  # fmt: skip
     signature = (*_signature(site), ("parts", "*fp32"), ("arrived", "*i32"), ("M", "i32"))
     kernel = Kernel("quantised_linear.tile:quantised_kernel", signature, tuple(constants.items()), warps, stages,

@@ -121,3 +121,14 @@ def scaled_half_bytes(stored, scale, zero, DTYPE: tl.constexpr, ZERO: tl.constex
             dtype=(tl.int16, tl.int16), is_pure=True, pack=4,
         )  # fmt: skip
         return low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def await_products():
+    """Waits for the products issued so far (compute capability 9.0): tensor cores read the weights' registers when they
+    come to them, and ptxas takes those of the slice before to be free where the loop begins again
+    (`sass.py: overwritten_operands`)."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "wgmma.wait_group.sync.aligned 0; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )

@@ -11,8 +11,7 @@ import triton.language as tl
 
 from ..linear.tile import arrived_last, block_of, finish, prefetch, rows_of
 from ..pdl import launch_next, wait
-from ..quantise_tokens.store import INTERPRETED
-from .numbers import half_bytes, scaled_half_bytes, zero_points
+from .numbers import await_products, half_bytes, scaled_half_bytes, zero_points
 
 
 @triton.jit
@@ -60,7 +59,7 @@ def quantised_scaled_kernel(
     acc = tl.zeros([BN, BM], tl.float32)
     end = DEPTH if K % DEPTH == 0 else tl.minimum(DEPTH, K - part * DEPTH)
     for start in range(0, end, BK):
-        _await_products()
+        await_products()
         k = part * DEPTH + start
         if EVEN:
             w = tl.load(weight + start // 2 + w_at)
@@ -104,16 +103,6 @@ def quantised_scaled_kernel(
             if GROUP == 0:
                 total *= unit
             finish(total, bias, y, block_m * BM + at + i, n, left, M, WIDTH, PIECE, BN, BIAS, ACTIVATION)
-
-
-@triton.jit
-def _await_products():
-    """Waits for the products issued so far: tensor cores read the weights' registers when they come to them, and ptxas
-    takes those of the slice before to be free where the loop begins again (`sass.py: overwritten_operands`)."""
-    if not INTERPRETED:
-        tl.inline_asm_elementwise(
-            "wgmma.wait_group.sync.aligned 0; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-        )
 
 
 @triton.jit

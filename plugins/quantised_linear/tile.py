@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..linear.tile import arrived_last, block_of, finish, prefetch, rows_of
 from ..pdl import launch_next, wait
-from .numbers import both, byte, half_bytes, zero_points
+from .numbers import await_products, both, byte, half_bytes, zero_points
 
 
 @triton.jit
@@ -21,12 +21,12 @@ def quantised_kernel(
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     DEPTH: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr,
     X_SCALE: tl.constexpr, X_GROUP: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, ACTIVATION: tl.constexpr,
-    AHEAD: tl.constexpr, HALVES: tl.constexpr,
+    AHEAD: tl.constexpr, HALVES: tl.constexpr, WAITS: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
     """y [M, N] = (x * x_scale) ((weight - zero) * scale)^T + bias; as `linear_kernel` with `quantised_row_kernel`'s
     numbers and scales. BK divides GROUP and X_GROUP where these are not 0. An x in 8 bits multiplies numbers of its
-    own type, or int4."""
+    own type, or int4. WAITS: tensor cores read weights from registers, and products go on into the next slice."""
     launch_next(PDL)
     GATED: tl.constexpr = ACTIVATION != ""
     WIDTH: tl.constexpr = N // 2 if GATED else N  # columns of y
@@ -83,6 +83,8 @@ def quantised_kernel(
     acc = tl.zeros([BN, BM], ACC)
     end = DEPTH if K % DEPTH == 0 else tl.minimum(DEPTH, K - part * DEPTH)
     for start in range(0, end, BK):
+        if WAITS:
+            await_products()
         k = part * DEPTH + start
         deep = stored < (K - k) // 2 if INT4 else stored < K - k
         at = start // 2 if INT4 else start
