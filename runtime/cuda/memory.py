@@ -78,30 +78,34 @@ def _states(draft: Engine) -> dict[str, int]:
 def check_plan(plan: Plan, engine: Engine, gpu: Gpu, config: ServeConfig) -> None:
     """Raises EngineError where the plan cannot serve this GPU or this configuration."""
     folder, have = engine.folder, gpu.device.capability
-    mend = f"build it again for this GPU with `ingot build {engine.manifest.model.source} -o {folder} --target cuda`"
+
+    def mend(option: str = "") -> str:
+        command = f"ingot build {engine.manifest.model.source} -o {folder} --target cuda --force {option}".rstrip()
+        return f"build it again for this GPU with `{command}`"
+
     if plan.capability // 10 != have // 10 or plan.capability > have:  # cubins run on later GPUs of their generation
         raise EngineError(
             f"{folder} was compiled for compute capability {plan.capability / 10}, but {gpu.name} has {have / 10}; "
-            f"{mend}."
+            f"{mend()}."
         )
     for name, most in (("max_num_seqs", plan.max_num_seqs), ("max_num_batched_tokens", plan.max_num_batched_tokens)):
         asked = getattr(config, name)
         if asked is not None and asked > most:
             option = f"--{name.replace('_', '-')} {asked}"
             raise EngineError(
-                f"{name} is {asked}, but {folder} was built for at most {most}; ask for less, or {mend} {option}."
+                f"{name} is {asked}, but {folder} was built for at most {most}; ask for less, or {mend(option)}."
             )
     most = max(config.num_draft_tokens, config.num_draft_nodes)
     if config.speculate and most > plan.max_draft_tokens:
         name = "num_draft_nodes" if config.num_draft_nodes else "num_draft_tokens"
         found = f"{name} is {most}, but {folder} was built to verify"
-        again = f"{mend} --max-draft-tokens {most}"
+        again = mend(f"--max-draft-tokens {most}")
         if not plan.max_draft_tokens:
             raise EngineError(f"{found} none; {again}.")
         raise EngineError(f"{found} at most {plan.max_draft_tokens}; ask for fewer, or {again}.")
     if config.num_draft_nodes and not any(MOVES in bucket.parts for bucket in plan.buckets):
         raise EngineError(
-            f"{folder} was built by a version that verified chains only; {mend} --max-draft-tokens {most}."
+            f"{folder} was built by a version that verified chains only; {mend(f'--max-draft-tokens {most}')}."
         )
     if config.page_size not in (None, plan.page_size):
         raise EngineError(
