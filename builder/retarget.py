@@ -6,6 +6,7 @@ The sizes and options that it was built with stay, too, unless others are given.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -72,12 +73,19 @@ def retarget(folder: Path, config: BuildConfig, audience: Audience = NOBODY) -> 
         for name in manifest.files:
             if name.partition("/")[0] != manifest.target:
                 (fresh / name).parent.mkdir(parents=True, exist_ok=True)
-                os.link(folder / name, fresh / name)
+                _link(folder / name, fresh / name)
         info = compile(load_graph(fresh), manifest.model, fresh, manifest.head)
         seconds = round(time.perf_counter() - start, 3)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         record = replace(manifest.build, time=now, seconds=seconds, phases={f"compile for {config.target}": seconds})
         return replace(manifest, target=config.target, target_info=info, build=record).save(fresh)
+
+
+def _link(file: Path, to: Path) -> None:
+    try:
+        os.link(file, to)
+    except OSError:  # not every file system has links
+        shutil.copyfile(file, to)
 
 
 def _gpu_at_hand() -> bool:

@@ -74,6 +74,11 @@ def test_another_target_takes_what_it_knows(engine, monkeypatch, tmp_path, capsy
     assert config.max_draft_tokens == 0 and config.gpu_arch == 80
     monkeypatch.setenv("PATH", str(tmp_path))  # without a compiler, which takes seconds
     monkeypatch.delenv("CXX", raising=False)
+
+    def no_links(*_):
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(retarget.os, "link", no_links)  # as on a file system that has none
     assert anew(engine, "--target", "cpu")[0] == 0
     assert Manifest.open(engine).target == "cpu" and "was built" not in capsys.readouterr().err
     config = retarget.as_built(BuildConfig("", str(engine), "cuda"), {"target"})
