@@ -96,11 +96,13 @@ def build_engine(
     from .record import activation_dtype, build_record, kv_layers, model_info
     from .stored_weights import check_options, keep_stored
     from .targets import audience_of, target_of
+    from .targets import check_options as check_target_options
     from .text_files import copy_text_files
     from .weights import unread
 
     phase = Phases(on_phase)
     target = target_of(config.target)
+    check_target_options(config)
     check_destination(Path(config.out), config.force)
     if config.draft_for:
         from .heads.build import build_head

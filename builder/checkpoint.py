@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 
 from ..engines.dtypes import DTYPES, DType, from_safetensors
@@ -134,7 +134,7 @@ def read_header(file: Path) -> list[StoredTensor]:
         header = json.loads(text)
         header.pop("__metadata__", None)
         tensors = [_stored(file, name, entry, 8 + length) for name, entry in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(file, f"its header cannot be read: {error}") from None
     end = 8 + length
     for tensor in sorted(tensors, key=lambda t: (t.offset, t.length)):  # the format knows no holes and no overlap
@@ -143,7 +143,11 @@ def read_header(file: Path) -> list[StoredTensor]:
         end += tensor.length
     if end != size:
         raise _damaged(file, f"its tensors end at byte {end}, the file has {size}")
-    return tensors
+    try:
+        with safe_open(file, framework="pt"):  # which will read it: what else it does not take, as other metadata
+            return tensors
+    except SafetensorError as error:
+        raise _damaged(file, str(error)) from None
 
 
 def _stored(file: Path, name: str, entry: dict, data: int) -> StoredTensor:
@@ -195,7 +199,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BuildError(f"{file} is not JSON ({error}); download it again") from None
     if not isinstance(content, dict):
         raise BuildError(f"{file} holds no JSON object; download it again")

@@ -3,8 +3,9 @@ And `ingot recipes`."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,9 +22,15 @@ def build(
     out: Out = None,
     retarget: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Compile this engine anew for --target; no MODEL.", show_default=False),
+        typer.Option(
+            metavar="DIR",
+            help="Compile this engine anew, for --target or its own; no MODEL. What is not given stays.",
+            show_default=False,
+        ),
     ] = None,
-    target: Annotated[str, typer.Option(help="What the engine will run on: cpu, cuda or tensorrt.")] = "cpu",
+    target: Annotated[
+        str | None, typer.Option(help="What the engine will run on: cpu (if none is given), cuda or tensorrt.")
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's own.", metavar="DTYPE")
     ] = "auto",
@@ -46,21 +53,24 @@ def build(
         bool, typer.Option("--accept-accuracy", help="Build it even if it is worse than the recipe allows.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the engine that is already there.")] = False,
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="cuda, tensorrt: sequences of a step at most.")] = 256,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(min=1, help="cuda, tensorrt: sequences of a step at most; 256 if not given.")
+    ] = None,
     max_num_batched_tokens: Annotated[
-        int, typer.Option(min=1, help="cuda, tensorrt: tokens of a step at most.")
-    ] = 4096,
+        int | None, typer.Option(min=1, help="cuda, tensorrt: tokens of a step at most; 4096 if not given.")
+    ] = None,
     max_draft_tokens: Annotated[
-        int, typer.Option(help="cuda: drafts of a sequence that a step can verify; 0: no speculation.")
-    ] = 0,
+        int | None, typer.Option(help="cuda: drafts of a sequence that a step can verify; none if not given.")
+    ] = None,
     tune: Annotated[bool, typer.Option(help="cuda: time the kernels on the GPU at hand.")] = True,
     gpu_arch: Annotated[
         int | None,
         typer.Option("--gpu-arch", "--compute-capability", help="80, 86, 89, 90, 100 or 120, if not this GPU's."),
     ] = None,
     tensorrt_plugins: Annotated[
-        str, typer.Option(metavar="OPS", help="tensorrt: ops that ingot runs although TensorRT could, with commas.")
-    ] = "Rope",
+        str | None,
+        typer.Option(metavar="OPS", help="tensorrt: ops that ingot runs although TensorRT could, with commas; Rope."),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Phases, node counts, library warnings.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
     debug: Debug = False,
@@ -74,14 +84,18 @@ def build(
         raise typer.BadParameter("Give MODEL and -o DIR, or --retarget DIR and neither of them.")
     out = out or retarget
     assert out is not None
+    for_target = {
+        "target": target, "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens,
+        "max_draft_tokens": max_draft_tokens, "gpu_arch": gpu_arch, "tensorrt_plugins": tensorrt_plugins,
+    }  # fmt: skip
+    given: dict[str, Any] = {name: value for name, value in for_target.items() if value is not None}
     config = BuildConfig(
-        model or "", str(out), target, dtype, force, quant, kv_cache, calibration_data, calibration_tokens,
-        calibration_width, calibration_device, hidden_states, draft_for, scales, accept_accuracy,
-        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, max_draft_tokens=max_draft_tokens,
-        tune=tune, gpu_arch=gpu_arch,
-        tensorrt_plugins=tensorrt_plugins,
+        model or "", str(out), dtype=dtype, force=force, quant=quant, kv_cache=kv_cache,
+        calibration_data=calibration_data, calibration_tokens=calibration_tokens, calibration_width=calibration_width,
+        calibration_device=calibration_device, hidden_states=hidden_states, draft_for=draft_for, scales=scales,
+        accept_accuracy=accept_accuracy, tune=tune, **given,
     )  # fmt: skip
-    manifest = _build_with_progress(config, verbose)
+    manifest = _build_with_progress(config, given, verbose)
     if as_json:
         print((out / "engine.json").read_text(), end="")
         return
@@ -112,13 +126,14 @@ def recipes() -> None:
     Console().print(table)
 
 
-def _build_with_progress(config: BuildConfig, verbose: bool) -> Manifest:
-    """Run the build under a spinner per phase, which becomes a bar where bytes are counted."""
+def _build_with_progress(config: BuildConfig, given: Collection[str], verbose: bool) -> Manifest:
+    """Run the build under a spinner per phase, which becomes a bar where bytes are counted. given: fields of the config
+    that an engine's own do not replace."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from . import build_engine
-    from .retarget import check_options, retarget
+    from .retarget import as_built, check_options, retarget
     from .targets import Audience
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -140,6 +155,7 @@ def _build_with_progress(config: BuildConfig, verbose: bool) -> Manifest:
 
         if not config.model:
             check_options(config)
+            config = as_built(config, given, on_note)
             on_phase(f"compile for {config.target}")
             return retarget(Path(config.out), config, Audience(on_bytes, on_note))
         return build_engine(config, on_phase, on_bytes, on_note=on_note)

@@ -262,10 +262,10 @@ def disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        full = "free some space or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise BuildError(
-            f"what a calibration keeps in {folder} cannot be written ({error.strerror or error}){full} "
-            "or give `-o` another place."
+            f"what a calibration keeps in {folder} cannot be written ({error.strerror or error}); {full}give `-o` "
+            "another place."
         ) from error
 
 

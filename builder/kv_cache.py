@@ -76,7 +76,10 @@ def _centre(model: ir.Model, node: ir.Node, name: str, offset: torch.Tensor) -> 
     x = operand(node, at)
     assert x.dtype
     vector = torch.zeros(size(x, 1))
-    vector[_columns(attributes(node)) if at == 0 else slice(None)] = offset.float()
+    keys = vector[_columns(attributes(node)) if at == 0 else slice(None)]
+    if offset.shape != keys.shape:
+        raise BuildError(f"{name} has the shape {list(offset.shape)}, expected {list(keys.shape)}; calibrate anew.")
+    keys.copy_(offset)
     shift = _initialiser(model, name, vector.to(TORCH_DTYPES[int(x.dtype)]))
     node.replace_input_with(at, new(node, "Sub", [x, shift], dims(x), x.dtype))
 

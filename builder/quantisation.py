@@ -138,7 +138,7 @@ class Quantisation:
                 raise BuildError(
                     f"the scales in {path} are of another {what}; {advice}, or find others with `ingot calibrate`."
                 )
-        if self.text is None and "accuracy" not in scales.about:
+        if self.text is None and not {"accuracy", "text"} <= scales.about.keys():
             raise BuildError(f"{path} does not say how accurate its scales are; pass --calibration-data to measure it.")
         return scales
 
@@ -146,8 +146,12 @@ class Quantisation:
         """Which weights have something else than their rule: found before, or searched for now."""
         from .sensitivity import mix
 
+        assert self.recipe.mixed
         if self.scales:
-            return dict(self.scales.about.get("mixed", {}))
+            mixed, kinds = self.scales.about.get("mixed", {}), range(len(self.recipe.mixed.instead))
+            if not mixed.keys() <= linear_weights(graph).keys() or not all(i in kinds for i in mixed.values()):
+                raise BuildError("the scales choose weights for `mixed` that there are not; calibrate anew.")
+            return dict(mixed)
         assert self.text
         found = journal.remembered("mixed")
         if found is None:

@@ -122,10 +122,12 @@ def quantise(model: ir.Model, recipe: Recipe, scales: Scales) -> None:
         linear, form = each.reader, each.rule.activation
         if each.rule.method == "gptq":
             quantised(each, scales)  # refuses what does not fit now, not when it is written
+        else:
+            _clip(each, scales)
         quantise_linear(model, each.value, each.format, partial(quantised, each, scales))
         if form is not None:
             scale = scales.activations.get(each.name)
-            if each.rule.static and scale is None:
+            if each.rule.static and (scale is None or scale.dim()):
                 raise _others(each.name, "scale of activations")
             quantise_activation(model, linear, form, scale if each.rule.static else None)
 
@@ -146,8 +148,15 @@ def quantised(each: Chosen, scales: Scales) -> Quantised:
         if made is None or made.format != each.format or made.values.shape != tuple(each.value.shape or ()):
             raise _others(each.name, "weight")
         return made
+    return _rounded(each, _clip(each, scales))
+
+
+def _clip(each: Chosen, scales: Scales) -> float | torch.Tensor:
+    """What a calibration found of the range to cover. Raises BuildError: scales of another recipe or model."""
     clip = scales.clipping.get(each.name)
-    return _rounded(each, 1.0 if clip is None else clip)
+    if clip is not None and clip.shape != each.format.scale_shape(size(each.value, 0), size(each.value, 1)):
+        raise _others(each.name, "clipping")
+    return 1.0 if clip is None else clip
 
 
 def _rounded(each: Chosen, clip: float | torch.Tensor = 1.0) -> Quantised:

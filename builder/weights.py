@@ -22,6 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
+from ..calibration.formats import all_finite
 from ..engines.dtypes import DTYPES
 from ..engines.errors import BuildError
 from ..plugins.dtypes import TORCH_DTYPES
@@ -181,13 +182,34 @@ def _fused(checkpoint: Checkpoint, model: PreTrainedModel, first: str, fusion: _
 
 
 def lazy(name: str, shape: tuple[int, ...], dtype: torch.dtype, load: Callable[[], torch.Tensor]) -> ir.LazyTensor:
-    """A tensor that is loaded, and cast to `dtype` if it is of another, each time it is read; nothing is kept."""
+    """A tensor that is loaded, and cast to `dtype` if it is of another, each time it is read; nothing is kept.
+
+    BuildError when it is read and has a NaN or an infinity, or more than `dtype` can hold.
+    """
 
     def evaluate() -> ir.TensorProtocol:
-        return ir.tensor(load().to(dtype), name=name)
+        stored = load()
+        weight = stored.to(dtype)
+        if dtype.is_floating_point and not all_finite(weight):
+            raise _not_finite(name, stored, dtype)
+        return ir.tensor(weight, name=name)
 
     onnx = next(d.onnx for d in DTYPES.values() if d.torch == dtype)
     return ir.LazyTensor(evaluate, dtype=onnx, shape=ir.Shape(shape), name=name, cache=False)
+
+
+def _not_finite(name: str, stored: torch.Tensor, dtype: torch.dtype) -> BuildError:
+    if all_finite(stored):
+        low, high = (float(x) for x in torch.aminmax(stored))
+        return BuildError(
+            f"the weight '{name}' has numbers from {low:.4g} to {high:.4g}, and {str(dtype).removeprefix('torch.')} "
+            f"holds none above {torch.finfo(dtype).max:.4g}; pass --dtype bfloat16 or float32"
+        )
+    num_nan, num_infinite = int(stored.isnan().sum()), int(stored.isinf().sum())
+    return BuildError(
+        f"the checkpoint's weight '{name}' has {num_nan} NaN and {num_infinite} infinite numbers of {stored.numel()}, "
+        "expected finite ones; download the checkpoint again, or take one from before its training went wrong"
+    )
 
 
 def _share_tied(plan: LoadPlan, model: PreTrainedModel) -> None:
@@ -203,6 +225,9 @@ def _check_tied(checkpoint: Checkpoint, *names: str) -> None:
     if any(checkpoint.stored_module(name) for name in names):
         return  # one in few bits is not the other, and yet meant to be
     one, other = map(checkpoint.tensor, names)
+    for name, tensor in zip(names, (one, other), strict=True):
+        if not all_finite(tensor):  # a NaN is not equal to itself
+            raise _not_finite(name, tensor, tensor.dtype)
     if not torch.equal(one, other.to(one.dtype)):
         raise BuildError(
             f"{checkpoint.path} holds '{names[0]}' and '{names[1]}' with different numbers, but its config.json ties "

@@ -67,8 +67,15 @@ class Accuracy:
 
     @classmethod
     def of(cls, described: Mapping[str, Any]) -> Accuracy:
-        """What `describe` gave."""
-        return cls(**{**described, "layers": tuple(Layer(**layer) for layer in described["layers"])})
+        """What `describe` gave. Raises ValueError, TypeError or KeyError: it is something else."""
+        found = cls(**{**described, "layers": tuple(Layer(**layer) for layer in described["layers"])})
+        figures = found.num_tokens, found.perplexity_before, found.perplexity, found.kl, found.top1
+        numbers = (*figures, *(layer.error for layer in found.layers))
+        if not all(type(x) is float or (type(x) is int and abs(x) < 1 << 53) for x in numbers):
+            raise ValueError("the accuracy has a figure that is no number")
+        if found.perplexity_before == 0:
+            raise ValueError("the accuracy has the perplexity 0")
+        return found
 
 
 def compare(before: Iterable[torch.Tensor], after: Iterable[torch.Tensor], tokens: Iterable[torch.Tensor]) -> Accuracy:

@@ -31,8 +31,11 @@ class Format:
     def __post_init__(self) -> None:
         if self.dtype not in (*BITS, "fp8_e4m3"):
             raise QuantisationError(f"no such number format: {self.dtype} (there are int4, int8 and fp8_e4m3)")
-        if self.group < 0 or self.rows < 0:
-            raise QuantisationError(f"group {self.group} and rows {self.rows} of a format must not be negative")
+        for name, number in (("group", self.group), ("rows", self.rows)):
+            if type(number) is not int or not 0 <= number < 1 << 31:
+                raise QuantisationError(f"its {name} must be a whole number from 0 to {(1 << 31) - 1}")
+        if type(self.symmetric) is not bool:
+            raise QuantisationError("its `symmetric` must be true or false")
         if not self.symmetric and not self.integer:
             raise QuantisationError("fp8_e4m3 has no zero points: the format must be symmetric")
 
@@ -74,7 +77,7 @@ class Format:
     def blocks(self, x: Tensor) -> Tensor:
         """[N, K] -> [n, rows, k, group], zeros in the cut-off blocks at the edges; a view where none is cut off."""
         n, k = self.scale_shape(*x.shape)
-        rows, group = self.rows or x.shape[0], self.group or x.shape[1]
+        rows, group = (min(size or x.shape[i], x.shape[i]) for i, size in enumerate((self.rows, self.group)))
         x = torch.nn.functional.pad(x, (0, k * group - x.shape[1], 0, n * rows - x.shape[0]))
         return x.reshape(n, rows, k, group)
 
@@ -115,9 +118,17 @@ class Quantised:
         return Quantised(self.format, self.values.to(device), self.scale.to(device), zero)
 
 
+def all_finite(x: Tensor) -> bool:
+    """Whether floating-point x has neither NaN nor infinities.
+
+    By its extremes, which a NaN becomes both of: 25 GB/s on a core, where `isfinite().all()` has 0.5 of bfloat16.
+    """
+    return x.numel() == 0 or bool(torch.stack(torch.aminmax(x)).isfinite().all())
+
+
 def check_finite(x: Tensor, what: str) -> None:
     """A QuantisationError if x has a NaN or an infinity."""
-    if not x.isfinite().all():
+    if not all_finite(x):
         num_nan = int(x.isnan().sum())
         num_infinite = int(x.isinf().sum())
         raise QuantisationError(f"{what} has {num_nan} NaN and {num_infinite} infinite values of {x.numel()}")

@@ -6,6 +6,7 @@ shows them); the first that matches decides. `engines/recipes` has those that co
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -164,19 +165,14 @@ def kv_recipes() -> dict[str, Recipe]:
 
 def parse(text: str, name: str, where: str) -> Recipe:
     """The recipe in a YAML text. Raises BuildError."""
-    import yaml
-
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BuildError(f"{where} is not YAML: {' '.join(str(error).split())}.") from error
+    data = _yaml(text, where)
     entries = _mapping(data, {"description", "kv_cache", "mixed", "perplexity", "rules"}, where)
     rules, bound, kv = entries.get("rules"), entries.get("perplexity"), entries.get("kv_cache")
     if rules is None and kv is not None:
         rules = []
     elif not isinstance(rules, list) or not rules:
         raise BuildError(f"{where} has the rules {rules!r}; expected a list of at least one.")
-    if isinstance(bound, bool) or not isinstance(bound, int | float) or not bound >= 0:
+    if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 <= bound <= sys.float_info.max:
         raise BuildError(f"{where} has the perplexity {bound!r}; expected how much it may rise, as 0.01 for 1%.")
     return Recipe(
         name, str(entries.get("description", "")), float(bound),
@@ -184,6 +180,26 @@ def parse(text: str, name: str, where: str) -> Recipe:
         _mixed(entries["mixed"], where) if "mixed" in entries else None,
         None if kv is None else _kv_cache(kv, f"the kv_cache of {where}"),
     )  # fmt: skip
+
+
+def _yaml(text: str, where: str) -> Any:
+    """Raises BuildError: not YAML, or a key that stands twice in one place, of which YAML's readers take the last."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := sorted({key for key in keys if keys.count(key) > 1}):
+                raise BuildError(f"{where} has the key '{twice[0]}' twice in one place; take one of the two out.")
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader)
+    except RecursionError:
+        raise BuildError(f"{where} is no recipe: it is nested too deeply.") from None
+    # the latter of numbers, dates and others that are none: the reader converts without a look
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:
+        raise BuildError(f"{where} is not YAML: {' '.join(str(error).split())}.") from error
 
 
 def _mixed(data: Any, where: str) -> Mixed:
@@ -218,7 +234,11 @@ def _rule(data: Any, where: str) -> Rule:
         raise BuildError(f"{where} quantises activations, but not the weight; give it a format.")
     read = None if activation is None else _activation(activation, where)
     observer = entries.get("observer", "absmax")
-    if observer not in OBSERVERS or ("observer" in entries and (read is None or read.rows)):
+    if (
+        not isinstance(observer, str)
+        or observer not in OBSERVERS
+        or ("observer" in entries and (read is None or read.rows))
+    ):
         raise BuildError(
             f"{where} has the observer {observer!r}; expected one of {', '.join(OBSERVERS)}, and only with static "
             "activations (rows: 0)."

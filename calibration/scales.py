@@ -21,10 +21,14 @@ from torch import Tensor
 
 from ..engines.errors import BuildError
 from ..engines.weights import Weight, of_tensor, write_weights
-from .formats import Format, Quantised
+from . import QuantisationError
+from .accuracy import Accuracy
+from .formats import Format, Quantised, all_finite
 
 VERSION = 1
 KINDS = "smoothing", "clipping", "activations", "kv"
+OFFSET = "k_offset."  # begins the names of what, of `kv`, is no scale
+ABOUT = {"model": str, "text": str, "recipe": dict, "mixed": dict, "accuracy": dict}
 
 
 class StoredWeights(MutableMapping[str, Quantised]):
@@ -105,7 +109,7 @@ class Scales:
                 header = file.metadata() or {}
                 if header.get("version") != str(VERSION):
                     raise ValueError(f"its version is {header.get('version')}, expected {VERSION}")
-                scales, keys = cls(weights, about=json.loads(header["about"])), set(file.keys())
+                scales, keys = cls(weights, about=_about(header["about"])), set(file.keys())
                 for name, form in json.loads(header["formats"]).items():
                     if not Format(**form).symmetric:
                         keys.remove(f"zero/{name}")
@@ -115,12 +119,37 @@ class Scales:
                     kind, _, name = key.partition("/")
                     if kind not in KINDS:
                         raise ValueError(f"it holds the unknown tensor '{key}'")
-                    getattr(scales, kind)[name] = file.get_tensor(key).clone()
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                    tensor = getattr(scales, kind)[name] = file.get_tensor(key).clone()
+                    if not _sound(tensor, above=None if name.startswith(OFFSET) else 0):
+                        raise ValueError(f"'{key}' is no float32 tensor of finite numbers above 0")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError,
+                QuantisationError) as error:  # fmt: skip
             raise BuildError(
                 f"{path} is not a file of scales ({error}); make one with `ingot calibrate MODEL -o FILE`."
             ) from error
         return scales
+
+
+def _about(text: str) -> dict[str, Any]:
+    """Raises ValueError: what readers of scales rely on is of another kind."""
+    about = json.loads(text)
+    if not isinstance(about, dict):
+        raise ValueError("it does not say what it is about")
+    for key, kind in ABOUT.items():
+        if not isinstance(about.get(key, kind()), kind):
+            raise ValueError(f"its {key} is {str(about[key])[:60]!r}")
+    if "accuracy" in about:
+        Accuracy.of(about["accuracy"])
+    return about
+
+
+def _sound(tensor: Tensor, above: float | None) -> bool:
+    return (
+        tensor.dtype == torch.float32
+        and tensor.numel() > 0
+        and all_finite(tensor)
+        and (above is None or bool((tensor > above).all()))
+    )
 
 
 def _tensors(quantised: Quantised) -> dict[str, Tensor]:
@@ -140,7 +169,16 @@ def _read(path: Path, name: str) -> Quantised:
             zero = None if form.symmetric else file.get_tensor(f"zero/{name}")
     except (OSError, SafetensorError) as error:
         raise BuildError(f"the weight '{name}' cannot be read from {path} any longer ({error}).") from error
-    return Quantised(form, _unpack(values) if values.dtype == torch.uint8 else values, scale, zero)
+    if form.dtype == "int4" and values.dtype == torch.uint8 and values.dim() == 2:
+        values = _unpack(values)
+    fits = values.dim() == 2 and values.dtype == (torch.int8 if form.integer else torch.float8_e4m3fn)
+    fits = fits and _sound(scale, above=0) and scale.shape == form.scale_shape(*values.shape)
+    if not fits or (zero is not None and (zero.dtype, zero.shape) != (torch.int8, scale.shape)):
+        raise BuildError(
+            f"the weight '{name}' in {path} is damaged: its numbers and scales are not those of {form.dtype} in that "
+            "shape, or not finite; find it again with `ingot calibrate`."
+        )
+    return Quantised(form, values, scale, zero)
 
 
 def _pack(values: Tensor) -> Tensor:

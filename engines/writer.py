@@ -1,16 +1,19 @@
 """The atomic writer of an engine directory: all of it, or nothing.
 
-An engine is filled in `DIR.partial-PID` beside its destination and renamed when `engine.json` is in it. An error or
-Ctrl-C on the way removes all that was made, parents included. Only an engine is ever replaced, and only if asked.
+An engine is filled in `DIR.partial-PID` beside its destination and renamed when `engine.json` is in it; one that is
+replaced changes places with it, so that there always is one. An error or Ctrl-C on the way removes all that was made,
+parents included; what a killed build left, the next one does. Only an engine is ever replaced, and only if asked.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import BuildError
@@ -23,6 +26,8 @@ def check_destination(out: Path, force: bool) -> None:
         raise BuildError(f"{out} is a symbolic link, which is not replaced; give the directory that it stands for.")
     if out.exists() and not out.is_dir():
         raise BuildError(f"{out} is not a directory; give `-o` a new directory.")
+    if out.is_mount():
+        raise BuildError(f"{out} is where a disk is mounted, which cannot be replaced; give `-o` a directory in it.")
     if not out.exists() or not any(out.iterdir()):
         return
     if not (out / FILE_NAME).is_file():
@@ -46,6 +51,8 @@ def engine_directory(out: str | os.PathLike, force: bool = False) -> Iterator[Pa
     except OSError as error:
         _remove(made)
         raise BuildError(f"{out} cannot be made ({error.strerror}); give `-o` a place that can be written.") from None
+    _remove_abandoned(out, partial)
+    lock = _lock(partial)
     try:
         yield partial
         if not (partial / FILE_NAME).is_file():
@@ -57,10 +64,46 @@ def engine_directory(out: str | os.PathLike, force: bool = False) -> Iterator[Pa
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BuildError(f"the disk of {out} is full; free some space or give `-o` another place.") from None
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Locks it for as long as the descriptor is open, or the process lives. None: another one has, or nothing can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_abandoned(out: Path, ours: Path) -> None:
+    """What builds of the same engine left that were killed: nobody has the lock."""
+    start = f"{out.name}.partial-"
+    with suppress(OSError):  # of another user: none of our business
+        for path in out.parent.iterdir():
+            if path != ours and path.name.startswith(start) and path.name[len(start) :].isdecimal() and path.is_dir():
+                if (lock := _lock(path)) is not None:
+                    shutil.rmtree(path, ignore_errors=True)
+                    os.close(lock)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Lets two folders change places at once. False: the system or the file system cannot."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return call is not None and call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _replace(out: Path, partial: Path) -> None:
     sync(partial)
+    if out.exists() and _exchange(out, partial):
+        sync(out.parent)
+        shutil.rmtree(partial, ignore_errors=True)
+        return
     old = out.with_name(f"{out.name}.old-{os.getpid()}")
     if out.exists():
         out.rename(old)

@@ -1,25 +1,29 @@
 """`ingot train-head`: reads text, trains a head for a checkpoint, writes it as EAGLE-3 heads are published.
 
 Training that was stopped goes on from `training.pt` in the folder, and comes to the same head as if it had not been,
-unless it was to end by the clock.
+unless it was to end by the clock. It is there from the first step until the head is written, so a disk that is full or
+cannot be written is told of before an hour of training, or costs none.
 """
 
 from __future__ import annotations
 
+import os
+import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from ...engines.errors import BuildError
+from ...engines.weights import of_tensor, write_weights
 from ..calibration_text import Text
 from ..checkpoint import Checkpoint
 from ..hidden_states import EAGLE3, parse, read_by
@@ -74,7 +78,7 @@ def train_head(
     where it learns from that.
 
     on_step(done, total, loss) after each step, on_check(share, found) after each eighth of the training.
-    Raises BuildError: no checkpoint or text, a folder that is in use.
+    Raises BuildError: no checkpoint or text, a folder that is in use, a disk that is full.
     """
     out, device = Path(config.out), _device(config.device)
     _check_folder(out, config)
@@ -100,12 +104,14 @@ def train_head(
         windows[some] = written.go_on(trainer.target, windows[some])
         held, begin = written.go_on(trainer.target, held), written.kept(config.width)
     check = partial(trainer.agreement, held.split(config.batch), begin)
-    out.mkdir(parents=True, exist_ok=True)
+    with _disk(out):
+        out.mkdir(parents=True, exist_ok=True)
     on_phase("train")
     _train(config, text.digest, trainer, windows, lambda share: on_check(share, check()), on_step)
     on_phase("check on text held out")
     found = check()
-    write(trainer.head, ids, out)
+    with _disk(out):
+        write(trainer.head, ids, out)
     (out / STATE).unlink(missing_ok=True)
     return found
 
@@ -118,24 +124,29 @@ def _train(
     out, generator = Path(config.out), torch.Generator().manual_seed(config.seed)
     order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(config.epochs)])
     batches = order[: len(order) // config.batch * config.batch].to(windows.device).split(config.batch)
-    done, spent = _go_on(trainer, out, config, text)
+    begin, spent = _go_on(trainer, out, config, text)
+    done = begin
+    save = partial(_save_state, trainer, out, _settings(config, text))
+    save(done, spent)
     began = saved = time.monotonic()
-    num_checks = int(CHECKS * done / len(batches))
-    for i in range(done, len(batches)):
+    num_checks = int(CHECKS * begin / len(batches))
+    for i in range(begin, len(batches)):
         by_clock = (spent + time.monotonic() - began) / config.seconds if config.seconds else 0.0
         if by_clock >= 1:
-            return
+            break
         progress = max(i / len(batches), by_clock)
         if progress * CHECKS > num_checks + 1:
             num_checks += 1
             on_check(progress)
         loss = trainer.learn(windows[batches[i]], progress)
-        if i == done or i % LOOKS == 0 or not windows.is_cuda:
+        if i == begin or i % LOOKS == 0 or not windows.is_cuda:
             seen = float(loss)
         on_step(i + 1, len(batches), seen)
+        done = i + 1
         if time.monotonic() - saved > SECONDS:
-            _save_state(trainer, i + 1, spent + time.monotonic() - began, out, config, text)
+            save(done, spent + time.monotonic() - began)
             saved = time.monotonic()
+    save(done, spent + time.monotonic() - began)
 
 
 def most_frequent(windows: Tensor, vocab_size: int, num: int) -> Tensor:
@@ -156,8 +167,13 @@ def write(head: Head, ids: Tensor, folder: Path) -> None:
     }
     tensors[DRAFT_TO_TARGET] = ids - torch.arange(len(ids))
     tensors[TARGET_TO_DRAFT] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, ids, True)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config.save_pretrained(folder)
+    beside = folder / "model.safetensors.part"
+    try:
+        write_weights(beside, [of_tensor(name, tensor) for name, tensor in tensors.items()])
+        os.replace(beside, folder / "model.safetensors")
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _trainer(config: TrainConfig, checkpoint: Checkpoint, ids: Tensor, given: HeadCheckpoint | None) -> Trainer:
@@ -208,7 +224,9 @@ def _device(name: str) -> torch.device:
 
 
 def _check_folder(out: Path, config: TrainConfig) -> None:
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / STATE).is_file() and not config.force):
+    there = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    begun = STATE in there or there <= {f"{STATE}.new"}  # the latter alone: it was killed right there
+    if out.is_file() or (not begun and not config.force):
         raise BuildError(f"{out} is there already; pass --force to replace what is in it, or give -o another directory")
 
 
@@ -218,24 +236,52 @@ def _settings(config: TrainConfig, text: str) -> dict[str, Any]:
     return given | {"digest of the text": text[:16]}
 
 
-def _save_state(trainer: Trainer, done: int, spent: float, out: Path, config: TrainConfig, text: str) -> None:
-    state = {"settings": _settings(config, text), "done": done, "spent": spent, "head": trainer.head.state_dict(),
+def _save_state(trainer: Trainer, out: Path, settings: dict[str, Any], done: int, spent: float) -> None:
+    state = {"settings": settings, "done": done, "spent": spent, "head": trainer.head.state_dict(),
              "optimiser": trainer.optimiser.state_dict()}  # fmt: skip
-    torch.save(state, out / f"{STATE}.new")
-    (out / f"{STATE}.new").replace(out / STATE)
+    beside = out / f"{STATE}.new"
+    try:
+        with _disk(out), beside.open("wb") as file:  # not by its name: torch would forget what the disk said
+            torch.save(state, file)
+        beside.replace(out / STATE)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _disk(out: Path) -> Iterator[None]:
+    """Raises BuildError for what the system says of writing there."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise BuildError(
+            f"{out} cannot be written ({cause.strerror or cause}); free some space or mend it, and the same command "
+            "goes on with the training that was saved there, or give -o another directory"
+        ) from error
 
 
 def _go_on(trainer: Trainer, out: Path, config: TrainConfig, text: str) -> tuple[int, float]:
     """Steps that are done, and the seconds that they took.
 
-    Raises BuildError: what was begun in the folder has other settings.
+    Raises BuildError: what was begun in the folder has other settings, or is damaged.
     """
     if not (out / STATE).is_file():
         return 0, 0.0
-    state = torch.load(out / STATE, map_location="cpu", weights_only=True)
-    wanted, found = _settings(config, text), state["settings"]
-    if found != wanted:
+    try:
+        state = torch.load(out / STATE, map_location="cpu", weights_only=True)
+        wanted, found = _settings(config, text), dict(state["settings"])
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError) as error:
         if config.force:
+            return 0, 0.0
+        raise BuildError(
+            f"{out / STATE}, the training to go on with, is damaged ({' '.join(str(error).split())[:100]}); pass "
+            "--force to begin anew"
+        ) from error
+    if found != wanted:
+        if config.force or not state.get("done"):
             return 0, 0.0
         name = next(name for name in wanted if found.get(name) != wanted[name])
         raise BuildError(

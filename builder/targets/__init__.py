@@ -24,6 +24,33 @@ if TYPE_CHECKING:
     from .. import BuildConfig
 
 
+# options of a build that some targets have no use for, and those that have
+FOR_TARGETS = {
+    "max_num_seqs": ("cuda", "tensorrt"),
+    "max_num_batched_tokens": ("cuda", "tensorrt"),
+    "page_size": ("cuda", "tensorrt"),
+    "max_draft_tokens": ("cuda",),
+    "gpu_arch": ("cuda", "tensorrt"),
+    "tensorrt_plugins": ("tensorrt",),
+}
+
+
+def check_options(config: BuildConfig) -> None:
+    """Raises BuildError: an option that the target cannot follow, or sizes that no step could have."""
+    for name, targets in FOR_TARGETS.items():
+        if config.target not in targets and getattr(config, name) != getattr(type(config), name):
+            serve = ", or give it to `ingot serve`" if config.target == "cpu" and name.startswith("max_num_") else ""
+            raise BuildError(
+                f"--{name.replace('_', '-')} is for --target {' or '.join(targets)}, and this engine is for "
+                f"{config.target}; leave it out{serve}."
+            )
+    if config.target != "cpu" and config.max_num_batched_tokens < config.max_num_seqs:
+        raise BuildError(
+            f"--max-num-batched-tokens is {config.max_num_batched_tokens}, expected at least --max-num-seqs, which is "
+            f"{config.max_num_seqs}: every sequence of a step has a token; raise the one or lower the other."
+        )
+
+
 @dataclass(frozen=True)
 class Audience:
     """Who hears how compiling goes on: `progress(done, all)` in steps of any size, `note(sentence)`."""

@@ -139,6 +139,28 @@ def test_damaged_header(folder, entry):
     assert "not a whole safetensors file" in refusal(folder)
 
 
+@pytest.mark.parametrize("metadata", [["format", "pt"], {"format": 1}, "pt", {"format": {"pt": None}}])
+def test_metadata_that_is_no_map_of_strings(folder, metadata):
+    header = json.dumps({"__metadata__": metadata, "x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}})
+    (folder / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(12))
+    message = refusal(folder)
+    assert "not a whole safetensors file" in message and "invalid type" in message and "download it again" in message
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 100_000,
+        b'{"x": {"dtype": "F32", "shape": [3.0], "data_offsets": [0, 12]}}',
+        b'{"x": {"dtype": "F32", "shape": [3], "data_offsets": [0.0, 12.0]}}',
+        b'{"x": {"dtype": "F32", "shape": [3, true], "data_offsets": [0, 12]}}',
+    ],
+)
+def test_a_header_that_only_python_would_read(folder, header):
+    (folder / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(12))
+    assert "not a whole safetensors file" in refusal(folder)
+
+
 def test_damaged_json_in_header(folder):
     data = bytearray((folder / SINGLE).read_bytes())
     data[8:10] = b"\xff\xff"

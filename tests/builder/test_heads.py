@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import resource
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -167,6 +169,70 @@ def test_training_ends_by_the_clock_too(text, tmp_path, monkeypatch):
         train.train_head(replace(config, reads="3", force=True))
     with pytest.raises(BuildError, match="windows of 16 tokens are too short for 12 drafts; raise --width"):
         train.train_head(replace(config, width=16, drafts=12, force=True))
+
+
+@contextmanager
+def files_of_at_most(num_bytes):
+    """A disk that is full, for each file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_training_on_a_disk_that_is_full(text, tmp_path, monkeypatch):
+    """It is told of before the first step; at the end nothing of the training is lost."""
+    monkeypatch.setattr(train, "SECONDS", 1e9)  # what is saved is saved at the beginning and the end
+    options = dict(tokens=1 << 9, drafts=1, width=32, batch=4, draft_vocab=64)
+    config, steps = train.TrainConfig(str(TARGET), str(text), str(tmp_path / "head"), **options), []
+    on_step = lambda done, total, loss: steps.append((done, total))  # noqa: E731
+    with files_of_at_most(1 << 16), pytest.raises(BuildError, match=r"head cannot be written \(File too large\); free"):
+        train.train_head(config, on_step=on_step)
+    assert not steps and not list((tmp_path / "head").iterdir())
+    learnt = write = train.write
+
+    def full(*arguments):
+        nonlocal learnt
+        learnt = arguments[0].state_dict()
+        with files_of_at_most(1 << 16):
+            write(*arguments)
+
+    monkeypatch.setattr(train, "write", full)
+    with pytest.raises(BuildError, match="cannot be written .* the same command goes on with the training"):
+        train.train_head(config, on_step=on_step)
+    assert steps[-1][0] == steps[-1][1] and (tmp_path / "head" / train.STATE).is_file()
+    assert not list((tmp_path / "head").glob("model*"))
+    num = len(steps)
+    monkeypatch.setattr(train, "write", write)
+    train.train_head(config, on_step=on_step)
+    found = load_file(tmp_path / "head" / "model.safetensors")
+    assert len(steps) == num and torch.equal(found["fc.weight"], learnt["fc.weight"].to(found["fc.weight"].dtype))
+    assert {path.name for path in (tmp_path / "head").iterdir()} == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-9], lambda data: b"hello", "other"])
+def test_a_damaged_state_of_training(text, tmp_path, damage):
+    options = dict(tokens=1 << 9, drafts=1, width=32, batch=4, draft_vocab=64)
+    config = train.TrainConfig(str(TARGET), str(text), str(tmp_path / "head"), **options)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train_head(config, on_step=stop)
+    state = tmp_path / "head" / train.STATE
+    state.write_bytes(damage(state.read_bytes())) if callable(damage) else torch.save({"x": 1}, state)
+    with pytest.raises(BuildError, match="training.pt, the training to go on with, is damaged .*--force to begin anew"):
+        train.train_head(config)
+    with pytest.raises(KeyboardInterrupt):
+        train.train_head(replace(config, force=True), on_step=stop)
+    with pytest.raises(KeyboardInterrupt):  # of what had not learnt anything, nothing is held against other settings
+        train.train_head(replace(config, seed=1), on_step=stop)
+    state.rename(state.with_name(f"{state.name}.new"))  # as if it had been killed in the first step
+    with pytest.raises(KeyboardInterrupt):
+        train.train_head(config, on_step=stop)
 
 
 def test_training_that_was_stopped_comes_to_the_same_head(text, tmp_path, monkeypatch):

@@ -222,6 +222,20 @@ def test_the_first_rule_that_matches_decides():
     ("{perplexity: 0.1, rules: [{match: '*', method: rtn, format: {bits: 4}}]}", "unknown key 'bits'"),
     ("{perplexity: 0.1, rules: [{match: '*', method: rtn, format: {dtype: int8}, act_order: true}]}", "only with gptq"),
     ("{perplexity: 0.1, rules: [{match: 3, method: keep}]}", "match 3; expected a glob"),
+    ("{perplexity: .inf, rules: [{match: '*', method: keep}]}", "perplexity inf; expected how much"),
+    (f"{{perplexity: 1{'0' * 400}, rules: [{{match: '*', method: keep}}]}}", "expected how much"),
+    (f"perplexity: 1{'0' * 5000}", "is not YAML: Exceeds the limit"),
+    ("perplexity: 2001-99-99", "is not YAML: month must be"),
+    ("perplexity: !!timestamp abc", "is not YAML"),
+    ("[" * 3000 + "]" * 3000, "nested too deeply"),
+    ("{perplexity: 0.1, rules: [{match: '*', method: keep}], perplexity: 1}", "has the key 'perplexity' twice"),
+    ("{perplexity: 0.1, rules: [{match: '*', match: 'a', method: keep}]}", "has the key 'match' twice"),
+    ("{perplexity: 0.1, rules: [{match: '*', method: rtn, format: {dtype: int8, group: 1.5}}]}", "its group must be a"),
+    ("{perplexity: 0.1, rules: [{match: '*', method: rtn, format: {dtype: int8, group: yes}}]}", "its group must be a"),
+    ("{perplexity: 0.1, rules: [{match: '*', method: rtn, format: {dtype: int8, rows: '1'}}]}", "its rows must be a"),
+    ("{perplexity: 0.1, rules: [{match: '*', method: rtn, format: {dtype: int8, rows: 4294967296}}]}", "its rows must"),
+    ("{perplexity: 0.1, rules: [{match: '*', method: rtn, format: {dtype: int8, symmetric: 'no'}}]}", "its `symmetric"),
+    ("{perplexity: 0.1, rules: [{match: '*', method: rtn, format: {dtype: int8}, observer: [a]}]}", r"\['a'\]; exp"),
 ])  # fmt: skip
 def test_a_recipe_that_is_none(text, words):
     with pytest.raises(BuildError, match=words):

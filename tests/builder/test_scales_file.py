@@ -9,19 +9,23 @@ from dataclasses import replace
 
 import pytest
 import torch
+from calibrated import RECIPES, calibrated
 from hand_made import DEMO
 from ingot import BuildConfig, build_engine
 from ingot import __main__ as cli
 from ingot.builder import find_scales
 from ingot.builder.checkpoint import Checkpoint
 from ingot.builder.fingerprint import fingerprint
+from ingot.builder.kv_cache import quantise_pools
 from ingot.builder.picture import draw_accuracy
+from ingot.builder.quantise import quantise
 from ingot.calibration.accuracy import Accuracy, Layer
 from ingot.calibration.scales import Scales
 from ingot.engines.errors import BuildError
 from ingot.engines.manifest import Manifest
 from ingot.engines.weights import open_weights, write_weights
 from ingot.plugins.onnx_quantise import unpack_int4
+from random_graph import random_graph
 from safetensors.torch import load_file, save_file
 
 DRAFT = DEMO / "pycoder-draft-2m"
@@ -117,7 +121,29 @@ def test_scales_of_something_else(found, tmp_path):
     bare.save(tmp_path / "bare.safetensors")
     with pytest.raises(BuildError, match="does not say how accurate .*--calibration-data to measure it"):
         build(config, tmp_path / "e", scales=str(tmp_path / "bare.safetensors"))
+    chosen = next(iter(Scales.open(path).about["mixed"]))
+    for mixed in ({chosen: 1}, {chosen: "rtn"}, {"nobody": 0}):
+        odd = Scales.open(path)
+        odd.about["mixed"] = mixed
+        odd.save(tmp_path / "odd.safetensors")
+        with pytest.raises(BuildError, match="choose weights for `mixed` that there are not"):
+            build(config, tmp_path / "e", scales=str(tmp_path / "odd.safetensors"))
     assert not (tmp_path / "e").exists()
+
+
+def test_scales_of_another_shape():
+    """Nothing of them is written, or fails when it is: a file that was put together may hold any."""
+    recipe = RECIPES["many"]
+    scales = calibrated(recipe, "cpu")
+    odd = {"clipping": torch.ones(1), "activations": torch.ones(3), "kv": torch.ones(1)}
+    for kind, tensor in odd.items():
+        wrong = replace(scales, **{kind: dict(getattr(scales, kind))})
+        name = next(name for name in getattr(wrong, kind) if "pages" not in name)
+        getattr(wrong, kind)[name] = tensor
+        with pytest.raises(BuildError, match=f"{name.replace('+', '.')}.*calibrate anew"):
+            graph = random_graph("llama")
+            quantise(graph, recipe, wrong)
+            quantise_pools(graph, recipe.kv_cache.dtype, wrong.kv)
 
 
 def test_a_disk_that_is_full_at_the_end(found, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The load plan gives what `from_pretrained` loads: stored as is, cast, tied, or put together from single experts."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ import onnx_ir as ir
 import pytest
 import torch
 from families import FAMILIES
+from hand_made import DEMO
+from ingot import BuildConfig, build_engine
 from ingot.builder.checkpoint import Checkpoint
 from ingot.builder.empty_model import empty_model
 from ingot.builder.export import export
@@ -208,3 +211,55 @@ def test_attach_names_what_is_missing():
         attach(graph, {})
     attach(graph, {"w": torch.tensor([1.0, 2.0])})
     assert to_torch(value.const_value).tolist() == [1.0, 2.0]
+
+
+def damage(folder, name, at, number):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name].view(-1)[at] = number
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    "family, name, read, at, number, words",
+    [
+        ("llama", "model.layers.1.mlp.up_proj.weight", None, -1, torch.nan, "1 NaN and 0 infinite"),
+        ("llama", "model.norm.weight", None, 0, -torch.inf, "0 NaN and 1 infinite"),
+        ("qwen3_moe", "model.layers.0.mlp.experts.5.gate_proj.weight", "model.layers.0.mlp.experts.gate_up_proj", 7,
+         torch.inf, "0 NaN and 1 infinite"),
+        ("llama", "model.layers.1.mlp.up_proj.weight", None, 3, 7e4, "to 7e.04, and float16 holds none above 6.55e.04"),
+        ("llama", "model.layers.1.mlp.up_proj.weight", None, 3, 65504, None),
+    ],
+)  # fmt: skip
+def test_weights_that_are_not_finite(tmp_path, family, name, read, at, number, words):
+    save(family, tmp_path)
+    damage(tmp_path, name, at, number)
+    plan = plan_of(tmp_path, torch.float16)
+    if words is None:
+        assert to_torch(plan[name]).isfinite().all()
+        return
+    with pytest.raises(BuildError, match=f"weight '{read or name}' has .*{words}"):
+        to_torch(plan[read or name])
+    others = [other for other in plan if other not in (read or name, "lm_head.weight")]
+    assert all(to_torch(plan[other]).isfinite().all() for other in others)
+
+
+def test_tied_weights_that_are_not_finite(tmp_path):
+    """A NaN is not equal to itself, but that is not what is wrong with it."""
+    save("qwen2", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"][3, 5] = torch.nan
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file)
+    with pytest.raises(BuildError, match="has 1 NaN"):
+        plan_of(tmp_path, torch.float32)
+
+
+def test_a_build_of_weights_that_are_not_finite_leaves_nothing(tmp_path):
+    pytest.importorskip("triton")  # for cuda, which compiles nothing before the weights are written
+    model = tmp_path / "model"
+    shutil.copytree(DEMO / "pycoder-draft-2m", model)
+    damage(model, "model.layers.1.self_attn.v_proj.weight", 11, torch.nan)  # a part of a packed weight
+    with pytest.raises(BuildError, match="'model.layers.1.self_attn.v_proj.weight' has 1 NaN .*; download"):
+        build_engine(BuildConfig(str(model), str(tmp_path / "out" / "engine"), "cuda", gpu_arch=90))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

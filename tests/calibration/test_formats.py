@@ -171,7 +171,7 @@ def test_dequantise_rounds_once_to_the_dtype_asked_for():
         (lambda: round_to_nearest(torch.tensor([[1.0, float("inf")]]), Format("int8")), "0 NaN and 1 infinite"),
         (lambda: round_to_nearest(torch.ones(1, 2), Format("int8"), torch.tensor(0.0)), "above 0"),
         (lambda: Format("int3"), "no such number format: int3"),
-        (lambda: Format("int4", -1), "negative"),
+        (lambda: Format("int4", -1), "group must be a whole number from 0"),
         (lambda: Format("fp8_e4m3", symmetric=False), "no zero points"),
     ],
 )
@@ -179,3 +179,10 @@ def test_what_cannot_be_is_one_sentence(call, sentence):
     with pytest.raises(QuantisationError, match=sentence) as raised:
         call()
     assert isinstance(raised.value, BuildError) and "\n" not in str(raised.value)
+
+
+def test_blocks_larger_than_the_matrix_take_no_more_than_it():
+    x = torch.randn(5, 7)
+    large, whole = Format("fp8_e4m3", group=1 << 30, rows=1 << 30), Format("fp8_e4m3", rows=0)
+    found, expected = round_to_nearest(x, large), round_to_nearest(x, whole)
+    assert torch.equal(found.dequantise(), expected.dequantise()) and found.scale.shape == (1, 1)

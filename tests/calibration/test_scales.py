@@ -1,11 +1,14 @@
 """The file of scales: what was saved comes back, and nothing else is taken for one."""
 
+import json
+
 import pytest
 import torch
 from ingot.calibration.formats import Format, round_to_nearest
 from ingot.calibration.scales import Scales
 from ingot.engines.errors import BuildError
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 
 def test_what_was_saved_comes_back(tmp_path):
@@ -14,7 +17,7 @@ def test_what_was_saved_comes_back(tmp_path):
     scales = Scales(
         {f"layers.{i}.weight": round_to_nearest(weight, form) for i, form in enumerate(formats)},
         {"a.weight": torch.rand(32)}, {"a.weight": torch.rand(6, 2)}, {"a.weight": torch.tensor(0.25)},
-        {"k_pages.0": torch.rand(1)}, {"recipe": "r", "rules": [1, None]},
+        {"k_pages.0": torch.rand(1)}, {"recipe": {"name": "r"}, "rules": [1, None]},
     )  # fmt: skip
     scales.save(tmp_path / "scales.safetensors")
     found = Scales.open(tmp_path / "scales.safetensors")
@@ -40,3 +43,83 @@ def test_what_is_no_file_of_scales_is_refused(tmp_path, damage):
         path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(BuildError, match=r"is not a file of scales .*ingot calibrate"):
         Scales.open(path)
+
+
+WHOLE = {"model": "m", "text": "t", "recipe": {"name": "r"}, "accuracy": {
+    "num_tokens": 9, "perplexity_before": 2.0, "perplexity": 2.5, "kl": 0.1, "top1": 0.9,
+    "layers": [{"name": "a", "format": "rtn int8", "error": 0.1}]}}  # fmt: skip
+
+
+@pytest.fixture
+def change(tmp_path):
+    """Changes the header and the tensors of a whole file; returns its path."""
+    path, form = tmp_path / "scales.safetensors", Format("int4", 16, symmetric=False)
+    kinds = {"a": torch.rand(32) + 0.1}, {"a": torch.rand(6, 2) + 0.1}, {"a": torch.tensor(0.25)}
+    kv = {"k_pages.0": torch.rand(1) + 0.1, "k_offset.0": -torch.rand(8)}
+    Scales({"w": round_to_nearest(torch.randn(6, 32), form)}, *kinds, kv, WHOLE).save(path)
+    Scales.open(path).weights["w"]
+
+    def change(tensors=None, **header):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        save_file(load_file(path) | (tensors or {}), path, metadata | header)
+        return path
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "header, words",
+    [
+        ({"about": "[]"}, "does not say what it is about"),
+        ({"about": "[" * 9999}, "recursion"),
+        ({"formats": "[]"}, "has no attribute"),
+        ({"formats": '{"w": {"dtype": "int3"}}'}, "no such number format: int3"),
+        *(({"about": json.dumps(WHOLE | {key: 3})}, f"its {key} is '3'") for key in WHOLE),
+        ({"about": json.dumps(WHOLE | {"accuracy": {}})}, "layers"),
+        ({"about": json.dumps(WHOLE | {"accuracy": WHOLE["accuracy"] | {"kl": "x"}})}, "a figure that is no number"),
+        (
+            {"about": json.dumps(WHOLE | {"accuracy": WHOLE["accuracy"] | {"kl": 10**400}})},
+            "a figure that is no number",
+        ),
+        ({"about": json.dumps(WHOLE | {"accuracy": WHOLE["accuracy"] | {"perplexity_before": 0}})}, "perplexity 0"),
+    ],
+)
+def test_a_damaged_header(change, header, words):
+    with pytest.raises(BuildError, match=f"is not a file of scales .*{words}.*ingot calibrate"):
+        Scales.open(change(**header))
+
+
+@pytest.mark.parametrize("kind", ["smoothing/a", "clipping/a", "activations/a", "kv/k_pages.0", "kv/k_offset.0"])
+@pytest.mark.parametrize("number", [0.0, -1.0, torch.nan, torch.inf])
+def test_numbers_that_are_no_scales(change, kind, number):
+    path = change()
+    tensor = load_file(path)[kind]
+    tensor.view(-1)[-1] = number
+    change({kind: tensor})
+    if kind == "kv/k_offset.0" and number <= 0:
+        Scales.open(path)
+        return
+    for damaged in (tensor, tensor.double(), torch.zeros(0)):
+        change({kind: damaged})
+        with pytest.raises(BuildError, match=f"'{kind}' is no float32 tensor of finite numbers above 0"):
+            Scales.open(path)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        {"scale/w": torch.full((6, 2), torch.nan)},
+        {"scale/w": torch.zeros(6, 2)},
+        {"scale/w": torch.ones(6, 1)},
+        {"scale/w": torch.ones(1, 1, 6, 2)},
+        {"zero/w": torch.zeros(6, 1, dtype=torch.int8)},
+        {"zero/w": torch.zeros(6, 2, dtype=torch.int32)},
+        {"values/w": torch.zeros(6, 16)},
+        {"values/w": torch.zeros(96, dtype=torch.uint8)},
+    ],
+)
+def test_damaged_weights(change, tensor):
+    weights = Scales.open(change(tensor)).weights
+    with pytest.raises(BuildError, match="the weight 'w' in .* is damaged: .*; find it again with `ingot calibrate`"):
+        weights["w"]

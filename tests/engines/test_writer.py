@@ -1,8 +1,14 @@
 """Nothing but a whole engine ever appears at the destination, and nothing is left behind."""
 
 import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from ingot.engines import writer
 from ingot.engines.errors import BuildError
 from ingot.engines.manifest import FILE_NAME
 from ingot.engines.writer import engine_directory
@@ -95,3 +101,71 @@ def test_a_folder_that_is_no_engine_is_never_touched(tmp_path):
     with engine_directory(tmp_path / "empty") as folder:
         fill(folder)
     assert (tmp_path / "empty" / FILE_NAME).exists()
+
+
+BUILD = """
+import os, signal, sys
+from pathlib import Path
+from ingot.engines.writer import engine_directory
+with engine_directory(sys.argv[1], force=True) as folder:
+    (folder / "weights").write_text("half")
+    print("building", flush=True)
+    sys.stdin.read()
+"""
+
+
+def building(out):
+    """A process that has begun to write an engine there, and waits."""
+    process = subprocess.Popen([sys.executable, "-c", BUILD, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"building\n"
+    return process
+
+
+def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path):
+    out = tmp_path / "engine"
+    killed, alive, another = building(out), building(out), building(tmp_path / "engine.partial-1")
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    (tmp_path / "engine.partial-mine").mkdir()
+    with engine_directory(out) as folder:
+        names = {path.name for path in tmp_path.iterdir()}
+        fill(folder)
+    assert names == {
+        "engine.partial-mine", folder.name, f"engine.partial-{alive.pid}", f"engine.partial-1.partial-{another.pid}",
+    }  # fmt: skip
+    for process in (alive, another):
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_there_is_an_engine_at_any_moment(tmp_path, monkeypatch, exchanges):
+    """Where file systems can: a build that is killed while it replaces an engine leaves the one or the other."""
+    out, calls = tmp_path / "engine", []
+    with engine_directory(out) as folder:
+        fill(folder, "old")
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, to: (calls.append(self.name), rename(self, to))[1])
+    if not exchanges:
+        monkeypatch.setattr(writer, "_exchange", lambda one, other: False)
+    elif not (os.uname().sysname == "Linux" and probe(tmp_path)):
+        pytest.skip("the file system cannot exchange folders")
+    with engine_directory(out, force=True) as folder:
+        fill(folder)
+    assert (out / "model.onnx").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["engine"]
+    assert bool(calls) != exchanges
+
+
+def probe(folder):
+    one, other = folder / "one", folder / "other"
+    one.mkdir(), other.mkdir()
+    found = writer._exchange(one, other)
+    one.rmdir(), other.rmdir()
+    return found
+
+
+def test_a_mounted_disk_is_told_of_before_the_build(tmp_path, monkeypatch):
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "volume")
+    with pytest.raises(BuildError, match="volume is where a disk is mounted, .*; give `-o` a directory in it"):
+        writer.check_destination(tmp_path / "volume", False)

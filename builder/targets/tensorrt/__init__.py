@@ -104,6 +104,7 @@ def _compile(
         "layers": sum(layer["profile"] == 0 for layer in layers),
         "plugins": dict(Counter(node.op for node in planned.nodes.values())), "max_num_seqs": plan.max_num_seqs,
         "max_num_batched_tokens": plan.max_num_batched_tokens, "page_size": plan.page_size, "cubins": len(plan.cubins),
+        "tensorrt_plugins": config.tensorrt_plugins,
     }  # fmt: skip
 
 
