@@ -54,6 +54,10 @@ def serve(
         float | None,
         typer.Option(help="Share of the GPU's memory for each engine; 0.9, or a part of it where they share a GPU."),
     ] = None,
+    kv_cache_memory: Annotated[
+        float | None,
+        typer.Option(metavar="GIB", help="Of each engine's KV cache, instead of what is free: a part of the memory."),
+    ] = None,
     prefix_cache: PrefixCache = True,
     load_format: LoadFormat = "auto",
     speculate: Speculate = None,
@@ -101,6 +105,8 @@ def serve(
     }  # fmt: skip
     if gpu_memory_utilization is not None:
         options["gpu_memory_utilization"] = gpu_memory_utilization
+    if kv_cache_memory is not None:
+        options["kv_cache_memory"] = int(kv_cache_memory * 2**30)
     if replicas > 1:
         asyncio.run(serve_replicas(config, options, replicas))
     elif api_workers > 1:

@@ -14,7 +14,7 @@ from ingot import LLM, BuildConfig, SamplingParams, build_engine
 pytestmark = pytest.mark.gpu
 PROMPTS = ["def add(a, b):\n", "import os\n\n\nclass Path", "for i in range(10):\n    ", "# A comment\n" * 30] * 3
 SIZES = dict(max_num_seqs=16, max_num_batched_tokens=256, max_draft_tokens=4)
-POOL = ("--gpu-memory-utilization", "0.4")  # of which other tests have some
+POOL = ("--gpu-memory-utilization", "0.4", "--kv-cache-memory", "0.25")  # others have some of it, too
 SCHEMA = {"type": "object", "properties": {"ok": {"type": "boolean"}, "n": {"enum": [1, 22]}},
           "required": ["ok", "n"], "additionalProperties": False}  # fmt: skip
 
