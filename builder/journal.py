@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..calibration.accuracy import Accuracy, Layer
@@ -160,8 +160,23 @@ class Journal:
     def _read(self, folder: Path) -> None:
         for path in sorted(folder.glob(FOUND.format(0).replace("00000", "*"))):
             self._take(path, Scales.open(path))
+        self._remove_damaged(folder)
         if (folder / FINISHED).is_file():
             self.accuracy = Accuracy.of(json.loads((folder / FINISHED).read_text()))
+
+    def _remove_damaged(self, folder: Path) -> None:
+        """Of what can be had again: all of a walk that has a file which is not whole, what was remembered."""
+        for path in sorted(folder.iterdir()):
+            try:
+                if path.suffix == ".json":
+                    json.loads(path.read_text())
+                elif path.suffix == ".safetensors":
+                    with safe_open(path, "pt"):  # looks at header and length
+                        pass
+            except (ValueError, RecursionError, SafetensorError):
+                self._remove(f"{path.name.rpartition('-')[0]}-*" if path.name.startswith("walk-") else path.name)
+            except FileNotFoundError:  # of a walk that is removed
+                continue
 
     def _take(self, path: Path, part: Scales) -> None:
         if part.about:

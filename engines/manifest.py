@@ -242,7 +242,7 @@ def _read(folder: Path) -> dict[str, Any]:
         fields = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
         if not isinstance(fields, dict) or not isinstance(fields.get("model", {}), dict):
             raise ValueError
-    except (ValueError, OSError):
+    except (ValueError, RecursionError, OSError):
         raise EngineError(f"{folder / FILE_NAME} is damaged (not a readable manifest); {make} --force.") from None
     return fields
 

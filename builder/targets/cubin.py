@@ -2,7 +2,8 @@
 
 A kernel is data (`plugins/tactic.py`), so equal kernels are compiled once. Compiling is mostly Python, so many kernels
 are shared out over processes, each of which runs this module. Triton keeps what it compiled in its own cache on disk,
-keyed by source, options and version; a build that compiles a kernel again takes milliseconds.
+keyed by source, options and version; a build that compiles a kernel again takes milliseconds. Where that cannot be
+written, as a container's home may not, there is one for as long as the build compiles.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Collection
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ...engines import plan
@@ -98,13 +102,26 @@ def compile_all(
     found: dict[Source, Binary | BuildError] = {
         source: _choose(source) for source in sources if isinstance(source, Gemm)
     }
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        cubins_of = pool.map(lambda batch: _in_a_process(batch, capability), batches)
+    with triton_cache() as env, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        cubins_of = pool.map(lambda batch: _in_a_process(batch, capability, env), batches)
         for batch, cubins in zip(batches, cubins_of, strict=True):
             found |= dict(zip(batch, cubins, strict=True))
             done += len(batch)
             on_done(done, len(todo))
     return found
+
+
+@contextmanager
+def triton_cache() -> Iterator[Mapping[str, str]]:
+    """What tells Triton where to keep what it compiles: nothing, or a folder for now where its own is read-only."""
+    own = os.environ.get("TRITON_CACHE_DIR")
+    folder = Path(own or Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~"), ".triton", "cache")).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        yield {}
+        return
+    with tempfile.TemporaryDirectory(prefix="ingot-") as scratch:
+        yield {"TRITON_CACHE_DIR": scratch}
 
 
 def _choose(gemm: Gemm) -> plan.Gemm | BuildError:
@@ -114,10 +131,10 @@ def _choose(gemm: Gemm) -> plan.Gemm | BuildError:
         return error
 
 
-def _in_a_process(kernels: list[Kernel], capability: int) -> list[Cubin | BuildError]:
+def _in_a_process(kernels: list[Kernel], capability: int, cache: Mapping[str, str]) -> list[Cubin | BuildError]:
     """Not a multiprocessing pool: that would run the caller's main module again."""
     # a process that interprets kernels compiles none
-    env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **cache}
     command = [sys.executable, "-m", __name__]
     done = subprocess.run(command, input=pickle.dumps((kernels, capability)), capture_output=True, env=env)
     if done.returncode:

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,33 @@ def test_what_is_of_something_else_is_not_used(graph, whole, tmp_path):
     with Journal(folder, ABOUT | {"text": "u", "model": "n"}, notes.append) as kept:
         assert not kept.layers
     assert "what is in it is damaged" in notes[1] and not folder.exists()
+
+
+def test_what_can_be_had_again_may_be_damaged(graph, whole, tmp_path, monkeypatch):
+    """As after a loss of power: what was found is used, walks whose files are not whole are begun anew."""
+    monkeypatch.setattr(journal, "SECONDS", 0.0)
+    monkeypatch.setattr(journal, "SHARE", 1e9)
+    folder, stop = tmp_path / "e.calibration", whole[2][len(whole[2]) * 4 // 5]
+
+    def stopped(done, *_):
+        if done >= stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Journal(folder, ABOUT) as kept:
+        calibrate(graph, RECIPE, text(), stopped, journal=kept)
+    files = sorted(path.name for path in folder.glob("walk-*"))
+    assert {name.split("-")[1] for name in files} == {"before", "after"}
+    shutil.copytree(folder, tmp_path / "kept")
+    for name in [*files[:1], *files[-1:], "mixed.json"]:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "kept", folder)
+        (folder / "mixed.json").write_text("{}")
+        (folder / name).write_bytes((folder / name).read_bytes()[:-1])
+        notes = []
+        with Journal(folder, ABOUT, notes.append) as kept:
+            assert not (folder / name).exists() and kept.remembered("mixed") == (None if name == "mixed.json" else {})
+            same(calibrate(graph, RECIPE, text(), journal=kept), whole)
+        assert len(notes) == 1 and "going on with what" in notes[0]
 
 
 def test_a_finished_one_is_done_at_once(graph, whole, tmp_path):

@@ -1,12 +1,13 @@
 """Code that ptxas is known to get wrong is found: in listings made up here, and in one of ours without its wait."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-from ingot.builder.targets.cubin import Cubin, compile_all
+from ingot.builder.targets.cubin import Cubin, compile_all, triton_cache
 from ingot.builder.targets.sass import disassembled, faults, overwritten_operands
 from ingot.plugins import tactics_of
 from ingot.plugins.tactic import Device, Site, Tensor
@@ -71,3 +72,23 @@ def test_a_kernel_without_its_wait_is_refused():
     waits = [i for i, line in enumerate(lines) if "WARPGROUP.DEPBAR.LE gsb0, 0x0" in line]
     assert len(waits) == 2, "at the loop's beginning, and behind it"
     assert overwritten_operands(lines[: waits[0]] + lines[waits[0] + 1 :])
+
+
+def test_a_home_that_cannot_be_written(tmp_path, monkeypatch):
+    """Triton compiles nothing without a cache; one of our own goes with the build."""
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with triton_cache() as env:
+        assert env == {}
+    (tmp_path / "file").write_text("")  # which root cannot write into either
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    site = Site("GatedActivation", {"activation": "silu"}, (Tensor((4, 64), "float32"),), (Tensor((4, 32), "float32"),),
+                Device(90))  # fmt: skip
+    kernel = tactics_of(site.op)(site)[0].launches[0].kernel
+    found = compile_all([kernel], 90)[kernel]
+    assert isinstance(found, Cubin) and found.data[:4] == b"\x7fELF"
+    with triton_cache() as env:
+        folder = Path(env["TRITON_CACHE_DIR"])
+        assert folder.is_dir()
+    assert not folder.exists()

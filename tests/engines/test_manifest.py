@@ -68,6 +68,7 @@ DAMAGES = {
     "nested bit": (lambda e: flip(e / "cpu/kernels.so"), "damaged"),
     "half a manifest": (lambda e: (e / FILE_NAME).write_text('{"model": {'), "damaged"),
     "not an object": (lambda e: (e / FILE_NAME).write_text("[]"), "damaged"),
+    "nested without end": (lambda e: (e / FILE_NAME).write_text("[" * 100_000), "damaged"),
     "edited manifest": (
         lambda e: (e / FILE_NAME).write_text((e / FILE_NAME).read_text().replace('"window": 16', '"window": 17')),
         "changed after the build",
