@@ -1,10 +1,13 @@
 """Tactics of PagedAttention as machine code: for every GPU they compile, fit it, and are what they ought to be."""
 
+import re
+
 import pytest
 
 pytest.importorskip("triton")
 
 from ingot.builder.targets.cubin import Cubin, compile_all
+from ingot.builder.targets.sass import disassembled
 from ingot.engines.errors import BuildError
 from ingot.plugins import tactics_of
 from ingot.plugins.paged_attention.kernel import tactics
@@ -96,3 +99,43 @@ def test_a_lost_matrix_operand_is_found():
     kernel = Shape.of(prompts_over_int8(32, 16), None).chunk(64, 64, 4, 2, skip_decode=False).kernel
     cubin = compile_all([kernel], 90)[kernel]
     assert isinstance(cubin, BuildError) and "an operand is lost" in str(cubin)
+
+
+def fused_with_a_neighbours(code):
+    """Products that a thread adds, unrounded, to a neighbour's rounded one: the two hold different sums then."""
+    product, shuffled, found = {}, {}, []
+    for line in code.splitlines():
+        if not (match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*) (.*?);", line)):
+            continue
+        name, operands = match[1], [each.strip().replace(".reuse", "") for each in match[2].split(",")]
+        if name.startswith("SHFL"):
+            shuffled[operands[1]] = product.get(operands[2])
+            continue
+        if name.startswith("FFMA") and shuffled.get(operands[3]) == frozenset(operands[1:3]):
+            found.append(line.strip())
+        product.pop(operands[0], None)
+        shuffled.pop(operands[0], None)
+        if name.startswith("FMUL"):
+            product[operands[0]] = frozenset(operands[1:3])
+    return found
+
+
+def test_all_threads_round_a_total_alike():
+    """Shares of a sequence are merged by many threads, which then write what they hold to one place."""
+
+    def tensor(dtype, *shape):
+        return Tensor(shape, dtype)
+
+    attributes = {"layer": 0, "num_heads": 10, "num_kv_heads": 2, "head_dim": 96, "v_head_dim": 96,
+                  "scale": 0.1, "window": 0, "softcap": 0.0}  # fmt: skip
+    step = (tensor("int32", size) for size in (20, 6, 5))
+    pools = (tensor("float16", 40, 32, 2, 96),) * 2
+    inputs = (tensor("float16", 20, 14 * 96), None, None, *step, tensor("int32", 5, 20), *pools, tensor("float16", 10))
+    site = Site("PagedAttention", attributes, inputs, (tensor("float16", 20, 960),), Device(90), 8)
+    kernels = {launch.kernel for tactic in tactics(site) for launch in tactic.launches}
+    kernels = {kernel for kernel in kernels if kernel.function.endswith("decode_kernel")}
+    assert len(kernels) >= 2
+    for kernel, cubin in compile_all(kernels, 90).items():
+        assert isinstance(cubin, Cubin), cubin
+        code = disassembled(cubin.data)
+        assert "SHFL.BFLY" in code and not fused_with_a_neighbours(code), kernel

@@ -355,5 +355,7 @@ def test_every_kernel_compiles_for_every_architecture():
         if capability in (89, 90, 120):
             kernels += [product(x, Tensor((4096, 4096), f8), rows, f8, capability)]
             kernels += [tactics_of("QuantiseTokens")(quantise)[0].launches[0].kernel]
+        if capability == 90:  # converted in registers, from which its tensor cores read
+            kernels += [product(x, Tensor((4096, 4096), kind), rows) for kind in ("int8", f8, "int4")]
         for kernel, cubin in compile_all(kernels, capability).items():
             assert isinstance(cubin, Cubin) and cubin.data[:4] == b"\x7fELF", (kernel, cubin)
