@@ -21,7 +21,8 @@ from .builder.cli import build, recipes
 from .builder.heads.cli import train_head
 from .engines.cli import inspect
 from .engines.errors import EngineError, IngotError
-from .runtime.cli import bench, generate
+from .runtime.bench_cli import bench
+from .runtime.cli import generate
 from .runtime.server.cli import serve
 from .runtime.server.router.cli import route
 

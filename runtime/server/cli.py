@@ -20,7 +20,7 @@ Level = Annotated[LogLevel, typer.Option(help="info: a line for each request, to
 Form = Annotated[LogFormat, typer.Option(help="json: an object a line.")]
 Collector = Annotated[
     str | None,
-    typer.Option(help="Send OpenTelemetry spans there, as http://localhost:4318; needs ingot[otel].", metavar="URL"),
+    typer.Option(help="Send OpenTelemetry spans there, as http://localhost:4318; needs ingot\\[otel].", metavar="URL"),
 ]
 
 
