@@ -89,10 +89,12 @@ class Access:
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The JSON body. Raises ApiError: 415 for another content type, 413 above `max_bytes`, 400 too deeply nested."""
+    """The JSON body. Raises ApiError: 415 for another content type or coding, 413 above `max_bytes`, 400 too deep."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # also keeps web pages of other origins from posting without being asked
         raise ApiError(415, f"The content type is {kind[:60]!r}; it must be application/json.")
+    if (coding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+        raise ApiError(415, f"The content encoding is {coding[:60]!r}; send the body as it is, without one.")
     announced = request.headers.get("content-length", "")[:18]
     size = int(announced) if announced.isdecimal() else 0
     too_large = ApiError(413, f"The body has more than {max_bytes} bytes, which is the limit; send less at a time.")

@@ -1,5 +1,6 @@
 """What the HTTP API turns down: every refusal with its status and sentence, before and within a stream; never a 500."""
 
+import gzip
 import json
 import logging
 import time
@@ -133,6 +134,9 @@ def test_bodies_that_are_too_large_or_of_another_kind(llm):
             assert response.status_code == 413 and "1000 bytes" in response.json()["error"]["message"]
         response = client.post("/v1/completions", content=b'{"prompt": "a"}', headers={"content-type": "text/plain"})
         assert response.status_code == 415 and "text/plain" in response.json()["error"]["message"]
+        packed = {"content-type": "application/json", "content-encoding": "gzip"}
+        response = client.post("/v1/completions", content=gzip.compress(b'{"prompt": "a"}'), headers=packed)
+        assert response.status_code == 415 and "'gzip'" in response.json()["error"]["message"]
         assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
     assert len(room.admitted) == 1
 
