@@ -138,7 +138,7 @@ class Session:
     @property
     def healthy(self) -> bool:
         """Open, and no step has failed."""
-        return self.failure is None and not self._closed
+        return self.failure is None and not self._closed and self._thread.is_alive()
 
     def check(self) -> None:
         """Raises EngineError with the reason unless the engine is healthy."""
@@ -146,6 +146,11 @@ class Session:
             raise self._error()
         if self._closed:
             raise EngineError("The engine is closed; open it again.")
+        if not self._thread.is_alive():  # threads do not survive a fork
+            raise EngineError(
+                "The engine was opened before this process was forked, and its loop did not come along; open it in the"
+                ' process that uses it (multiprocessing: the "spawn" method).'
+            )
 
     @property
     def progress(self) -> tuple[int, bool]:

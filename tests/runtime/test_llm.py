@@ -1,6 +1,7 @@
 """`LLM` and `AsyncLLM` over a hand-made engine of the draft model: streams, cancellation, refusals, failures."""
 
 import asyncio
+import multiprocessing
 import threading
 
 import pytest
@@ -162,6 +163,25 @@ def test_closing_ends_what_is_open(engine):
     assert last.outputs[0].finish_reason == "abort" and not llm.healthy
     with pytest.raises(EngineError, match="closed"):
         llm.generate("def ", progress=False)
+
+
+def test_a_forked_child_is_told_to_open_its_own(llm):
+    def ask(answers):
+        try:
+            llm.generate([[5, 6, 7]], LONG, progress=False)
+        except EngineError as error:
+            answers.put((str(error), llm.healthy))
+        llm.close()  # nor does the child wait for a loop that it has not
+
+    fork = multiprocessing.get_context("fork")
+    answers = fork.SimpleQueue()
+    child = fork.Process(target=ask, args=(answers,), daemon=True)
+    child.start()
+    child.join(20)
+    assert child.exitcode == 0 and not answers.empty()
+    message, healthy = answers.get()
+    assert "was forked" in message and "spawn" in message and not healthy
+    assert llm.generate([[5, 6, 7]], SamplingParams(max_tokens=2), progress=False)[0].outputs[0].token_ids
 
 
 def test_async_streams_share_steps(engine):
