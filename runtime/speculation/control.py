@@ -12,7 +12,7 @@ asked for. How a chain would have done is seen in a tree, too: its likeliest pat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from ..request import Request, State
 from ..step import Step, Work
@@ -29,6 +29,9 @@ MEMORY, MEMORY_OF_ALL = 0.95, 0.998  # what is left of a count after one token m
 PAUSE = 8  # steps without speculation between two looks at whether it would pay
 HORIZON = 32  # steps in which speculation has to earn what a draft engine must catch up with
 TRIAL, LOOKS, WORTH = 4, 32, 0.6  # steps of a trial, after so many looks, where at least that speed is expected
+TRIED = (
+    16  # requests at most that a trial drafts for: they tell as much as all, whose drafts can take as long as ten steps
+)
 LASTING, MOST_PATIENCE = 64, 16  # steps with drafts that show that they pay; how much rarer tries get
 WATCHED = 4  # requests of a step whose drafts are only looked at: looking all of them up took 4% at 64 requests
 OVERHEAD = 1.1  # of steps that are not overlapped, before that is known
@@ -50,6 +53,7 @@ class Speculation:
         self._right, self._branched = (Chance(MEMORY_OF_ALL, WEIGHT_OF_ALL) for _ in range(2))
         self._nodes, self._tree = nodes, nodes > 0  # of the trees there may be; whether the next drafts are some
         self._pause = self._settling = self._looks = self._trial = self._spell = 0
+        self._tried: Collection[Request] | None = None  # who has drafts in this trial; None: everyone
         self._patience = 1
         self._prompts = 0  # their tokens in the latest step
         self._hits = 1.0 if drafter.ahead else 0.5  # how often it has an idea, of all requests
@@ -80,6 +84,7 @@ class Speculation:
             if self._looks % (LOOKS * self._patience) == 0:  # what was measured at first may be wrong
                 self._trial = TRIAL
         before, self._on = self._on, self._pays(len(requests) - len(some), some, coming)
+        self._tried = some[:TRIED] if self._trial else None
         if before and not self._on:  # where it did not last, the next try is longer in coming
             self._patience = 1 if self._spell >= LASTING else min(MOST_PATIENCE, 2 * self._patience)
             self._spell = 0
@@ -89,7 +94,7 @@ class Speculation:
 
     def propose(self, request: Request, most: int) -> Sequence[int]:
         """Drafts for a request that is about to decode, at most so many."""
-        if not request.params.speculate:
+        if not self._may_draft(request):
             return ()
         most = most if isinstance(request.drafts, Tree) else min(most, self._outlook(request).number)
         drafts = self._drafter.propose(request, most)
@@ -100,7 +105,7 @@ class Speculation:
     def num_ahead(self, request: Request, most: int) -> int:
         """Tokens that the executor is to draft for the step after the next, of which at most `most` can follow one
         another: the nodes of a tree, or fewer for a chain."""
-        if not (self._drafter.ahead and request.params.speculate):
+        if not (self._drafter.ahead and self._may_draft(request)):
             return 0
         outlook = self._outlook(request)
         outlook.reached = len(request.tokens) + 1
@@ -136,6 +141,9 @@ class Speculation:
             self._num_drafts, sum(self._drafted_at), sum(self._accepted_at), tuple(self._drafted_at),
             tuple(self._accepted_at), self._num_steps, self._num_all_steps,
         )  # fmt: skip
+
+    def _may_draft(self, request: Request) -> bool:
+        return request.params.speculate and (self._tried is None or request in self._tried)
 
     # -- what is known -------------------------------------------------------------------------------------------------
 

@@ -111,6 +111,28 @@ def test_it_is_measured_not_believed():
     assert share < 0.1 and plain / took > 0.97
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_trial_drafts_for_some_of_many(ahead):
+    """Where drafts of all requests cost six steps, looking again whether they pay costs next to nothing."""
+    sizes = [1, 128, 256, 4096]
+    curve, most = Curve(sizes, [1.0, 1.0, 1.6, 12.8]), 4
+    speculation = Speculation(Oracle(ahead), most, Costs(curve, Curve([1, 4096], [0.05, 0.5]) if ahead else None))
+    requests = [Request(str(i), [1] * 8, SamplingParams()) for i in range(256)]
+    rng, drafted = random.Random(0), []
+    for _ in range(3000):
+        on = speculation.plan(requests)
+        drafts = [speculation.propose(request, most) if on else [] for request in requests]
+        works = [
+            work_of(r, d, speculation.num_ahead(r, most) if on else 0) for r, d in zip(requests, drafts, strict=True)
+        ]
+        found = [[rng.choice((1, 2))] * held_of(some, 0.5, rng) for some in drafts]
+        speculation.observe(tuple(works), found, curve(sum(work.num_tokens for work in works)))
+        drafted.append(sum(map(bool, drafts)))
+    trials = [num for num in drafted if num]
+    assert trials and max(trials[8:]) <= 16, trials
+    assert len(trials) < 100
+
+
 def test_on_again_when_there_are_fewer():
     sizes = [1, 1024]
     speculation = Speculation(Oracle(False), 4, Costs(Curve(sizes, [1.0, 51.2])))
