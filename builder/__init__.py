@@ -8,7 +8,7 @@ A build that fails, at any point, leaves nothing behind.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from ..calibration.scales import Scales
     from ..engines.manifest import Manifest
     from .checkpoint import Checkpoint
+
+# fields of a config that say how weights are quantised
+OF_QUANTISED = (
+    "calibration_data", "calibration_tokens", "calibration_width", "calibration_device", "scales", "accept_accuracy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,11 @@ class BuildConfig:
         "Rope"  # of the tensorrt target: ops that ingot's kernels run although it has a form of its own
     )
     gpu_arch: int | None = None  # compute capability times ten; None: that of the GPU at hand, else 90
+
+    def given(self, names: Iterable[str]) -> list[str]:
+        """Of these fields the options of the command line that differ from their defaults."""
+        plain = BuildConfig(self.model, self.out)
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != getattr(plain, name)]
 
 
 @dataclass

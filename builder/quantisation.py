@@ -12,6 +12,7 @@ from ..calibration.accuracy import Accuracy
 from ..calibration.recipe import KV_CACHES, Recipe, kv_recipes
 from ..calibration.scales import Scales
 from ..engines.errors import BuildError
+from . import OF_QUANTISED, BuildConfig
 from .advice import check
 from .calibrate import calibrate
 from .calibration_text import Text
@@ -25,7 +26,6 @@ from .record import versions
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from . import BuildConfig
     from .checkpoint import Checkpoint
 
 
@@ -47,10 +47,8 @@ class Quantisation:
         if config.kv_cache and config.kv_cache not in KV_CACHES:
             raise BuildError(f"the KV cache is {config.kv_cache!r}; pass --kv-cache one of {', '.join(KV_CACHES)}.")
         if not config.quant and not config.kv_cache:
-            for option, given in (("--calibration-data", config.calibration_data), ("--scales", config.scales),
-                                  ("--accept-accuracy", config.accept_accuracy)):  # fmt: skip
-                if given:
-                    raise BuildError(f"{option} is for quantised builds; pass --quant RECIPE too, or leave it out.")
+            if given := config.given(OF_QUANTISED):
+                raise BuildError(f"{given[0]} is for quantised builds; pass --quant RECIPE too, or leave it out.")
             return None
         if config.kv_cache and not config.calibration_data and not config.scales:
             raise BuildError(

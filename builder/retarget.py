@@ -18,23 +18,19 @@ from ..engines.manifest import Manifest
 from ..engines.weights import load_graph
 from ..engines.writer import engine_directory
 from ..plugins.gpu import Gpu
-from . import BuildConfig
+from . import OF_QUANTISED, BuildConfig
 from .hidden_states import check_target
 from .targets import FOR_TARGETS, NOBODY, Audience, target_of
 from .targets import check_options as check_target_options
 
-OF_THE_CHECKPOINT = (
-    "dtype", "quant", "kv_cache", "scales", "calibration_data", "calibration_tokens", "calibration_width",
-    "calibration_device", "accept_accuracy", "hidden_states", "draft_for",
-)  # fmt: skip
+OF_THE_CHECKPOINT = ("dtype", "quant", "kv_cache", *OF_QUANTISED, "hidden_states", "draft_for")
 
 
 def check_options(config: BuildConfig) -> None:
     """Raises BuildError: options that only a build from the checkpoint can follow."""
-    plain = BuildConfig(config.model, config.out)
-    if given := [name for name in OF_THE_CHECKPOINT if getattr(config, name) != getattr(plain, name)]:
+    if given := config.given(OF_THE_CHECKPOINT):
         raise BuildError(
-            f"--{given[0].replace('_', '-')} was given with --retarget, which compiles {config.out} anew; "
+            f"{given[0]} was given with --retarget, which compiles {config.out} anew; "
             "leave it out, or build from the checkpoint."
         )
 

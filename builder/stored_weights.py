@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..calibration.formats import Format
 from ..engines.errors import BuildError
+from . import OF_QUANTISED, BuildConfig
 from .kv_cache import quantise_pools
 from .node_major import linear_weights
 from .passes.graph import dims, operand
@@ -26,9 +27,6 @@ from .passes.quantise_activation import quantise_activation
 from .passes.quantise_weight import quantise_linear
 from .passes.verify import verify
 from .quantised_checkpoints import QuantisedWeights, StoredModule
-
-if TYPE_CHECKING:
-    from . import BuildConfig
 
 
 def check_options(config: BuildConfig, weights: QuantisedWeights) -> None:
@@ -39,11 +37,8 @@ def check_options(config: BuildConfig, weights: QuantisedWeights) -> None:
             f"{already}, and --quant {config.quant} would round it a second time; leave out --quant, or give the "
             "unquantised checkpoint."
         )
-    for option, given in (("--kv-cache", config.kv_cache), ("--scales", config.scales),
-                          ("--calibration-data", config.calibration_data),
-                          ("--accept-accuracy", config.accept_accuracy)):  # fmt: skip
-        if given:
-            raise BuildError(f"{already}, so there is nothing to calibrate or to compare it with; leave out {option}.")
+    if given := config.given(("kv_cache", *OF_QUANTISED)):
+        raise BuildError(f"{already}, so there is nothing to calibrate or to compare it with; leave out {given[0]}.")
 
 
 def keep_stored(model: ir.Model, weights: QuantisedWeights) -> dict[str, Any]:

@@ -188,6 +188,7 @@ def test_options_that_make_no_sense(tmp_path, source):
     for options, words in (
         (dict(quant="w8a16", calibration_data=""), "needs text.*--calibration-data"),
         (dict(), "--calibration-data is for quantised builds"),
+        (dict(calibration_data="", calibration_tokens=64), "--calibration-tokens is for quantised builds"),
         (dict(calibration_data="", accept_accuracy=True), "--accept-accuracy is for quantised builds"),
         (dict(quant="w9"), "recipe 'w9' cannot be read.*int4-gptq, int4-rtn"),
     ):

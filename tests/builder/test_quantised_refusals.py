@@ -249,6 +249,7 @@ def test_an_engine(tmp_path):
 @pytest.mark.parametrize("options, words", [
     ({"quant": "w8a16"}, "is quantised already .gptq., and --quant w8a16 would round it a second time; leave out"),
     ({"kv_cache": "fp8"}, "is quantised already .gptq., so there is nothing to calibrate .*; leave out --kv-cache"),
+    ({"calibration_width": 64}, "is quantised already .gptq., so .*; leave out --calibration-width"),
     ({"calibration_data": "text.txt"}, "is quantised already .gptq., so there is nothing to calibrate"),
 ])  # fmt: skip
 def test_options_of_a_build(tmp_path, options, words):
