@@ -7,6 +7,7 @@ null is the same as leaving a field out, and so is a value that asks for nothing
 from __future__ import annotations
 
 import difflib
+import math
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -113,7 +114,7 @@ def _sentence(error: ValidationError) -> ApiError:
     path = field if field in _FORMS else _path(first["loc"])
     if first["type"] == "missing":
         return ApiError(400, f"{path} is missing; the request needs it.", path)
-    value = first["input"]
+    value, said = first["input"], first["msg"].replace("Input should", "it should", 1)
     match value:
         case None:
             shown = "null"
@@ -121,12 +122,15 @@ def _sentence(error: ValidationError) -> ApiError:
             shown = "an object"
         case list() | tuple():
             shown = "a list"
+        case float() if not math.isfinite(value):
+            shown = "NaN, which is not a number" if math.isnan(value) else repr(value)
+            said = said.replace("should be", "should be a finite number", 1)
         case _:
             shown = repr(value)[:SHOWN]
     if field in _FORMS:
         verb = "is" if len(first["loc"]) <= 2 else "holds"
         return ApiError(400, f"{path} {verb} {shown}; {_FORMS[field]}.", path)
-    return ApiError(400, f"{path} is {shown}; {first['msg'].replace('Input should', 'it should', 1)}.", path)
+    return ApiError(400, f"{path} is {shown}; {said}.", path)
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -10,7 +10,7 @@ import json
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation, StringConstraints, model_validator
 
 from ..request import SamplingParams
 from .body import MAX_STOP_LENGTH, MAX_STOP_STRINGS, SHOWN, Fields
@@ -20,7 +20,6 @@ from .security import REQUEST_ID
 
 MAX_TOOLS = 128  # OpenAI's limit
 
-TokenKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
@@ -57,7 +56,7 @@ class _Generation(_Bookkeeping):
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)  # float32 has no room for the square of 1e30
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[TokenKey, float] | None = None
+    logit_bias: dict[str, SkipValidation[float]] | None = None  # `SamplingParams` names the key at fault
     seed: int | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
