@@ -108,7 +108,8 @@ def run(app: typer.Typer, name: str, arguments: list[str] | None = None) -> NoRe
         code = app(arguments, prog_name=name, standalone_mode=False)
     except UsageError as error:
         message = " ".join(error.format_message().split()).rstrip(".")
-        print(f"error: {message}; see `{name} --help`.", file=sys.stderr)
+        command = error.ctx.command_path if error.ctx else name
+        print(f"error: {message}; see `{command} --help`.", file=sys.stderr)
         code = 2
     raise SystemExit(code or 0)
 

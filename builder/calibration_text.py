@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ..engines.errors import BuildError
+from ..engines.extras import pip_install
 from .checkpoint import Checkpoint
 from .node_major import Windows
 from .text_files import open_tokenizer
@@ -152,7 +153,7 @@ def _rows(name: str, split: str, source: str) -> Iterator[str | list[Any]]:
     except ImportError as error:
         raise BuildError(
             f"the dataset {source} is read by the library `datasets`, which is not installed; "
-            "install it with `pip install 'ingot[datasets]'`, or give a file of text."
+            f"install it with {pip_install('datasets')}, or give a file of text."
         ) from error
     try:
         for number, row in enumerate(load_dataset(name, split=split, streaming=True), 1):

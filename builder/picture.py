@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.accuracy import Accuracy
+from ..engines.extras import pip_install
 
 PICTURE = "accuracy.png"
 SHOWN = 16  # layers
@@ -20,7 +21,7 @@ def draw_accuracy(
         import matplotlib
     except ImportError:
         if on_note:
-            on_note("the accuracy is not drawn: it needs matplotlib; install it with `pip install 'ingot[bench]'`.")
+            on_note(f"the accuracy is not drawn: it needs matplotlib; install it with {pip_install('bench')}.")
         return None
     matplotlib.use("Agg")
     from matplotlib import pyplot

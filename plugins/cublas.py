@@ -18,6 +18,7 @@ import numpy as np
 
 from ..engines import plan
 from ..engines.errors import BuildError, EngineError
+from ..engines.extras import pip_install
 from .gpu import Address
 from .tactic import Gemm
 
@@ -128,13 +129,13 @@ def _library() -> tuple[Any, int]:
         from nvmath.bindings import cublasLt
     except ImportError as error:
         raise EngineError(
-            f"large products run through nvmath-python ({error}); install it with `pip install 'ingot[cuda]'`."
+            f"large products run through nvmath-python ({error}); install it with {pip_install('cuda')}."
         ) from None
     try:
         return cublasLt, cublasLt.create()
     except Exception as error:  # the library is missing, or does not start on this GPU
         raise EngineError(
-            f"cuBLASLt does not start ({' '.join(str(error).split())}); install it with `pip install 'ingot[cuda]'`."
+            f"cuBLASLt does not start ({' '.join(str(error).split())}); install it with {pip_install('cuda')}."
         ) from None
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..engines.errors import EngineError
+from ..engines.extras import pip_install
 from .tactic import Device
 
 Grid = tuple[int, int, int]
@@ -58,7 +59,7 @@ def _driver() -> Any:
         from cuda.bindings import driver
     except ImportError as error:
         raise EngineError(
-            f"the cuda target runs through cuda-python ({error}); install it with `pip install 'ingot[cuda]'`."
+            f"the cuda target runs through cuda-python ({error}); install it with {pip_install('cuda')}."
         ) from None
     return driver
 

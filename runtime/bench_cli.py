@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..engines.cli import Debug, Engine
+from ..engines.extras import pip_install
 from .cli import AsJson, Draft, LoadFormat, MaxSeqs, MaxTokens, NumDrafts, NumNodes, PrefixCache, Speculate
 
 if TYPE_CHECKING:
@@ -198,8 +199,8 @@ def _profile(
         draw(report, path)
         print(f"drawn into {path}", file=sys.stderr)
     except ImportError:
-        print("The profile is not drawn: it needs matplotlib; install it with `pip install 'ingot[bench]'`.",
-              file=sys.stderr)  # fmt: skip
+        sentence = f"The profile is not drawn: it needs matplotlib; install it with {pip_install('bench')}."
+        print(sentence, file=sys.stderr)
 
 
 def _speculation(
@@ -251,7 +252,7 @@ def _check_plot(path: Path) -> None:
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
-        raise typer.BadParameter("--plot needs matplotlib; install it with `pip install 'ingot[bench]'`.")
+        raise typer.BadParameter(f"--plot needs matplotlib; install it with {pip_install('bench')}.")
     if not path.parent.is_dir():
         raise typer.BadParameter(f"the folder of {path} does not exist.")
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..engines.errors import RequestError
+from ..engines.extras import pip_install
 from .speculation.tree import Tree, parents_of
 
 MOST_BYTES = 1 << 17  # of a schema or grammar: compiling takes time that others wait for
@@ -143,7 +144,7 @@ class Grammars:
             import llguidance
         except ImportError as error:
             raise RequestError(
-                f"Structured outputs need llguidance ({error}); install it with `pip install 'ingot[serve]'`."
+                f"Structured outputs need llguidance ({error}); install it with {pip_install('serve')}."
             ) from None
         self._library = llguidance
         self._vocab_size = vocab_size

@@ -1,6 +1,8 @@
 """What users may pass as prompts, and what every prompt must satisfy before anything is scheduled.
 
-The forms are vLLM's: text, token ids, `{"prompt": text}`, `{"prompt_token_ids": ids}`, or a list of such.
+The forms are vLLM's: text, token ids, `{"prompt": text}`, `{"prompt_token_ids": ids}`, or a list of such. Where both
+keys are given, the token ids are run and the text is only shown. vLLM's other keys (multi_modal_data, cache_salt, ..)
+would change the answer or who shares the cache: refused, unless None.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from ..engines.errors import RequestError
 from .text import Text
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
+_KEYS = ("prompt", "prompt_token_ids")
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,12 @@ def split(prompts: Any) -> list[Prompt]:
 def tokens_of(prompt: Prompt, text: Text | None, limits: Limits) -> tuple[str | None, list[int]]:
     """The prompt's text, if it was one, and its checked token ids.
 
-    Raises RequestError: not a prompt, empty, longer than the context or the KV pool, or an unknown token id.
+    Raises RequestError: not a prompt, a key that is not known, empty, longer than the context or the KV pool, or an
+    unknown token id.
     """
-    words: Any = None
+    words: str | None = None
     if isinstance(prompt, Mapping):
-        words, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-        prompt = ids if ids is not None else words if words is not None else ""
+        words, prompt = _of_mapping(prompt)
     if isinstance(prompt, str):
         if text is None and prompt:
             raise RequestError("This engine has no tokenizer; send token ids instead of text.")
@@ -53,6 +56,25 @@ def tokens_of(prompt: Prompt, text: Text | None, limits: Limits) -> tuple[str | 
         ids = _ids(prompt, limits.vocab_size)
     check_length(len(ids), limits)
     return words, ids
+
+
+def _of_mapping(prompt: Mapping[str, Any]) -> tuple[str | None, Any]:
+    """The text that is shown, if any, and what is run: text or token ids."""
+    given = {key: value for key, value in prompt.items() if value is not None}
+    for key in given:
+        if key not in _KEYS:
+            raise RequestError(
+                f"The prompt has the key {str(key)[:60]!r}, which is not supported; its keys are prompt (text) and "
+                "prompt_token_ids: leave it out."
+            )
+    words, ids = given.get("prompt"), given.get("prompt_token_ids")
+    if not given:
+        raise RequestError("The prompt is a mapping without a value; give it prompt (text) or prompt_token_ids.")
+    if words is not None and not isinstance(words, str):
+        raise RequestError(f"The prompt's key prompt is {str(words)[:60]!r}; it must be text: give prompt_token_ids.")
+    if isinstance(ids, str):
+        raise RequestError(f"The prompt's prompt_token_ids is {ids[:60]!r}; it must be a list of token ids.")
+    return words, words if ids is None else ids
 
 
 def check_length(num: int, limits: Limits) -> None:

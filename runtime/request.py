@@ -276,9 +276,11 @@ def _integer(name: str, value: Any, low: float, high: float) -> int:
 
 
 def _number(name: str, value: Any, low: float, high: float) -> float:
+    """The bounds are finite, and nothing that is not a number is between them."""
     real = isinstance(value, Real) and not isinstance(value, bool)
-    if not real or not math.isfinite(value) or not low <= value <= high:
-        raise RequestError(f"{name} is {value!r}; it must be a finite number {_span(low, high)}.")
+    if not real or not low <= value <= high:
+        shown = "NaN, which is not a number" if real and value != value else repr(value)[:60]
+        raise RequestError(f"{name} is {shown}; it must be a finite number {_span(low, high)}.")
     return float(value)
 
 
@@ -316,8 +318,13 @@ def _bias(value: Any) -> dict[int, float] | None:
         return None
     if not isinstance(value, Mapping):
         raise RequestError(f"logit_bias is {value!r}; it must be a mapping of token ids to numbers.")
-    bias = {}
+    bias: dict[int, float] = {}
     for key, amount in value.items():
-        token = int(key) if isinstance(key, str) and key.isdecimal() else key  # JSON has only string keys
-        bias[_integer("a logit_bias token", token, 0, math.inf)] = _number(f"logit_bias[{key}]", amount, -100.0, 100.0)
+        written = isinstance(key, str) and key.isdecimal() and len(key) <= 10  # JSON has only string keys
+        token, shown = int(key) if written else key, repr(key)[:60]
+        if isinstance(token, bool) or not isinstance(token, Integral) or int(token) < 0:
+            raise RequestError(f"logit_bias has the key {shown}; its keys must be token ids, integers of at least 0.")
+        if int(token) in bias:
+            raise RequestError(f"logit_bias has token {token} twice; leave one of them out.")
+        bias[int(token)] = _number(f"logit_bias[{shown}]", amount, -100.0, 100.0)
     return bias

@@ -58,12 +58,20 @@ def test_help_version_and_unknown_options(ingot):
     assert ingot("--version")[1].startswith("ingot 0.")
     for command in ("build", "calibrate", "generate", "bench", "serve", "route", "inspect"):
         assert ingot(command, "--help")[0] == 0
-        refused(ingot(command, "x", "--no-such-option"), 2, "No such option: --no-such-option", "--help")
+        words = "No such option: --no-such-option", f"see `ingot {command} --help`"
+        refused(ingot(command, "x", "--no-such-option"), 2, *words)
     assert ingot("--help", app=cli.build_app)[0] == 0
-    refused(ingot("frobnicate"), 2, "No such command 'frobnicate'")
+    refused(ingot("frobnicate"), 2, "No such command 'frobnicate'", "see `ingot --help`")
     refused(ingot("generate", "x"), 2, "Missing argument")
     code, out, _ = ingot()
     assert code == 2 and "generate" in out
+
+
+def test_a_server_without_its_packages(ingot, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    for command in (["serve", tmp_path], ["route", "http://127.0.0.1:1"]):
+        sentence = "needs FastAPI; install it with `pip install 'ingot[serve]'` in ingot's environment."
+        refused(ingot(*command), 3, sentence)
 
 
 def test_no_engine_there(ingot, tmp_path):

@@ -74,6 +74,12 @@ def test_ci_runs_the_command_of_the_readme():
     assert len(commands) == 1 and f"\n{commands[0]}\n" in (ROOT / "README.md").read_text()
 
 
+def test_messages_name_extras_that_exist_in_one_wording():
+    named = {path: re.findall(r"pip_install\('(\w+)'\)", path.read_text()) for path in SOURCES}
+    assert {"serve", "cuda"} <= set(sum(named.values(), [])) <= set(PROJECT["project"]["optional-dependencies"])
+    assert [path.name for path in SOURCES if re.search("install '?ingot\\[", path.read_text())] == ["extras.py"]
+
+
 def test_links_of_the_documents_exist():
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):

@@ -23,6 +23,7 @@ from typing import Any
 
 from ...engines import plan
 from ...engines.errors import BuildError
+from ...engines.extras import pip_install
 from ...plugins import cublas, pdl
 from ...plugins.tactic import Gemm, Kernel
 from .sass import faults
@@ -63,7 +64,7 @@ def compile_kernel(kernel: Kernel, capability: int) -> Cubin:
         from triton.compiler import ASTSource
     except ImportError as error:
         raise BuildError(
-            f"the cuda target compiles with Triton ({error}); install it with `pip install ingot[cuda]`"
+            f"the cuda target compiles with Triton ({error}); install it with {pip_install('cuda')}."
         ) from None
     from ...plugins.paged_attention.launches import shared_memory
 

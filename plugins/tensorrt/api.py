@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from ...engines.errors import EngineError
+from ...engines.extras import pip_install
 from .alias_library import load_alias
 
 # full TensorRT first; `tensorrt_rtx_bindings` is how the wheels on PyPI call TensorRT for RTX
@@ -51,7 +52,7 @@ def module() -> ModuleType:
     why = "; ".join(failed) or f"none of the modules {', '.join(names)} is installed"
     raise EngineError(
         f"the tensorrt target needs TensorRT, and it cannot be loaded ({why}); install TensorRT for RTX with "
-        "`pip install 'ingot[tensorrt]'`, or for a GPU of a data centre `pip install tensorrt`."
+        f"{pip_install('tensorrt')}, or for a GPU of a data centre `pip install tensorrt`."
     )
 
 

@@ -173,9 +173,10 @@ def score(found: Logprob) -> float:
     return max(found.logprob, LOWEST)
 
 
-def spelling(token: int, found: Logprob) -> str:
-    """The token's text; without a tokenizer its number, as vLLM writes it."""
-    return f"token_id:{token}" if found.decoded_token is None else found.decoded_token
+def spelling(token: int, found: Logprob | None, as_id: bool | None = False) -> str:
+    """The token's text; without one, or where wanted, its number as vLLM writes it."""
+    spelt = None if as_id or found is None else found.decoded_token
+    return f"token_id:{token}" if spelt is None else spelt
 
 
 def prompt_logprobs(entries: Sequence[dict[int, Logprob] | None]) -> PromptLogprobs:

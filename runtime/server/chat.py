@@ -73,7 +73,7 @@ async def prepare(generator: Generator, body: ChatRequest, request_id: str, arri
             "The chat template has the model reason first, so the format of the answer cannot be kept; turn reasoning"
         )
         raise ApiError(400, f"{sentence} off in chat_template_kwargs, or leave the format out.", "chat_template_kwargs")
-    return Job(f"chatcmpl-{request_id}", [prompt], params, body.priority or 0, arrival)
+    return Job(f"chatcmpl-{body.request_id or request_id}", [prompt], params, body.priority or 0, arrival)
 
 
 async def encode(
@@ -220,7 +220,7 @@ class _Streamed:
             deltas.append(ChatDelta())  # nothing to say yet, but something about its tokens
         parts = [ChunkChoice(self._index, delta) for delta in deltas]
         if len(deltas) > told:
-            parts[told].logprobs = _logprobs(one.token_ids, one.logprobs)
+            parts[told].logprobs = _logprobs(one.token_ids, one.logprobs, self._body)
             if self._body.return_token_ids:
                 parts[told].token_ids = one.token_ids
         if reason:
@@ -252,30 +252,32 @@ def _whole(index: int, whole: Collected, reader: _Reader, body: ChatRequest) -> 
         message.tool_calls = calls
     if reasoning:
         message.reasoning_content = reasoning
-    logprobs = _logprobs(whole.token_ids, whole.logprobs) if body.logprobs else None
+    logprobs = _logprobs(whole.token_ids, whole.logprobs, body) if body.logprobs else None
     choice = ChatChoice(index, message, logprobs, reader.reason(whole.finish_reason), whole.stop_reason)
     if body.return_token_ids:
         choice.token_ids = whole.token_ids
     return choice
 
 
-def _logprobs(tokens: Sequence[int], entries: Sequence[dict[int, Logprob]] | None) -> ChatLogprobs | None:
+def _logprobs(
+    tokens: Sequence[int], entries: Sequence[dict[int, Logprob]] | None, body: ChatRequest
+) -> ChatLogprobs | None:
     """OpenAI's form: the chosen token, and the likeliest ones. None where none are wanted."""
     if entries is None:
         return None
-    content = []
+    content, as_ids = [], body.return_tokens_as_token_ids
     for token, entry in zip(tokens, entries, strict=True):
         chosen = entry[token]
         ordered = sorted(entry.items(), key=lambda item: -item[1].logprob)
-        top = [TopLogprob(*_spelt(t, found)) for t, found in ordered]
-        content.append(TokenLogprob(*_spelt(token, chosen), top))
+        top = [TopLogprob(*_spelt(t, found, as_ids)) for t, found in ordered]
+        content.append(TokenLogprob(*_spelt(token, chosen, as_ids), top))
     return ChatLogprobs(content)
 
 
-def _spelt(token: int, found: Logprob) -> tuple[str, float, list[int] | None]:
-    text = answers.spelling(token, found)
+def _spelt(token: int, found: Logprob, as_id: bool | None) -> tuple[str, float, list[int] | None]:
+    text, shown = answers.spelling(token, found), answers.spelling(token, found, as_id)
     # part of a character has no text, and its bytes are not known here
-    return text, answers.score(found), None if "\ufffd" in text else list(text.encode())
+    return shown, answers.score(found), None if "\ufffd" in text else list(text.encode())
 
 
 def _turn(index: int, message: Message) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from ...engines.cli import Debug, Engine
+from ...engines.errors import EngineError
+from ...engines.extras import pip_install
 from ..cli import Draft, LoadFormat, MaxSeqs, MaxTokens, NumDrafts, NumNodes, PrefixCache, Speculate
 from .logs import LogFormat, LogLevel
 from .logs import set_up as set_up_log
@@ -29,7 +31,7 @@ def set_up(what: str, level: LogLevel, form: LogFormat) -> None:
     try:
         import fastapi  # noqa: F401  the extra is one: if this is there, so is the rest
     except ImportError:
-        raise typer.BadParameter(f"{what} needs FastAPI; install it with `pip install 'ingot[serve]'`.") from None
+        raise EngineError(f"{what} needs FastAPI; install it with {pip_install('serve')}.") from None
     set_up_log(level, form)
 
 

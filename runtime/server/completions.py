@@ -41,7 +41,7 @@ async def prepare(generator: Generator, body: CompletionRequest, request_id: str
     prompts = await off_loop(num_characters, lambda: [_encode(generator.llm.text, text, special) for text in texts])
     for prompt in prompts:
         generator.check_prompt(prompt.ids)
-    return Job(f"cmpl-{request_id}", prompts, params, body.priority or 0, arrival)
+    return Job(f"cmpl-{body.request_id or request_id}", prompts, params, body.priority or 0, arrival)
 
 
 async def answer(generator: Generator, body: CompletionRequest, job: Job, created: int) -> Answer[TextChoice]:
@@ -142,10 +142,10 @@ class _Choice:
         return self._prompt.text or ""
 
     def _logprobs(self, entries: Sequence[tuple[int, dict[int, Logprob] | None]], num_echoed: int) -> TextLogprobs:
-        found = TextLogprobs([], [], [], [])
+        found, as_ids = TextLogprobs([], [], [], []), self._body.return_tokens_as_token_ids
         for i, (token, entry) in enumerate(entries):
             if entry is None:  # nothing precedes the first token
-                spelt = self._text.token_text(token) if self._text else f"token_id:{token}"
+                spelt = self._text.token_text(token) if self._text else answers.spelling(token, None)
                 found.token_logprobs.append(None)
                 found.top_logprobs.append(None)
             else:
@@ -154,10 +154,10 @@ class _Choice:
                 top: dict[str, float] = {}
                 for candidate, value in sorted(entry.items(), key=lambda item: -item[1].logprob):
                     top.setdefault(
-                        answers.spelling(candidate, value), answers.score(value)
+                        answers.spelling(candidate, value, as_ids), answers.score(value)
                     )  # of equal texts the likelier
                 found.top_logprobs.append(top)
-            found.tokens.append(spelt)
+            found.tokens.append(answers.spelling(token, None) if as_ids else spelt)
             said = i < num_echoed or token not in self._unsaid
             found.text_offset.append(self._offsets.take(token, spelt) if said else self._offsets.at)
         return found

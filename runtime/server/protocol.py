@@ -10,16 +10,16 @@ import json
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation, StringConstraints, model_validator
 
 from ..request import SamplingParams
 from .body import MAX_STOP_LENGTH, MAX_STOP_STRINGS, SHOWN, Fields
 from .errors import ApiError
 from .formats import ResponseFormat, Tool, calls_schema
+from .security import REQUEST_ID
 
 MAX_TOOLS = 128  # OpenAI's limit
 
-TokenKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
@@ -41,7 +41,11 @@ class _Bookkeeping(Fields):
 
 
 class _Generation(_Bookkeeping):
-    """What both kinds of completion share. None everywhere: as the model's generation_config says, or the default."""
+    """What both kinds of completion share. None everywhere: as the model's generation_config says, or the default.
+
+    `request_id` names the answer, instead of the request's X-Request-Id. `return_tokens_as_token_ids`:
+    log-probabilities have `token_id:5` for a token's text, which two tokens may share (vLLM's).
+    """
 
     model: str | None = None
     n: int | None = None
@@ -52,7 +56,7 @@ class _Generation(_Bookkeeping):
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)  # float32 has no room for the square of 1e30
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[TokenKey, float] | None = None
+    logit_bias: dict[str, SkipValidation[float]] | None = None  # `SamplingParams` names the key at fault
     seed: int | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
@@ -65,6 +69,8 @@ class _Generation(_Bookkeeping):
     priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1)
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    request_id: Annotated[str, StringConstraints(pattern=f"^{REQUEST_ID}$")] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None

@@ -20,7 +20,7 @@ from .errors import ApiError, Gone, response_of
 
 MAX_JSON_DEPTH = 64
 _OPEN = frozenset(("/", "/health", "/ready", "/metrics", "/version", "/openapi.json"))  # need no key, nor does /page/
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")  # UUIDs, trace ids, base64
+REQUEST_ID = r"[A-Za-z0-9._:/+=-]{1,128}"  # UUIDs, trace ids, base64
 _DRAINED = 4  # a body of up to this many limits is read to its end, so that an honest client hears why it is refused
 # a string, also one that never ends, or a bracket: one match each, so that any body is scanned in linear time
 _STRUCTURE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|([\[{])|([\]}])', re.DOTALL)
@@ -37,7 +37,7 @@ class Envelope:
             await self._app(scope, receive, send)
             return
         asked = Headers(scope=scope).get("x-request-id")
-        valid = asked is not None and _REQUEST_ID.fullmatch(asked)
+        valid = asked is not None and re.fullmatch(REQUEST_ID, asked)
         request_id = asked if asked is not None and valid else secrets.token_hex(16)
         scope.setdefault("state", {})["request_id"] = request_id
         started = False

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ...engines.errors import EngineError
+from ...engines.extras import pip_install
 
 if TYPE_CHECKING:
     from .telemetry import Record
@@ -45,7 +46,7 @@ def wanted(endpoint: str | None, environment: Mapping[str, str] = os.environ) ->
         import opentelemetry.sdk.trace  # noqa: F401
     except ImportError as error:
         raise EngineError(
-            f"Spans need OpenTelemetry's SDK and exporter ({error}); install them with `pip install 'ingot[otel]'`."
+            f"Spans need OpenTelemetry's SDK and exporter ({error}); install them with {pip_install('otel')}."
         ) from None
     return True
 

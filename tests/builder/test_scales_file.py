@@ -22,6 +22,7 @@ from ingot.builder.quantise import quantise
 from ingot.calibration.accuracy import Accuracy, Layer
 from ingot.calibration.scales import Scales
 from ingot.engines.errors import BuildError
+from ingot.engines.extras import pip_install
 from ingot.engines.manifest import Manifest
 from ingot.engines.weights import open_weights, write_weights
 from ingot.plugins.onnx_quantise import unpack_int4
@@ -228,5 +229,5 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     notes = []
     assert draw_accuracy(quantised(4.0), tmp_path, notes.append) is None
-    assert notes == ["the accuracy is not drawn: it needs matplotlib; install it with `pip install 'ingot[bench]'`."]
+    assert notes == [f"the accuracy is not drawn: it needs matplotlib; install it with {pip_install('bench')}."]
     assert not list(tmp_path.iterdir())

@@ -100,6 +100,10 @@ def test_a_bad_prompt_costs_the_others_nothing(llm):
         llm.generate([[5, 4096]], progress=False)
     wrong = ("fine \ud800", "not Unicode"), (b"bytes", "text or a list"), ([1, True], "text or a list")
     wrong += (({"prompt_token_ids": torch.tensor([1, 2])}, "text or a list"),)
+    wrong += (({"prompt": "a", "multi_modal_data": {"image": 1}}, "the key 'multi_modal_data', .* keys are prompt"),)
+    wrong += (({"prompt_token_ids": [1], "cache_salt": "x"}, "the key 'cache_salt', which is not supported"),)
+    wrong += (({}, "without a value; give it prompt"), ({"prompt": None}, "without a value; give it prompt"))
+    wrong += (({"prompt": [1, 2]}, "prompt is .*it must be text"), ({"prompt_token_ids": "ab"}, "is 'ab'; it must be"))
     for prompt, sentence in wrong:
         with pytest.raises(RequestError, match=sentence):
             llm.generate(["fine", prompt], progress=False)
@@ -116,6 +120,9 @@ def test_a_bad_prompt_costs_the_others_nothing(llm):
     with pytest.raises(RequestError, match="min_tokens is 1, but each"):
         llm.generate(["fine", "fine"], [LONG, none_left], progress=False)
     assert llm.metrics().steps == 0, "nothing was run for any of them"
+    both = {"prompt": "shown", "prompt_token_ids": [5, 6], "multi_modal_data": None}
+    (output,) = llm.generate(both, SamplingParams(max_tokens=1), progress=False)
+    assert (output.prompt, output.prompt_token_ids) == ("shown", [5, 6])
     assert llm.generate("fine", SamplingParams(max_tokens=1), progress=False)[0].finished
 
 

@@ -310,7 +310,7 @@ def test_a_profile_without_matplotlib(bench, monkeypatch, tmp_path):
     code, out, err = bench("--profile", "--batches", 1, "--context", 10, "--prefill", "0", "--json")
     assert code == 0 and json.loads(out)["profiles"]
     assert err.splitlines() == ["The profile is not drawn: it needs matplotlib; install it with "
-                                "`pip install 'ingot[bench]'`."]  # fmt: skip
+                                "`pip install 'ingot[bench]'` in ingot's environment."]  # fmt: skip
     assert not list(tmp_path.glob("*.png"))
 
 

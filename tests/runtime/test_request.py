@@ -40,6 +40,24 @@ def test_impossible_values_are_refused_by_name(name, value):
 def test_the_message_names_value_and_range():
     with pytest.raises(RequestError, match=r"top_p is 1\.5; it must be a finite number above 0 and at most 1\."):
         SamplingParams(top_p=1.5)
+    with pytest.raises(RequestError, match=r"temperature is NaN, which is not a number; it must be .* at least 0 and"):
+        SamplingParams(temperature=math.nan)
+    wrong = {"x": "'x'", -1: "-1", "9" * 5000: "'999", True: "True", "²": "'²'"}
+    for key, shown in wrong.items():
+        with pytest.raises(RequestError, match=f"^logit_bias has the key {shown}.*; its keys must be token ids"):
+            SamplingParams(logit_bias={3: 1, key: 1})
+    for value, shown in {
+        "a": "'a'",
+        101: "101",
+        math.nan: "NaN, ",
+        True: "True",
+        10**400: "1000",
+        None: "None",
+    }.items():
+        with pytest.raises(RequestError, match=rf"^logit_bias\[7\] is {shown}.*; it must be .* at most 100\.$"):
+            SamplingParams(logit_bias={3: 1, 7: value})
+    with pytest.raises(RequestError, match="logit_bias has token 5 twice"):
+        SamplingParams(logit_bias={"5": 1, "05": 2})
 
 
 def test_unknown_options_get_the_closest_name():

@@ -111,6 +111,16 @@ def test_null_is_the_same_as_nothing(client):
     assert found["choices"] == plain["choices"]
 
 
+def test_values_that_ask_for_nothing_are_taken(client):
+    """What vLLM's and OpenAI's clients send without being asked."""
+    nothing = {"best_of": 2, "suffix": "", "use_beam_search": False, "length_penalty": 1.0, "bad_words": []}
+    nothing |= {"spaces_between_special_tokens": True, "return_tokens_as_token_ids": False, "cache_salt": None}
+    plain = post(client, COMPLETE, prompt=PROMPTS[0], n=2, **GREEDY)
+    assert post(client, COMPLETE, prompt=PROMPTS[0], n=2, **GREEDY, **nothing)["choices"] == plain["choices"]
+    post(client, COMPLETE, prompt=PROMPTS[0], best_of=1, **GREEDY)
+    post(client, CONVERSE, messages=CHAT, n=2, **GREEDY, **nothing)
+
+
 def test_a_stop_string_ends_the_answer(client, offline):
     text = offline(PROMPTS[:1], **GREEDY)[0].outputs[0].text
     stop = text[5:8]
@@ -132,6 +142,26 @@ def test_log_probabilities_are_the_engines(client, offline):
     assert "".join(found["tokens"]) == expected.text
     starts = [len("".join(found["tokens"][:i])) for i in range(24)]
     assert found["text_offset"] == starts
+
+
+def test_log_probabilities_by_token_id(client):
+    """Only what tokens are called differs."""
+    ask = dict(prompt=PROMPTS[0], echo=True, logprobs=2, return_token_ids=True, **GREEDY)
+    plain, found = (
+        post(client, COMPLETE, return_tokens_as_token_ids=as_ids, **ask)["choices"][0] for as_ids in (None, True)
+    )
+    scores, others = found["logprobs"], plain["logprobs"]
+    ids = [f"token_id:{token}" for token in found["prompt_token_ids"] + found["token_ids"]]
+    assert scores["tokens"] == ids and scores["text_offset"] == others["text_offset"] and found["text"] == plain["text"]
+    assert scores["token_logprobs"] == others["token_logprobs"]
+    for token, top, number in zip(ids[1:], scores["top_logprobs"][1:], scores["token_logprobs"][1:], strict=True):
+        assert top[token] == number and len(top) >= 2 and all(name.startswith("token_id:") for name in top)
+    ask = dict(messages=CHAT, logprobs=True, top_logprobs=1, return_token_ids=True, **GREEDY)
+    plain, found = (post(client, CONVERSE, return_tokens_as_token_ids=a, **ask)["choices"][0] for a in (None, True))
+    ids = [f"token_id:{token}" for token in found["token_ids"]]
+    for token, mine, other in zip(ids, found["logprobs"]["content"], plain["logprobs"]["content"], strict=True):
+        assert mine["token"] == mine["top_logprobs"][0]["token"] == token
+        assert mine["bytes"] == other["bytes"] and mine["logprob"] == other["logprob"]
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1])
@@ -313,6 +343,8 @@ def _references(value):
 def test_request_ids_are_echoed_and_used(client):
     response = client.post("/v1/completions", json={"prompt": "a"}, headers={"X-Request-Id": "trace-1.2"})
     assert response.headers["x-request-id"] == "trace-1.2" and response.json()["id"] == "cmpl-trace-1.2"
+    assert post(client, "/v1/completions", prompt="a", request_id="mine")["id"] == "cmpl-mine"
+    assert post(client, CONVERSE, messages=CHAT, max_tokens=1, request_id="mine")["id"] == "chatcmpl-mine"
     for bad in ("a b", "x" * 129, "é"):
         response = client.get("/version", headers={"X-Request-Id": bad.encode("latin-1")})
         assert response.status_code == 400 and "X-Request-Id" in response.json()["error"]["message"]

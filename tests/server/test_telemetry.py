@@ -275,7 +275,7 @@ def test_what_cannot_be_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(EngineError, match="over http/protobuf, but the environment asks for 'grpc'"):
         wanted("http://a", {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"})
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(EngineError, match=r"^Spans need .*pip install 'ingot\[otel\]'`\.$"):
+    with pytest.raises(EngineError, match=r"^Spans need .*pip install 'ingot\[otel\]'` in ingot's environment\.$"):
         ServerConfig(engine=tmp_path, otlp_endpoint="http://localhost:4318")
     assert tracing.open_tracing(None) is None
 
