@@ -17,6 +17,7 @@ from torch import Tensor
 from . import native_quantised
 from .binder import Attributes, Binder, Constants, Run
 from .dtypes import TORCH_DTYPES
+from .few_shapes import in_few_shapes
 from .gated_activation.reference import gated_activation
 from .linear.reference import linear
 from .native_attention import DTYPES, bind_paged_attention
@@ -81,7 +82,7 @@ def _bind_linear(launch: Prototype, attributes: Attributes, constants: Constants
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear through oneDNN, as torch itself does for 16-bit types. In fp32 it takes MKL, whose products on AMD CPUs
     reach three quarters of the speed."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return in_few_shapes(lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""), x)
 
 
 def _bind_rms_norm(launch: Prototype, attributes: Attributes, constants: Constants) -> Run | None:

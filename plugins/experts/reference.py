@@ -2,6 +2,7 @@
 
 import torch
 
+from ..few_shapes import in_few_shapes
 from ..gated_activation.reference import activation_function
 
 
@@ -41,5 +42,6 @@ def experts(
 def _project(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, expert: int, transposed: int
 ) -> torch.Tensor:
-    y = x @ (weight[expert] if transposed else weight[expert].t())
+    matrix = weight[expert] if transposed else weight[expert].t()
+    y = in_few_shapes(lambda x: x @ matrix, x)
     return y if bias is None else y + bias[expert]
