@@ -11,8 +11,9 @@ small that requests are thrown out: greedy answers to 200 prompts against those 
 gap between the two likeliest tokens: other shapes of a step sum in another order, so near ties may differ.
 speed: the same inside the shapes of Llama-3.1-8B, of a draft model (`embedded_checkpoint.py`) and of a head for it
 (`embedded_head.py`), bf16. Both an engine without speculation (opened as one) and one with it answer the same prompts
-in turn; the former twice, which says what the machine's noise is (A/A). With --nodes each drafter is measured with
-trees of so many nodes, too, where those pay. The exit status is the number of findings: an
+in turn; the former twice, which says what the machine's noise is (A/A). So many requests are answered at a time, and
+when one is, the next comes (--waves 1: all come at once, and the time is that of the slowest). With --nodes each
+drafter is measured with trees of so many nodes, too, where those pay. The exit status is the number of findings: an
 answer that parts at a gap beyond rounding, a batch below 0.97x, or batch 1 below 2x (draft) and 2.3x (eagle).
 `--target cpu --shape tiny --draft-shape tiny-draft` goes through it all without a GPU; its times say nothing.
 """
@@ -24,11 +25,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from embedded_checkpoint import SHAPES
 from ingot import LLM, SamplingParams
+from ingot.runtime.stream import Stream
 from speculation import DRAFTERS, SETTINGS, answers, gap, prompts_of
 from speculation_engines import TINY, Engines
 
@@ -102,13 +106,26 @@ def opened(engine: Path, pages: int, target: str, **options: Any) -> Iterator[LL
         yield llm
 
 
-def rate(llm: LLM, prompts: list[list[int]], num: int) -> tuple[float, list[list[int]]]:
-    """Output tokens a second, and the answers."""
+def rate(llm: LLM, prompts: list[list[int]], num: int, at_a_time: int | None = None) -> tuple[float, list[list[int]]]:
+    """Output tokens a second, and the answers; the next prompt comes when one of `at_a_time` is answered."""
     params = SamplingParams(temperature=0, max_tokens=num, ignore_eos=True)
+    session, done = llm._session, SimpleQueue[Stream]()
+
+    def listen(changed: list[Stream]) -> None:  # in the loop's thread, so that no step is without a request
+        for stream in changed:
+            if stream.finished:
+                done.put(stream)
+                session.submit(list(islice(waiting, 1)))
+
+    streams = [session.prepare(prompt, params, listen) for prompt in prompts]
+    waiting = iter(streams)
     start = time.perf_counter()
-    outputs = llm.generate(prompts, params, progress=False)
+    session.submit(list(islice(waiting, at_a_time or len(streams))))
+    for _ in streams:
+        if error := done.get().error:
+            raise error
     seconds = time.perf_counter() - start
-    return len(prompts) * num / seconds, [list(output.outputs[0].token_ids) for output in outputs]
+    return len(prompts) * num / seconds, [list(stream.output().outputs[0].token_ids) for stream in streams]
 
 
 def speed(args: argparse.Namespace, end: float) -> dict[str, Any]:
@@ -167,13 +184,14 @@ def steps_of(drafting: LLM) -> dict[str, Any]:
 def one_level(
     plain: LLM, drafting: LLM, prompts: list[list[int]], level: int, args: argparse.Namespace, budget: float
 ) -> dict[str, Any]:
-    """So many requests at a time, in rounds of which each has its own prompts: rates over all of them, and A/A."""
+    """So many requests at a time, in rounds of which each has its own prompts, `waves` times as many: rates over all of
+    them, and A/A."""
     began, pairs, gaps = time.monotonic(), [], []
-    before = drafting.metrics().speculation
+    before, num_prompts = drafting.metrics().speculation, level * args.waves
     while not pairs or (time.monotonic() - began < 0.9 * budget and len(pairs) < args.rounds):
-        some = [prompts[(len(pairs) * level + i) % len(prompts)] for i in range(level)]
+        some = [prompts[(len(pairs) * num_prompts + i) % len(prompts)] for i in range(num_prompts)]
         order = [plain, drafting, plain] if len(pairs) % 2 else [plain, plain, drafting]
-        rates = [rate(llm, some, args.output) for llm in order]
+        rates = [rate(llm, some, args.output, level) for llm in order]
         mine, found = rates.pop(order.index(drafting))
         if len(pairs) < 2:
             gaps += compare(plain, some, found, rates[0][1], 6)
@@ -181,15 +199,16 @@ def one_level(
     after = drafting.metrics().speculation
     num_drafts, accepted = after.drafts - before.drafts, after.accepted - before.accepted
     steps, all_steps = after.steps - before.steps, after.all_steps - before.all_steps
-    num_tokens = len(pairs) * level * args.output
-    seconds = sum(level * args.output / mine for *_, mine in pairs)
-    without = sum(level * args.output * (1 / a + 1 / b) / 2 for a, b, _ in pairs)
+    num_tokens = num_prompts * args.output  # of a round
+    seconds = sum(num_tokens / mine for *_, mine in pairs)
+    without = sum(num_tokens * (1 / a + 1 / b) / 2 for a, b, _ in pairs)
     return {
-        "batch": level, "rounds": len(pairs), "plain": num_tokens / without, "drafting": num_tokens / seconds,
+        "batch": level, "rounds": len(pairs), "plain": len(pairs) * num_tokens / without,
+        "drafting": len(pairs) * num_tokens / seconds,
         "speedup": without / seconds, "speedups": [round(2 * mine / (a + b), 3) for a, b, mine in pairs],
         "aa": statistics.median(b / a for a, b, _ in pairs), "mean_length": 1 + accepted / max(1, num_drafts),
         "step_ms": 1000 * seconds / max(1, all_steps), "share": steps / max(1, all_steps),
-        "compared": min(2, len(pairs)) * level, "gaps": gaps,
+        "compared": min(2, len(pairs)) * num_prompts, "gaps": gaps,
     }  # fmt: skip
 
 
@@ -233,6 +252,9 @@ def main() -> None:
     parser.add_argument("--draft-shape", default="llama-68m", choices=SHAPES | TINY)
     parser.add_argument("--levels", default="1,4,16,64,256")
     parser.add_argument("--output", type=int, default=128, help="tokens of an answer, where speed is measured")
+    parser.add_argument(
+        "--waves", type=int, default=3, help="prompts of a round, in batches; 1: all at once, and a tail"
+    )
     parser.add_argument("--rounds", type=int, default=32, help="at most, for each batch")
     parser.add_argument("--tune", action="store_true", help="time the tactics of the large engines: minutes more")
     parser.add_argument("--json", type=Path)

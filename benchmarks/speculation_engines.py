@@ -17,6 +17,7 @@ from embedded_checkpoint import DEMO, SHAPES, Shape, embed
 from embedded_head import embed_head
 from ingot.builder.checkpoint import Checkpoint
 from ingot.builder.heads.checkpoint import HeadCheckpoint
+from ingot.builder.targets import FOR_TARGETS
 
 PAGE = 8  # tokens, of the engines in float32: the small pool of `speculation.py` wants it
 TARGET, DRAFT = "pycoder-14m", "pycoder-draft-2m"
@@ -88,8 +89,10 @@ class Engines:
     def build(self, model: Path, out: Path, **options: Any) -> Path:
         if (out / "engine.json").exists():
             return out
-        if self.target == "cuda":
-            options["max_draft_tokens"] = self.drafts
+        options = {"max_draft_tokens": self.drafts} | options
+        options = {
+            name: value for name, value in options.items() if self.target in FOR_TARGETS.get(name, (self.target,))
+        }
         config = json.dumps({"model": str(model), "out": str(out), "target": self.target, **options})
         with_time(
             f"built {out.name}",
