@@ -13,7 +13,7 @@ of the logits where they part; the exit status is their number.
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,16 @@ def answers(llm: LLM, prompts: Sequence[Any], num: int, repeats: int = 1) -> lis
 
 def prompts_of(llm: LLM, path: Path, num: int) -> list[list[int]]:
     assert llm.text is not None, "the engine has no tokenizer"
+    return beginnings(llm.text.encode, path, num)
+
+
+def beginnings(encode: Callable[[str], list[int]], path: Path, num: int) -> list[list[int]]:
+    """The first 16 to 160 tokens of parts of the documents."""
     documents = [part.strip() for part in path.read_text(encoding="utf-8").split("<|endoftext|>")]
-    beginnings = [document[at : at + PART] for document in documents for at in range(0, len(document), 2 * PART)]
+    parts = [document[at : at + PART] for document in documents for at in range(0, len(document), 2 * PART)]
     found: list[list[int]] = []
-    for i, text in enumerate(beginnings[:: max(1, len(beginnings) // num)]):
-        ids = llm.text.encode(text)
+    for i, text in enumerate(parts[:: max(1, len(parts) // num)]):
+        ids = encode(text)
         if len(ids) >= 16:
             found.append(ids[: 16 + 37 * i % 145])
     if len(found) < num:

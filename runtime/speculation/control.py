@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from heapq import nlargest
 
 from ..request import Request, State
 from ..step import Step, Work
@@ -28,7 +29,7 @@ WEIGHT, WEIGHT_OF_ALL = 8.0, 40.0  # tokens that a prior counts for: all request
 MEMORY, MEMORY_OF_ALL = 0.95, 0.998  # what is left of a count after one token more
 PAUSE = 8  # steps without speculation between two looks at whether it would pay
 HORIZON = 32  # steps in which speculation has to earn what a draft engine must catch up with
-TRIAL, LOOKS, WORTH = 4, 32, 0.6  # steps of a trial, after so many looks, where at least that speed is expected
+TRIAL, LOOKS, WORTH = 8, 32, 0.6  # steps of a trial, after so many looks, where at least that speed is expected
 TRIED = (
     16  # requests at most that a trial drafts for: they tell as much as all, whose drafts can take as long as ten steps
 )
@@ -53,7 +54,7 @@ class Speculation:
         self._right, self._branched = (Chance(MEMORY_OF_ALL, WEIGHT_OF_ALL) for _ in range(2))
         self._nodes, self._tree = nodes, nodes > 0  # of the trees there may be; whether the next drafts are some
         self._pause = self._settling = self._looks = self._trial = self._spell = 0
-        self._tried: Collection[Request] | None = None  # who has drafts in this trial; None: everyone
+        self._tried: Collection[Request] = ()  # who has drafts in the trial
         self._patience = 1
         self._prompts = 0  # their tokens in the latest step
         self._hits = 1.0 if drafter.ahead else 0.5  # how often it has an idea, of all requests
@@ -81,10 +82,10 @@ class Speculation:
                 return False
             self._pause, self._looks = PAUSE, self._looks + 1
             self._doubt(some)
-            if self._looks % (LOOKS * self._patience) == 0:  # what was measured at first may be wrong
-                self._trial = TRIAL
+            if self._looks >= LOOKS * self._patience and not self._prompts:  # what was measured at first may be wrong
+                self._looks = 0
+                self._trial, self._tried = TRIAL, set(nlargest(TRIED, some, key=_left))
         before, self._on = self._on, self._pays(len(requests) - len(some), some, coming)
-        self._tried = some[:TRIED] if self._trial else None
         if before and not self._on:  # where it did not last, the next try is longer in coming
             self._patience = 1 if self._spell >= LASTING else min(MOST_PATIENCE, 2 * self._patience)
             self._spell = 0
@@ -126,7 +127,7 @@ class Speculation:
         self._num_all_steps += 1
         self._num_steps += verified
         self._spell += verified
-        self._trial = max(0, self._trial - verified)
+        self._trial = max(0, self._trial - self._on)
         if self._settling:
             self._settling -= 1
         elif all(_decodes(work) for work in step):
@@ -143,7 +144,7 @@ class Speculation:
         )  # fmt: skip
 
     def _may_draft(self, request: Request) -> bool:
-        return request.params.speculate and (self._tried is None or request in self._tried)
+        return request.params.speculate and (not self._trial or request in self._tried)
 
     # -- what is known -------------------------------------------------------------------------------------------------
 
@@ -287,6 +288,11 @@ class Speculation:
         if found := corrections.get(key):
             return found.value
         return OVERHEAD * self._factor(self._plain, key) if corrections is self._drafting else 1.0
+
+
+def _left(request: Request) -> int:
+    """Tokens until its limit."""
+    return request.limit - len(request.tokens)
 
 
 def _decodes(work: Work) -> bool:
