@@ -113,13 +113,16 @@ def test_it_is_measured_not_believed():
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_trial_drafts_for_some_of_many(ahead):
-    """Where drafts of all requests cost six steps, looking again whether they pay costs next to nothing."""
+    """Where drafts of all requests cost six steps, looking again whether they pay costs next to nothing: it drafts for
+    the sixteen that have most tokens to come, since others may end before their first drafts are verified, and ends."""
     sizes = [1, 128, 256, 4096]
     curve, most = Curve(sizes, [1.0, 1.0, 1.6, 12.8]), 4
     speculation = Speculation(Oracle(ahead), most, Costs(curve, Curve([1, 4096], [0.05, 0.5]) if ahead else None))
     requests = [Request(str(i), [1] * 8, SamplingParams()) for i in range(256)]
-    rng, drafted = random.Random(0), []
-    for _ in range(3000):
+    for i, request in enumerate(requests):
+        request.limit = 1 << 20 if i in range(100, 116) else 1 << 10
+    rng, drafted, on_at = random.Random(0), [], []
+    for step in range(3000):
         on = speculation.plan(requests)
         drafts = [speculation.propose(request, most) if on else [] for request in requests]
         works = [
@@ -127,10 +130,12 @@ def test_a_trial_drafts_for_some_of_many(ahead):
         ]
         found = [[rng.choice((1, 2))] * held_of(some, 0.5, rng) for some in drafts]
         speculation.observe(tuple(works), found, curve(sum(work.num_tokens for work in works)))
-        drafted.append(sum(map(bool, drafts)))
-    trials = [num for num in drafted if num]
-    assert trials and max(trials[8:]) <= 16, trials
-    assert len(trials) < 100
+        drafted.append([i for i, some in enumerate(drafts) if some])
+        on_at += [step] * on
+    trials = [some for some in drafted[500:] if some]
+    assert trials and all(set(some) <= set(range(100, 116)) for some in trials), trials
+    runs = [len(run.split()) for run in "".join(" x" if step in on_at else "|" for step in range(3000)).split("|")]
+    assert max(runs) <= 8 and sum(runs) < 100, runs
 
 
 def test_on_again_when_there_are_fewer():
