@@ -79,7 +79,7 @@ def main() -> int:
         )  # fmt: skip
         start = partial(workers.submit, build, config)
         plain = start("bfloat16")
-        engines = [(name, start(name, quant=name)) for name in args.recipes]
+        engines = [(Path(name).stem, start(Path(name).stem, quant=name)) for name in args.recipes]
         engines += [(f"{kind} KV cache", start(f"kv-{kind}", kv_cache=kind)) for kind in args.kinds]
         print(f"{len(windows)} windows of {WINDOW} tokens of {args.text}, target {args.target}")
         first, capacity = measure(plain.result(), windows)  # without it there is nothing to compare with
