@@ -31,10 +31,10 @@ WINDOW = 512
 def build(config: BuildConfig, name: str, quant: str = "", kv_cache: str = "") -> Path:
     """The engine with a recipe, a KV cache, or neither, beside that of `config`."""
     out = Path(config.out) / name
-    data = config.calibration_data if quant or kv_cache else ""
-    build_engine(
-        replace(config, out=str(out), quant=quant, kv_cache=kv_cache, calibration_data=data, accept_accuracy=bool(data))
-    )
+    if not quant and not kv_cache:
+        config = replace(config, calibration_data="", calibration_tokens=BuildConfig.calibration_tokens)
+    accept = bool(quant or kv_cache)
+    build_engine(replace(config, out=str(out), quant=quant, kv_cache=kv_cache, accept_accuracy=accept))
     return out
 
 
@@ -73,10 +73,9 @@ def main() -> int:
     ):
         source = Path(work) / "sources.txt"
         source.write_text("\n".join(path.read_text() for path in sorted((ROOT / "runtime").rglob("*.py"))))
-        config = BuildConfig(
-            args.model, work, target=args.target, tune=False, dtype="bfloat16", max_num_seqs=8,
-            max_num_batched_tokens=WINDOW, calibration_data=str(source), calibration_tokens=args.calibration_tokens,
-        )  # fmt: skip
+        sizes = {} if args.target == "cpu" else {"max_num_seqs": 8, "max_num_batched_tokens": WINDOW}
+        config = BuildConfig(args.model, work, target=args.target, tune=False, dtype="bfloat16", **sizes,
+                             calibration_data=str(source), calibration_tokens=args.calibration_tokens)  # fmt: skip
         start = partial(workers.submit, build, config)
         plain = start("bfloat16")
         engines = [(Path(name).stem, start(Path(name).stem, quant=name)) for name in args.recipes]

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 LONG = {"prompt": "def f():", "max_tokens": 4000, "ignore_eos": True, "temperature": 0}
 
 
-def idle(llm, seconds=5.0):
+def idle(llm, seconds=20.0):
     """Waits until the engine has nothing to do; how long that took."""
     began = time.monotonic()
     while time.monotonic() < began + seconds:
@@ -38,7 +38,7 @@ def test_a_request_that_takes_too_long_is_ended(llm, stream):
             assert response.status_code == 504
             error = response.json()["error"]
         assert error["code"] == "request_timeout" and "1 seconds" in error["message"]
-    assert idle(llm) < 1 and room.inside == 0
+    assert idle(llm) < 2 and room.inside == 0
 
 
 def test_a_request_that_waits_too_long_for_its_first_token_is_ended(engine):
@@ -74,7 +74,7 @@ def test_a_client_that_leaves_a_stream_ends_the_work(llm, address, prompts):
         lines = response.iter_lines()  # kept: a generator that is collected closes the connection
         next(lines)
         assert llm.metrics().running > 0
-    assert idle(llm) < 1
+    assert idle(llm) < 2
     assert llm.metrics().finished["abort"] - aborted == (1 if isinstance(prompts, str) else len(prompts))
 
 
@@ -85,11 +85,11 @@ def test_a_client_that_leaves_while_it_waits_ends_the_work(llm, address):
     head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""])
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head.encode() + body)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while llm.metrics().running < 2 and time.monotonic() < deadline:
             time.sleep(0.005)
         assert llm.metrics().running == 2
-    assert idle(llm) < 1
+    assert idle(llm) < 2
 
 
 def test_long_prompts_are_tokenised_beside_the_event_loop(llm):

@@ -386,7 +386,7 @@ def test_in_a_browser(visit, step):
 
 
 def test_what_the_browser_asked_for(visit):
-    assert visit.left.wait(5)  # stopping tells the server
+    assert visit.left.wait(30)  # stopping tells the server
     assert [path for path, _, _ in visit.requests] == ["/v1/completions"] * 4 + ["/v1/chat/completions"] * 4
     assert [key for _, key, _ in visit.requests] == [None] * 4 + ["Bearer secret"] * 4
     bodies = [body for _, _, body in visit.requests]

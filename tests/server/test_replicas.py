@@ -150,7 +150,7 @@ def test_a_second_signal_ends_everything_at_once(demo_engine):
             router.process.send_signal(signal.SIGTERM)
             router.process.send_signal(signal.SIGINT)
             assert any('"server_error"' in line for line in list(lines)[-3:])
-        assert router.process.wait(5) == 0, "".join(router.log)
+        assert router.process.wait(30) == 0, "".join(router.log)
         assert not any(lives(pid) for pid in router.pids.values())
 
 

@@ -47,7 +47,7 @@ async def test_the_command_routes_and_drains(num_signals):
             got += "".join([piece async for piece in pieces])
     assert got.split("\n\n")[0] == "data: 1"
     assert got.endswith("data: [DONE]\n\n") if num_signals == 1 else '"server_error"' in got
-    assert await asyncio.wait_for(process.wait(), 5) == 0
+    assert await asyncio.wait_for(process.wait(), 30) == 0
     await stub.stop()
 
 
