@@ -31,9 +31,9 @@ WINDOW = 512
 def build(config: BuildConfig, name: str, quant: str = "", kv_cache: str = "") -> Path:
     """The engine with a recipe, a KV cache, or neither, beside that of `config`."""
     out = Path(config.out) / name
-    if not quant and not kv_cache:
+    accept = bool(quant or kv_cache)  # whatever it costs, which is what is measured
+    if not accept:
         config = replace(config, calibration_data="", calibration_tokens=BuildConfig.calibration_tokens)
-    accept = bool(quant or kv_cache)
     build_engine(replace(config, out=str(out), quant=quant, kv_cache=kv_cache, accept_accuracy=accept))
     return out
 

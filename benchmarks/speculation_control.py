@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from embedded_checkpoint import DEMO
 from ingot.runtime.kv import PagePool
 from ingot.runtime.request import Request, SamplingParams
 from ingot.runtime.scheduler import Scheduler
@@ -28,7 +29,6 @@ from ingot.runtime.step import Step, Work
 from speculation import beginnings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-DEMO = Path(__file__).parents[1] / "engines" / "demo"
 MS = {  # of a step: of the target by tokens, of the drafters by sequences
     "target": {1: 5.19, 2: 5.64, 4: 5.75, 8: 6.11, 16: 6.64, 32: 6.74, 64: 7.35, 128: 7.92, 256: 9.31, 512: 15.97},
     "draft": {1: 0.17, 2: 0.18, 4: 0.21, 16: 0.21, 32: 0.22, 64: 0.25, 128: 0.34, 256: 0.49},

@@ -38,11 +38,11 @@ FOR_TARGETS = {
 def check_options(config: BuildConfig) -> None:
     """Raises BuildError: an option that the target cannot follow, or sizes that no step could have."""
     for name, targets in FOR_TARGETS.items():
-        if config.target not in targets and getattr(config, name) != getattr(type(config), name):
+        if config.target not in targets and (given := config.given([name])):
             serve = ", or give it to `ingot serve`" if config.target == "cpu" and name.startswith("max_num_") else ""
             raise BuildError(
-                f"--{name.replace('_', '-')} is for --target {' or '.join(targets)}, and this engine is for "
-                f"{config.target}; leave it out{serve}."
+                f"{given[0]} is for --target {' or '.join(targets)}, and this engine is for {config.target}; "
+                f"leave it out{serve}."
             )
     if config.target != "cpu" and config.max_num_batched_tokens < config.max_num_seqs:
         raise BuildError(

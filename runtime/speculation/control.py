@@ -30,9 +30,7 @@ MEMORY, MEMORY_OF_ALL = 0.95, 0.998  # what is left of a count after one token m
 PAUSE = 8  # steps without speculation between two looks at whether it would pay
 HORIZON = 32  # steps in which speculation has to earn what a draft engine must catch up with
 TRIAL, LOOKS, WORTH = 8, 32, 0.6  # steps of a trial, after so many looks, where at least that speed is expected
-TRIED = (
-    16  # requests at most that a trial drafts for: they tell as much as all, whose drafts can take as long as ten steps
-)
+TRIED = 16  # requests at most that a trial drafts for: all would tell no more, and take as long as ten steps
 LASTING, MOST_PATIENCE = 64, 16  # steps with drafts that show that they pay; how much rarer tries get
 WATCHED = 4  # requests of a step whose drafts are only looked at: looking all of them up took 4% at 64 requests
 OVERHEAD = 1.1  # of steps that are not overlapped, before that is known
