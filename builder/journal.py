@@ -8,7 +8,6 @@ whenever they are found, so whatever was found after the last snapshot is used a
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -27,6 +26,7 @@ from ..calibration.accuracy import Accuracy, Layer
 from ..calibration.scales import KINDS, Scales, StoredWeights
 from ..engines.errors import BuildError
 from ..engines.weights import of_tensor, write_weights
+from ..engines.writer import lock_folder
 
 ABOUT, FINISHED, FOUND = "about.json", "accuracy.json", "found-{:05d}.safetensors"
 SECONDS, SHARE = 30.0, 0.05  # between snapshots at least; of all the time they may take at most
@@ -134,12 +134,8 @@ class Journal:
         ):
             raise BuildError(f"{folder} is in the way of what a calibration keeps; move it or give another `-o`.")
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            raise BuildError(f"{folder} is in use by another process; wait for it or give another `-o`.") from None
+        if (lock := lock_folder(folder)) is None:
+            raise BuildError(f"{folder} is in use by another process; wait for it or give another `-o`.")
         try:
             found = json.loads(file.read_text()) if file.is_file() else about
             other = sorted(key for key in {*found, *about} if found.get(key) != about.get(key))

@@ -52,7 +52,7 @@ def engine_directory(out: str | os.PathLike, force: bool = False) -> Iterator[Pa
         _remove(made)
         raise BuildError(f"{out} cannot be made ({error.strerror}); give `-o` a place that can be written.") from None
     _remove_abandoned(out, partial)
-    lock = _lock(partial)
+    lock = lock_folder(partial)
     try:
         yield partial
         if not (partial / FILE_NAME).is_file():
@@ -69,7 +69,7 @@ def engine_directory(out: str | os.PathLike, force: bool = False) -> Iterator[Pa
             os.close(lock)
 
 
-def _lock(folder: Path) -> int | None:
+def lock_folder(folder: Path) -> int | None:
     """Locks it for as long as the descriptor is open, or the process lives. None: another one has, or nothing can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -86,7 +86,7 @@ def _remove_abandoned(out: Path, ours: Path) -> None:
     with suppress(OSError):  # of another user: none of our business
         for path in out.parent.iterdir():
             if path != ours and path.name.startswith(start) and path.name[len(start) :].isdecimal() and path.is_dir():
-                if (lock := _lock(path)) is not None:
+                if (lock := lock_folder(path)) is not None:
                     shutil.rmtree(path, ignore_errors=True)
                     os.close(lock)
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,10 +28,11 @@ from ..checkpoint import Checkpoint
 from ..hidden_states import EAGLE3, parse, read_by
 from . import unrolled, written
 from .checkpoint import DRAFT_TO_TARGET, TARGET_TO_DRAFT, HeadCheckpoint
+from .folder import STATE, claimed, disk
 from .module import Head
 from .training import Agreement, Trainer, head_config, initialise
 
-STATE, SECONDS = "training.pt", 60.0  # where training stands, saved so often
+SECONDS = 60.0  # between two savings of where training stands
 HELD_OUT = 1 << 14  # tokens to check with at most
 CHECKS, LOOKS = 8, 16  # in a training; steps between two looks at the loss on a GPU, which waits for it
 
@@ -81,7 +81,14 @@ def train_head(
     Raises BuildError: no checkpoint or text, a folder that is in use, a disk that is full.
     """
     out, device = Path(config.out), _device(config.device)
-    _check_folder(out, config)
+    with claimed(out, config.force):
+        return _train_and_write(config, out, device, on_phase, on_step, on_check)
+
+
+def _train_and_write(
+    config: TrainConfig, out: Path, device: torch.device, on_phase: Callable[[str], None],
+    on_step: Callable[[int, int, float], None], on_check: Callable[[float, Agreement], None],
+) -> Agreement:  # fmt: skip
     on_phase("read the text")
     checkpoint = Checkpoint.open(config.model)
     text = Text.read(config.text, checkpoint, config.tokens, config.width)
@@ -104,13 +111,11 @@ def train_head(
         windows[some] = written.go_on(trainer.target, windows[some])
         held, begin = written.go_on(trainer.target, held), written.kept(config.width)
     check = partial(trainer.agreement, held.split(config.batch), begin)
-    with _disk(out):
-        out.mkdir(parents=True, exist_ok=True)
     on_phase("train")
     _train(config, text.digest, trainer, windows, lambda share: on_check(share, check()), on_step)
     on_phase("check on text held out")
     found = check()
-    with _disk(out):
+    with disk(out):
         write(trainer.head, ids, out)
     (out / STATE).unlink(missing_ok=True)
     return found
@@ -223,13 +228,6 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _check_folder(out: Path, config: TrainConfig) -> None:
-    there = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    begun = STATE in there or there <= {f"{STATE}.new"}  # the latter alone: it was killed right there
-    if out.is_file() or (not begun and not config.force):
-        raise BuildError(f"{out} is there already; pass --force to replace what is in it, or give -o another directory")
-
-
 def _settings(config: TrainConfig, text: str) -> dict[str, Any]:
     """What a training depends on; `text` is the digest of what was read, since a file of the same name may change."""
     given = {name: value for name, value in asdict(config).items() if name not in ("out", "device", "force")}
@@ -241,26 +239,11 @@ def _save_state(trainer: Trainer, out: Path, settings: dict[str, Any], done: int
              "optimiser": trainer.optimiser.state_dict()}  # fmt: skip
     beside = out / f"{STATE}.new"
     try:
-        with _disk(out), beside.open("wb") as file:  # not by its name: torch would forget what the disk said
+        with disk(out), beside.open("wb") as file:  # not by its name: torch would forget what the disk said
             torch.save(state, file)
         beside.replace(out / STATE)
     finally:
         beside.unlink(missing_ok=True)
-
-
-@contextmanager
-def _disk(out: Path) -> Iterator[None]:
-    """Raises BuildError for what the system says of writing there."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise BuildError(
-            f"{out} cannot be written ({cause.strerror or cause}); free some space or mend it, and the same command "
-            "goes on with the training that was saved there, or give -o another directory"
-        ) from error
 
 
 def _go_on(trainer: Trainer, out: Path, config: TrainConfig, text: str) -> tuple[int, float]:

@@ -13,11 +13,13 @@ from hand_made import DEMO, cast_llama, greedy, prompts_of
 from heads import write_head, write_medusa
 from ingot.builder import BuildConfig, build_engine
 from ingot.builder.checkpoint import Checkpoint
+from ingot.builder.heads import folder as its_folder
 from ingot.builder.heads import train, written
 from ingot.builder.heads.build import HeadBuild
 from ingot.builder.heads.training import Trainer
 from ingot.builder.hidden_states import states_of
 from ingot.builder.retarget import retarget
+from ingot.engines import writer
 from ingot.engines.errors import BuildError
 from ingot.engines.plan import FIRST, FOLDER, Plan
 from safetensors.torch import load_file, save_file
@@ -190,7 +192,7 @@ def test_training_on_a_disk_that_is_full(text, tmp_path, monkeypatch):
     on_step = lambda done, total, loss: steps.append((done, total))  # noqa: E731
     with files_of_at_most(1 << 16), pytest.raises(BuildError, match=r"head cannot be written \(File too large\); free"):
         train.train_head(config, on_step=on_step)
-    assert not steps and not list((tmp_path / "head").iterdir())
+    assert not steps and not list(tmp_path.glob("head*"))
     learnt = write = train.write
 
     def full(*arguments):
@@ -210,6 +212,33 @@ def test_training_on_a_disk_that_is_full(text, tmp_path, monkeypatch):
     found = load_file(tmp_path / "head" / "model.safetensors")
     assert len(steps) == num and torch.equal(found["fc.weight"], learnt["fc.weight"].to(found["fc.weight"].dtype))
     assert {path.name for path in (tmp_path / "head").iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_two_trainings_in_one_folder(text, tmp_path, monkeypatch):
+    """The second is told so, whatever it was given; the first comes to its head."""
+    options = dict(tokens=1 << 9, drafts=1, width=32, batch=4, draft_vocab=64)
+    config, refused = train.TrainConfig(str(TARGET), str(text), str(tmp_path / "a" / "head"), **options), []
+
+    def another(*_):
+        for force in (False, True):
+            with pytest.raises(BuildError, match="head is in use by another process; wait for it or give -o another"):
+                train.train_head(replace(config, force=force, seed=1))
+            refused.append(force)
+
+    train.train_head(config, on_step=another)
+    assert refused and {path.name for path in (tmp_path / "a" / "head").iterdir()} == {
+        "config.json", "model.safetensors",
+    }  # fmt: skip
+    lock = writer.lock_folder  # as if the other one had ended right before
+    monkeypatch.setattr(its_folder, "lock_folder", lambda path: (path / "config.json").touch() or lock(path))
+    with pytest.raises(BuildError, match="is there already"):
+        train.train_head(replace(config, out=str(tmp_path / "b")))
+
+
+def test_a_training_that_cannot_begin_leaves_no_folder(tmp_path):
+    with pytest.raises(BuildError, match="nothing.txt"):
+        train.train_head(train.TrainConfig(str(TARGET), str(tmp_path / "nothing.txt"), str(tmp_path / "a" / "head")))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-9], lambda data: b"hello", "other"])
