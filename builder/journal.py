@@ -155,7 +155,10 @@ class Journal:
 
     def _read(self, folder: Path) -> None:
         for path in sorted(folder.glob(FOUND.format(0).replace("00000", "*"))):
-            self._take(path, Scales.open(path))
+            part = Scales.open(path)
+            for name in part.weights:
+                part.weights[name]  # refuses a damaged one
+            self._take(path, part)
         self._remove_damaged(folder)
         if (folder / FINISHED).is_file():
             self.accuracy = Accuracy.of(json.loads((folder / FINISHED).read_text()))

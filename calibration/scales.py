@@ -2,14 +2,16 @@
 
 Small by intent: what rounding to nearest makes of a checkpoint is not in it, only what was searched for. The exception
 is GPTQ, whose result is the rounding itself, so its weights are kept whole (int4 as two in a byte).
-Invariant: a file is complete or not there; it is written beside its place and renamed.
+Invariants: a file is complete or not there; it is written beside its place and renamed. What is read of it is what was
+written: it has the hash of each tensor, and those that are read when asked for are checked then.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -76,16 +78,19 @@ class Scales:
 
     def save(self, path: Path) -> None:
         """Writes the file, one weight in memory at a time, or leaves what was there."""
-        found = [of_tensor(f"{kind}/{name}", value) for kind in KINDS for name, value in getattr(self, kind).items()]
-        formats = {}
+        scales = {f"{kind}/{name}": value for kind in KINDS for name, value in getattr(self, kind).items()}
+        found = [of_tensor(name, value) for name, value in scales.items()]
+        formats, hashes = {}, {name: _hash(value) for name, value in scales.items()}
         for name in self.weights:
             quantised = self.weights[name]
             formats[name] = asdict(quantised.format)
             for key, tensor in _tensors(quantised).items():
                 here = of_tensor(f"{key}/{name}", tensor)
+                hashes[here.name] = _hash(tensor)
                 found.append(Weight(here.name, here.dtype, here.shape, partial(self._load, name, key)))
             del quantised, tensor, here  # it may be in a file
         header = {"version": str(VERSION), "about": json.dumps(self.about), "formats": json.dumps(formats)}
+        header["hashes"] = json.dumps(hashes | {part: _hash(text.encode()) for part, text in header.items()})
         beside = path.with_name(path.name + ".part")
         try:
             write_weights(beside, found, metadata=header)
@@ -109,6 +114,9 @@ class Scales:
                 header = file.metadata() or {}
                 if header.get("version") != str(VERSION):
                     raise ValueError(f"its version is {header.get('version')}, expected {VERSION}")
+                hashes = _hashes(header)
+                for part in ("about", "formats"):
+                    _check(path, part, header[part].encode(), hashes)
                 scales, keys = cls(weights, about=_about(header["about"])), set(file.keys())
                 for name, form in json.loads(header["formats"]).items():
                     if not Format(**form).symmetric:
@@ -120,6 +128,7 @@ class Scales:
                     if kind not in KINDS:
                         raise ValueError(f"it holds the unknown tensor '{key}'")
                     tensor = getattr(scales, kind)[name] = file.get_tensor(key).clone()
+                    _check(path, key, tensor, hashes)
                     if not _sound(tensor, above=None if name.startswith(OFFSET) else 0):
                         raise ValueError(f"'{key}' is no float32 tensor of finite numbers above 0")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError,
@@ -128,6 +137,25 @@ class Scales:
                 f"{path} is not a file of scales ({error}); make one with `ingot calibrate MODEL -o FILE`."
             ) from error
         return scales
+
+
+def _hash(data: Tensor | bytes) -> str:
+    raw = data.contiguous().reshape(-1).view(torch.uint8).numpy().data if isinstance(data, Tensor) else data
+    return hashlib.sha256(raw).hexdigest()
+
+
+def _hashes(header: Mapping[str, str]) -> dict[str, str] | None:
+    """By name of a tensor or of a part of the header. None: the file is of the time before it had any."""
+    return json.loads(header["hashes"]) if "hashes" in header else None
+
+
+def _check(path: Path, name: str, found: Tensor | bytes, hashes: Mapping[str, str] | None) -> None:
+    """Raises BuildError: it is not what was written."""
+    if hashes is not None and hashes.get(name) != _hash(found):
+        raise BuildError(
+            f"{path} is damaged: '{name}' in it is not what was written; copy it again, or make it anew with `ingot "
+            "calibrate`."
+        )
 
 
 def _about(text: str) -> dict[str, Any]:
@@ -164,11 +192,15 @@ def _read(path: Path, name: str) -> Quantised:
 
     try:
         with safe_open(path, "pt") as file:
-            form = Format(**json.loads(file.metadata()["formats"])[name])
+            header = file.metadata()
+            form, hashes = Format(**json.loads(header["formats"])[name]), _hashes(header)
             values, scale = file.get_tensor(f"values/{name}"), file.get_tensor(f"scale/{name}")
             zero = None if form.symmetric else file.get_tensor(f"zero/{name}")
     except (OSError, SafetensorError) as error:
         raise BuildError(f"the weight '{name}' cannot be read from {path} any longer ({error}).") from error
+    for key, tensor in (("values", values), ("scale", scale), ("zero", zero)):
+        if tensor is not None:
+            _check(path, f"{key}/{name}", tensor, hashes)
     if form.dtype == "int4" and values.dtype == torch.uint8 and values.dim() == 2:
         values = _unpack(values)
     fits = values.dim() == 2 and values.dtype == (torch.int8 if form.integer else torch.float8_e4m3fn)

@@ -130,11 +130,14 @@ def test_what_is_of_something_else_is_not_used(graph, whole, tmp_path):
         calibrate(graph, RECIPE, text(), journal=kept)
         raise KeyboardInterrupt
     assert notes == [f"{folder} is of another calibration (differs: model, text), so this one begins anew."]
-    found = sorted(folder.glob("found-*"))
-    found[3].write_bytes(found[3].read_bytes()[:-100])
-    with Journal(folder, ABOUT | {"text": "u", "model": "n"}, notes.append) as kept:
-        assert not kept.layers
-    assert "what is in it is damaged" in notes[1] and not folder.exists()
+    shutil.copytree(folder, tmp_path / "copy")
+    for damage in (lambda data: data[:-100], lambda data: data[:-100] + bytes([data[-100] ^ 1]) + data[-99:]):
+        shutil.copytree(tmp_path / "copy", folder, dirs_exist_ok=True)
+        found = next(path for path in sorted(folder.glob("found-*")) if Scales.open(path).weights)
+        found.write_bytes(damage(found.read_bytes()))
+        with Journal(folder, ABOUT | {"text": "u", "model": "n"}, notes.append) as kept:
+            assert not kept.layers
+        assert "what is in it is damaged" in notes.pop() and not folder.exists()
 
 
 def test_what_can_be_had_again_may_be_damaged(graph, whole, tmp_path, monkeypatch):

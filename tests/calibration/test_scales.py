@@ -52,7 +52,7 @@ WHOLE = {"model": "m", "text": "t", "recipe": {"name": "r"}, "accuracy": {
 
 @pytest.fixture
 def change(tmp_path):
-    """Changes the header and the tensors of a whole file; returns its path."""
+    """Changes the header and the tensors of a whole file without hashes, as they once were; returns its path."""
     path, form = tmp_path / "scales.safetensors", Format("int4", 16, symmetric=False)
     kinds = {"a": torch.rand(32) + 0.1}, {"a": torch.rand(6, 2) + 0.1}, {"a": torch.tensor(0.25)}
     kv = {"k_pages.0": torch.rand(1) + 0.1, "k_offset.0": -torch.rand(8)}
@@ -62,6 +62,7 @@ def change(tmp_path):
     def change(tensors=None, **header):
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
+        metadata.pop("hashes", None)
         save_file(load_file(path) | (tensors or {}), path, metadata | header)
         return path
 
@@ -123,3 +124,19 @@ def test_damaged_weights(change, tensor):
     weights = Scales.open(change(tensor)).weights
     with pytest.raises(BuildError, match="the weight 'w' in .* is damaged: .*; find it again with `ingot calibrate`"):
         weights["w"]
+
+
+def test_a_flipped_bit_anywhere(tmp_path):
+    """In whatever tensor, and in what the header says of them: as floats, nearly all are numbers that could be."""
+    path, form = tmp_path / "scales.safetensors", Format("int4", 16, symmetric=False)
+    kinds = {"a": torch.rand(32) + 0.1}, {"a": torch.rand(6, 2) + 0.1}, {"a": torch.tensor(0.25)}
+    Scales({"w": round_to_nearest(torch.randn(6, 32), form)}, *kinds, {"k_offset.0": -torch.rand(8)}, WHOLE).save(path)
+    whole, found = path.read_bytes(), set()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    places = {name: start + at["data_offsets"][0] for name, at in json.loads(whole[8:start]).items() if name[0] != "_"}
+    for name, at in [*places.items(), ("about", whole.index(b"2.5")), ("formats", whole.index(b": 16,") + 2)]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(BuildError, match=f"safetensors is damaged: '{name}' in it is not what was written; copy"):
+            Scales.open(path).weights["w"]
+        found.add(name)
+    assert len(found) == 9
