@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 
-from ..engines.errors import EngineError
+from ..engines.errors import EngineError, shown
 from ..engines.manifest import Manifest
 from ..engines.step import MOST_NODES
 
@@ -58,22 +59,24 @@ class ServeConfig:
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size", "num_kv_pages",
                      "kv_cache_memory"):  # fmt: skip
-            value = getattr(self, name)
+            value, most = getattr(self, name), 2**63 - 1 if name == "kv_cache_memory" else 2**31 - 1
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise EngineError(f"{name} is {value!r}; it must be an integer of at least 1.")
-        if not 0 < self.gpu_memory_utilization <= 1:
+                raise EngineError(f"{name} is {shown(value)}; it must be an integer of at least 1.")
+            if value is not None and value > most:
+                raise EngineError(f"{name} is {shown(value)}; it must be an integer of at most {most}.")
+        if not isinstance(self.gpu_memory_utilization, Real) or not 0 < self.gpu_memory_utilization <= 1:
             raise EngineError(
-                f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; it must be above 0, at most 1."
+                f"gpu_memory_utilization is {shown(self.gpu_memory_utilization)}; it must be above 0, at most 1."
             )
         if self.load_format not in ("auto", "dummy"):
-            raise EngineError(f"load_format is {self.load_format!r}; it must be auto or dummy.")
+            raise EngineError(f"load_format is {shown(self.load_format)}; it must be auto or dummy.")
         if self.num_kv_pages is not None and self.kv_cache_memory is not None:
             raise EngineError("num_kv_pages and kv_cache_memory both size the KV pool; give one of them.")
         self._check_speculation()
 
     def _check_speculation(self) -> None:
         if self.speculate not in (None, *DRAFTERS):
-            raise EngineError(f"speculate is {self.speculate!r}; it must be one of {', '.join(DRAFTERS)}.")
+            raise EngineError(f"speculate is {shown(self.speculate)}; it must be one of {', '.join(DRAFTERS)}.")
         if self.speculate in WITH_ENGINE and self.draft_engine is None:
             raise EngineError(
                 f"speculate is {self.speculate}, which needs {WITH_ENGINE[self.speculate]}; give its folder as"
@@ -82,14 +85,14 @@ class ServeConfig:
         if self.draft_engine is not None:
             if self.speculate not in WITH_ENGINE:
                 raise EngineError(
-                    f"draft_engine is for speculate={', '.join(WITH_ENGINE)}, which is {self.speculate!r}; leave one"
-                    " out."
+                    f"draft_engine is for speculate={', '.join(WITH_ENGINE)}, which is {shown(self.speculate)}; leave"
+                    " one out."
                 )
             object.__setattr__(self, "draft_engine", os.path.abspath(self.draft_engine))  # options travel as JSON
         for name, most in (("num_draft_tokens", 16), ("prompt_lookup_min", 16), ("prompt_lookup_max", 16)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise EngineError(f"{name} is {value!r}; it must be an integer from 1 to {most}.")
+                raise EngineError(f"{name} is {shown(value)}; it must be an integer from 1 to {most}.")
         self._check_tree()
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise EngineError(
@@ -105,10 +108,11 @@ class ServeConfig:
     def _check_tree(self) -> None:
         nodes = self.num_draft_nodes
         if isinstance(nodes, bool) or not isinstance(nodes, int) or not 0 <= nodes <= MOST_NODES:
-            raise EngineError(f"num_draft_nodes is {nodes!r}; it must be an integer from 0 to {MOST_NODES}.")
+            raise EngineError(f"num_draft_nodes is {shown(nodes)}; it must be an integer from 0 to {MOST_NODES}.")
         if nodes and self.speculate not in WITH_ENGINE:
             raise EngineError(
-                f"num_draft_nodes is for speculate={', '.join(WITH_ENGINE)}, which is {self.speculate!r}; leave it out."
+                f"num_draft_nodes is for speculate={', '.join(WITH_ENGINE)}, which is {shown(self.speculate)}; leave it"
+                " out."
             )
         if nodes and nodes <= self.num_draft_tokens:
             raise EngineError(

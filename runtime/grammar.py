@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engines.errors import RequestError
+from ..engines.errors import RequestError, shown
 from ..engines.extras import pip_install
 from .speculation.tree import Tree, parents_of
 
@@ -51,15 +51,18 @@ class StructuredOutputs:
         if self.choice is not None:
             several = isinstance(self.choice, Sequence) and not isinstance(self.choice, str)
             if not several or not self.choice or not all(isinstance(each, str) and each for each in self.choice):
-                raise RequestError(f"choice is {self.choice!r}; it must be a list of strings that are not empty.")
+                raise RequestError(f"choice is {shown(self.choice)}; it must be a list of strings that are not empty.")
             object.__setattr__(self, "choice", tuple(self.choice))
         if not isinstance(self.json_object, bool):
-            raise RequestError(f"json_object is {self.json_object!r}; it must be true or false.")
+            raise RequestError(f"json_object is {shown(self.json_object)}; it must be true or false.")
         for name in ("regex", "grammar"):
             if not isinstance(getattr(self, name), str | None):
-                raise RequestError(f"{name} is {getattr(self, name)!r}; it must be text.")
-        if isinstance(self.json, Mapping):  # as text it can be hashed, and kept as it was
-            object.__setattr__(self, "json", json.dumps(self.json))
+                raise RequestError(f"{name} is {shown(getattr(self, name))}; it must be text.")
+        if not isinstance(self.json, str | bool | None):  # as text it can be hashed, and kept as it was
+            try:
+                object.__setattr__(self, "json", json.dumps(self.json))
+            except (TypeError, ValueError, RecursionError) as error:
+                raise RequestError(f"json is {shown(self.json)}; it must be a schema in JSON ({error}).") from None
 
     @property
     def source(self) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
 
-from ..engines.errors import RequestError
+from ..engines.errors import RequestError, shown
 from .prompt import Prompt, split
 from .request import RequestOutput, SamplingParams
 from .session import Opened
@@ -86,6 +86,10 @@ class LLM(Opened):
         **options: Any,
     ) -> list[RequestOutput]:
         """Answer a conversation, or several: messages are {"role": .., "content": ..}. `options` as in `generate`."""
+        if not isinstance(messages, Sequence | Mapping):
+            raise RequestError(
+                f"The messages are {shown(messages)}; they must be a list of messages, or of such lists."
+            )
         one = isinstance(messages, Mapping) or not messages or isinstance(messages[0], Mapping)
         conversations = [messages] if one else messages
         values = dict(chat_template_kwargs or {})
@@ -158,7 +162,7 @@ def _one_each(name: str, given: Any, kind: type, num: int) -> list[Any]:
     if isinstance(given, kind):
         return [given] * num
     if not isinstance(given, Sequence) or len(given) != num:
-        found = f"{len(given)} of them" if isinstance(given, Sequence) else repr(given)
+        found = f"{len(given)} of them" if isinstance(given, Sequence) else shown(given)
         raise RequestError(f"{name} is {found} for {num} prompts; give one for all, or one for each.")
     return list(given)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, TypeAlias
 
-from ..engines.errors import RequestError
+from ..engines.errors import RequestError, shown
 from .text import Text
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
@@ -33,7 +33,7 @@ def split(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, str | Mapping):
         return [prompts]
     if not isinstance(prompts, Sequence):
-        raise RequestError(f"The prompt is {prompts!r}; it must be text, a list of token ids, or a list of those.")
+        raise RequestError(f"The prompt is {shown(prompts)}; it must be text, a list of token ids, or a list of those.")
     if prompts and all(issubclass(kind, Integral) for kind in set(map(type, prompts))):
         return [prompts]
     return list(prompts)
@@ -64,16 +64,16 @@ def _of_mapping(prompt: Mapping[str, Any]) -> tuple[str | None, Any]:
     for key in given:
         if key not in _KEYS:
             raise RequestError(
-                f"The prompt has the key {str(key)[:60]!r}, which is not supported; its keys are prompt (text) and "
+                f"The prompt has the key {shown(key)}, which is not supported; its keys are prompt (text) and "
                 "prompt_token_ids: leave it out."
             )
     words, ids = given.get("prompt"), given.get("prompt_token_ids")
     if not given:
         raise RequestError("The prompt is a mapping without a value; give it prompt (text) or prompt_token_ids.")
     if words is not None and not isinstance(words, str):
-        raise RequestError(f"The prompt's key prompt is {str(words)[:60]!r}; it must be text: give prompt_token_ids.")
+        raise RequestError(f"The prompt's key prompt is {shown(words)}; it must be text: give prompt_token_ids.")
     if isinstance(ids, str):
-        raise RequestError(f"The prompt's prompt_token_ids is {ids[:60]!r}; it must be a list of token ids.")
+        raise RequestError(f"The prompt's prompt_token_ids is {shown(ids)}; it must be a list of token ids.")
     return words, words if ids is None else ids
 
 
@@ -97,9 +97,9 @@ def _ids(prompt: Any, vocab_size: int) -> list[int]:
     several = isinstance(prompt, Sequence) and not isinstance(prompt, bytes)  # bytes are numbers, too, but no tokens
     kinds = set(map(type, prompt)) if several else {str}  # of few types, however long a prompt is
     if not all(issubclass(kind, Integral) and kind is not bool for kind in kinds):
-        raise RequestError(f"The prompt is {str(prompt)[:60]!r}; it must be text or a list of token ids.")
+        raise RequestError(f"The prompt is {shown(prompt)}; it must be text or a list of token ids.")
     ids = list(map(int, prompt))
     if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
         token = next(token for token in ids if not 0 <= token < vocab_size)
-        raise RequestError(f"The prompt holds token {token}; the model's tokens are 0 to {vocab_size - 1}.")
+        raise RequestError(f"The prompt holds token {shown(token)}; the model's tokens are 0 to {vocab_size - 1}.")
     return ids

@@ -16,7 +16,7 @@ from enum import Enum
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, cast
 
-from ..engines.errors import RequestError
+from ..engines.errors import RequestError, shown
 from .grammar import Matcher, StructuredOutputs
 
 __all__ = [
@@ -98,7 +98,7 @@ class SamplingParams:
             put(self, name, _number(name, getattr(self, name), *bounds))
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
-                raise RequestError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
+                raise RequestError(f"{name} is {shown(getattr(self, name))}; it must be true or false.")
         put(self, "top_k", max(self.top_k, 0))
         put(self, "stop", _strings(self.stop))
         put(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
@@ -129,7 +129,9 @@ class SamplingParams:
         for name, ids in (("logit_bias", self.logit_bias or ()), ("stop_token_ids", self.stop_token_ids or ())):
             for token in ids:
                 if not 0 <= token < vocab_size:
-                    raise RequestError(f"{name} names token {token}; the model's tokens are 0 to {vocab_size - 1}.")
+                    raise RequestError(
+                        f"{name} names token {shown(token)}; the model's tokens are 0 to {vocab_size - 1}."
+                    )
 
 
 class Logprob(NamedTuple):
@@ -271,7 +273,7 @@ def fan_out(
 
 def _integer(name: str, value: Any, low: float, high: float) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:  # type: ignore[operator]
-        raise RequestError(f"{name} is {value!r}; it must be an integer {_span(low, high)}.")
+        raise RequestError(f"{name} is {shown(value)}; it must be an integer {_span(low, high)}.")
     return int(value)
 
 
@@ -279,8 +281,8 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
     """The bounds are finite, and nothing that is not a number is between them."""
     real = isinstance(value, Real) and not isinstance(value, bool)
     if not real or not low <= value <= high:
-        shown = "NaN, which is not a number" if real and value != value else repr(value)[:60]
-        raise RequestError(f"{name} is {shown}; it must be a finite number {_span(low, high)}.")
+        found = "NaN, which is not a number" if real and value != value else shown(value)
+        raise RequestError(f"{name} is {found}; it must be a finite number {_span(low, high)}.")
     return float(value)
 
 
@@ -294,7 +296,9 @@ def _structured(value: Any) -> StructuredOutputs:
         return value
     known = [f.name for f in fields(StructuredOutputs)]
     if not isinstance(value, Mapping) or not set(value) <= set(known):
-        raise RequestError(f"structured_outputs is {value!r}; it must be a mapping with one of {', '.join(known)}.")
+        raise RequestError(
+            f"structured_outputs is {shown(value)}; it must be a mapping with one of {', '.join(known)}."
+        )
     return StructuredOutputs(**value)
 
 
@@ -303,13 +307,13 @@ def _strings(value: Any) -> tuple[str, ...]:
         return ()
     strings = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else None
     if strings is None or not all(isinstance(s, str) and s for s in strings):
-        raise RequestError(f"stop is {value!r}; it must be a non-empty string or a list of such.")
+        raise RequestError(f"stop is {shown(value)}; it must be a non-empty string or a list of such.")
     return strings
 
 
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     if value is not None and (isinstance(value, str | bytes) or not isinstance(value, Sequence)):
-        raise RequestError(f"{name} is {value!r}; it must be a list of token ids.")
+        raise RequestError(f"{name} is {shown(value)}; it must be a list of token ids.")
     return tuple(_integer(f"{name}[{i}]", token, 0, math.inf) for i, token in enumerate(value or ()))
 
 
@@ -317,14 +321,14 @@ def _bias(value: Any) -> dict[int, float] | None:
     if value is None:
         return None
     if not isinstance(value, Mapping):
-        raise RequestError(f"logit_bias is {value!r}; it must be a mapping of token ids to numbers.")
+        raise RequestError(f"logit_bias is {shown(value)}; it must be a mapping of token ids to numbers.")
     bias: dict[int, float] = {}
     for key, amount in value.items():
         written = isinstance(key, str) and key.isdecimal() and len(key) <= 10  # JSON has only string keys
-        token, shown = int(key) if written else key, repr(key)[:60]
+        token, found = int(key) if written else key, shown(key)
         if isinstance(token, bool) or not isinstance(token, Integral) or int(token) < 0:
-            raise RequestError(f"logit_bias has the key {shown}; its keys must be token ids, integers of at least 0.")
+            raise RequestError(f"logit_bias has the key {found}; its keys must be token ids, integers of at least 0.")
         if int(token) in bias:
-            raise RequestError(f"logit_bias has token {token} twice; leave one of them out.")
-        bias[int(token)] = _number(f"logit_bias[{shown}]", amount, -100.0, 100.0)
+            raise RequestError(f"logit_bias has token {shown(token)} twice; leave one of them out.")
+        bias[int(token)] = _number(f"logit_bias[{found}]", amount, -100.0, 100.0)
     return bias

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from heapq import heappop, heappush
 from typing import Any
 
-from ..engines.errors import EngineError, RequestError
+from ..engines.errors import EngineError, RequestError, shown
 from .kv import PagePool
 from .page_tables import PageTables
 from .prompt import Limits, check_length
@@ -81,7 +81,9 @@ class Scheduler:
         if request.id in self._requests:
             raise RequestError(f"Request id {request.id!r} is in use; give each open request its own.")
         if not isinstance(request.priority, int):
-            raise RequestError(f"priority is {request.priority!r}; it must be an integer, the lowest is served first.")
+            raise RequestError(
+                f"priority is {shown(request.priority)}; it must be an integer, the lowest is served first."
+            )
         check_length(num_prompt, self._limits)
         asked = self.max_model_len
         if params.max_tokens is not None:

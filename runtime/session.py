@@ -16,7 +16,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
-from ..engines.errors import EngineError, RequestError
+from ..engines.errors import EngineError, RequestError, shown
 from . import loop
 from .batch import Arena
 from .capacity import ServeConfig, model_len
@@ -89,7 +89,7 @@ class Session:
     ) -> Stream:
         """A checked stream, not yet submitted. Raises RequestError."""
         if not isinstance(params, SamplingParams):
-            raise RequestError(f"The sampling parameters are {params!r}; they must be a SamplingParams.")
+            raise RequestError(f"The sampling parameters are {shown(params)}; they must be a SamplingParams.")
         text, ids = tokens_of(prompt, self.text, self.limits)
         params.check_vocabulary(self.limits.vocab_size)
         ending = set(params.stop_token_ids or ())

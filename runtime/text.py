@@ -16,7 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ..engines.errors import EngineError, RequestError
+from ..engines.errors import EngineError, RequestError, shown
 from .detokenise import Decoder, Pieces, pieces_of
 from .request import SamplingParams
 
@@ -139,15 +139,15 @@ def _default_template(config: Mapping[str, Any]) -> str | None:
 def _message(message: Any) -> dict[str, Any]:
     """Templates are written for plain strings: text parts of a message are joined, anything else in it is refused."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise RequestError(f"A message is {message!r}; it must be an object with role and content.")
+        raise RequestError(f"A message is {shown(message)}; it must be an object with role and content.")
     content = message.get("content")
     if isinstance(content, Sequence) and not isinstance(content, str):
         for part in content:
             if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise RequestError(f"A message holds the part {part!r}; this engine reads text parts only.")
+                raise RequestError(f"A message holds the part {shown(part)}; this engine reads text parts only.")
         return {**message, "content": "".join(part["text"] for part in content)}
     if content is not None and not isinstance(content, str):
-        raise RequestError(f"The content of a message is {content!r}; it must be text.")
+        raise RequestError(f"The content of a message is {shown(content)}; it must be text.")
     return dict(message)
 
 

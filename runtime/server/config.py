@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...engines.errors import EngineError
+from ...engines.errors import EngineError, shown
 from .tracing import wanted
 
 
@@ -45,16 +45,16 @@ class ServerConfig:
     def __post_init__(self) -> None:
         for name in ("max_waiting", "max_waiting_tokens", "max_body_bytes", "max_n"):
             if getattr(self, name) < 1:
-                raise EngineError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+                raise EngineError(f"{name} is {shown(getattr(self, name))}; it must be at least 1.")
         for name in ("request_timeout", "queue_timeout", "watchdog"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise EngineError(f"{name} is {value:g}; it must be above 0 seconds.")
+                raise EngineError(f"{name} is {shown(value)}; it must be above 0 seconds.")
         if not 0 <= self.port <= 65535:
-            raise EngineError(f"port is {self.port}; it must be 0 to 65535.")
+            raise EngineError(f"port is {shown(self.port)}; it must be 0 to 65535.")
         for name in ("drain_timeout", "stream_pause"):
             if not getattr(self, name) >= 0:
-                raise EngineError(f"{name} is {getattr(self, name):g}; it must be 0 seconds or more.")
+                raise EngineError(f"{name} is {shown(getattr(self, name))}; it must be 0 seconds or more.")
         if not all(key and key == key.strip() for key in self.api_keys):  # an unset variable would let everybody in
             raise EngineError("An API key is empty, or has blanks around it; give none at all to serve everybody.")
         wanted(self.otlp_endpoint)

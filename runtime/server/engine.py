@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ...engines.errors import EngineError, RequestError
+from ...engines.errors import EngineError, RequestError, shown
 from ..capacity import ServeConfig
 from ..metrics import Metrics
 from ..prompt import Limits, Prompt, tokens_of
@@ -255,10 +255,10 @@ class EngineProcess:
             self.check()
         limits = Limits(self.vocab_size, self.max_model_len, self.num_kv_tokens)
         if not isinstance(params, SamplingParams):
-            raise RequestError(f"The sampling parameters are {params!r}; they must be a SamplingParams.")
+            raise RequestError(f"The sampling parameters are {shown(params)}; they must be a SamplingParams.")
         if not isinstance(priority, int) or abs(priority) > _HIGHEST:
             raise RequestError(
-                f"priority is {priority!r}; it must be an integer of 64 bits, the lowest is served first."
+                f"priority is {shown(priority)}; it must be an integer of 64 bits, the lowest is served first."
             )
         params.check_vocabulary(limits.vocab_size)
         return limits

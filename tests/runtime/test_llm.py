@@ -107,6 +107,15 @@ def test_a_bad_prompt_costs_the_others_nothing(llm):
     for prompt, sentence in wrong:
         with pytest.raises(RequestError, match=sentence):
             llm.generate(["fine", prompt], progress=False)
+    huge = 10**5000  # more digits than Python writes
+    for prompt in (huge, [huge], [[5, huge]], [[huge, "a"]], {"prompt": huge}, {huge: 1}, {"prompt_token_ids": [huge]}):
+        with pytest.raises(RequestError, match="The prompt.*(thousands of digits|too long to show)"):
+            llm.generate(prompt, progress=False)
+    for messages in (huge, 1.5, [{"role": "user", "content": huge}], [{"role": huge}]):
+        with pytest.raises(RequestError, match="message.*; (they|it) must be"):
+            llm.chat(messages, progress=False)
+    with pytest.raises(RequestError, match="sampling_params is a number of thousands of digits for 1 prompts"):
+        llm.generate("fine", huge, progress=False)
     with pytest.raises(RequestError, match="2 of them for 1 prompts"):
         llm.generate(["fine"], [LONG, LONG], progress=False)
     with pytest.raises(RequestError, match="0 of them for 1 prompts"):

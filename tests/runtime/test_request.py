@@ -1,10 +1,14 @@
 """SamplingParams refuses by name what it cannot honour, and fan_out makes n requests of one prompt."""
 
 import math
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
 
 import pytest
+from ingot.engines.errors import EngineError
+from ingot.runtime.capacity import ServeConfig
 from ingot.runtime.request import Request, RequestError, SamplingParams, State, fan_out
+from ingot.runtime.server.config import ServerConfig
 
 
 def test_defaults_are_vllms():
@@ -58,6 +62,32 @@ def test_the_message_names_value_and_range():
             SamplingParams(logit_bias={3: 1, 7: value})
     with pytest.raises(RequestError, match="logit_bias has token 5 twice"):
         SamplingParams(logit_bias={"5": 1, "05": 2})
+
+
+def test_integers_that_python_does_not_write():
+    """Of more than 4300 digits, wherever they are; one of fewer is cut."""
+    huge = 10**5000
+    for name in (field.name for field in fields(SamplingParams)):
+        for value in (huge, -huge, [-huge], {huge: huge}, {"choice": [huge]}, {"json": {"enum": [huge]}}):
+            with pytest.raises(RequestError) as error:
+                SamplingParams(**{name: value})
+            assert len(str(error.value)) < 200, name
+    with pytest.raises(RequestError, match="seed is a number of thousands of digits; it must be an integer of at"):
+        SamplingParams(seed=huge)
+    with pytest.raises(RequestError, match=r"seed is 10{59}\.\.; it must"):
+        SamplingParams(seed=10**4000)
+    for known in ({"stop_token_ids": [huge]}, {"logit_bias": {huge: 1}}):
+        with pytest.raises(RequestError, match="names token a number of thousands of digits; the model's tokens are"):
+            SamplingParams(**known).check_vocabulary(10)
+    for options in ({"max_num_seqs": huge}, {"kv_cache_memory": huge}, {"gpu_memory_utilization": huge},
+                    {"num_draft_tokens": -huge}, {"speculate": huge}, {"load_format": [huge]}):  # fmt: skip
+        with pytest.raises(EngineError, match=f"{next(iter(options))} is (a number of thousands|a value that is too)"):
+            ServeConfig(**options)
+    with pytest.raises(EngineError, match="max_model_len is 2147483648; it must be an integer of at most 2147483647"):
+        ServeConfig(max_model_len=1 << 31)
+    for options in ({"port": huge}, {"max_waiting": -huge}, {"watchdog": -huge}, {"drain_timeout": -huge}):
+        with pytest.raises(EngineError, match=f"{next(iter(options))} is a number of thousands of digits; it must be"):
+            ServerConfig(engine=Path("e"), **options)
 
 
 def test_unknown_options_get_the_closest_name():
