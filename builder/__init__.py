@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engines.errors import BuildError
+from .integers import check_integers
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -27,11 +28,19 @@ if TYPE_CHECKING:
 OF_QUANTISED = (
     "calibration_data", "calibration_tokens", "calibration_width", "calibration_device", "scales", "accept_accuracy",
 )  # fmt: skip
+# integers of a config, and the lowest that each can be
+LOWEST = {
+    "calibration_tokens": 1, "calibration_width": 2, "max_num_seqs": 1, "max_num_batched_tokens": 1, "page_size": 1,
+    "max_draft_tokens": 0, "gpu_arch": 0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What to build. `model` is a directory or a hub id; `dtype` `auto` is the checkpoint's own."""
+    """What to build. `model` is a directory or a hub id; `dtype` `auto` is the checkpoint's own.
+
+    Raises BuildError for an integer that cannot be.
+    """
 
     model: str
     out: str
@@ -58,6 +67,9 @@ class BuildConfig:
         "Rope"  # of the tensorrt target: ops that ingot's kernels run although it has a form of its own
     )
     gpu_arch: int | None = None  # compute capability times ten; None: that of the GPU at hand, else 90
+
+    def __post_init__(self) -> None:
+        check_integers(self, LOWEST)
 
     def given(self, names: Iterable[str]) -> list[str]:
         """Of these fields the options of the command line that differ from their defaults."""

@@ -26,6 +26,7 @@ from ...engines.weights import of_tensor, write_weights
 from ..calibration_text import Text
 from ..checkpoint import Checkpoint
 from ..hidden_states import EAGLE3, parse, read_by
+from ..integers import check_integers
 from . import unrolled, written
 from .checkpoint import DRAFT_TO_TARGET, TARGET_TO_DRAFT, HeadCheckpoint
 from .folder import STATE, claimed, disk
@@ -35,6 +36,8 @@ from .training import Agreement, Trainer, head_config, initialise
 SECONDS = 60.0  # between two savings of where training stands
 HELD_OUT = 1 << 14  # tokens to check with at most
 CHECKS, LOOKS = 8, 16  # in a training; steps between two looks at the loss on a GPU, which waits for it
+# integers of a config, and the lowest that each can be
+LOWEST = {"tokens": 1, "epochs": 1, "drafts": 1, "draft_vocab": 0, "width": 8, "batch": 1, "seed": 0, "mlp_width": 0}
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class TrainConfig:
     step. begin_with: an EAGLE-3 checkpoint for this target, instead of first weights. reads: the target's hidden states
     as `hidden_states` of an engine, "": those of EAGLE-3. mlp_width: of its MLP, 0: as the target's. written: share of
     the windows that the target goes on with itself. seconds: of training at most, 0: any.
+    Raises BuildError for an integer that cannot be.
     """
 
     model: str
@@ -66,6 +70,9 @@ class TrainConfig:
     seconds: float = 0.0
     device: str = "auto"
     force: bool = False
+
+    def __post_init__(self) -> None:
+        check_integers(self, LOWEST)
 
 
 def train_head(
