@@ -188,6 +188,8 @@ def find_scales(
     phase, out = Phases(on_phase), Path(config.out)
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise BuildError(f"{out} is a directory, or in none; give `-o` a file, as scales.safetensors.")
+    if out.is_symlink() or (out.exists() and not out.is_file()):
+        raise BuildError(f"{out} is a symbolic link or a device, which is not replaced; give `-o` a file.")
     if out.exists() and not config.force:
         raise BuildError(f"{out} is there already; pass --force to replace it, or give `-o` another file.")
     with phase("read the checkpoint"):

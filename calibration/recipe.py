@@ -14,7 +14,8 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from ..engines.errors import BuildError
+from ..engines.errors import BuildError, shown
+from . import QuantisationError
 from .formats import Format
 from .observers import OBSERVERS
 
@@ -171,9 +172,9 @@ def parse(text: str, name: str, where: str) -> Recipe:
     if rules is None and kv is not None:
         rules = []
     elif not isinstance(rules, list) or not rules:
-        raise BuildError(f"{where} has the rules {rules!r}; expected a list of at least one.")
+        raise BuildError(f"{where} has the rules {shown(rules)}; expected a list of at least one.")
     if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 <= bound <= sys.float_info.max:
-        raise BuildError(f"{where} has the perplexity {bound!r}; expected how much it may rise, as 0.01 for 1%.")
+        raise BuildError(f"{where} has the perplexity {shown(bound)}; expected how much it may rise, as 0.01 for 1%.")
     return Recipe(
         name, str(entries.get("description", "")), float(bound),
         tuple(_rule(entry, f"rule {i} of {where}") for i, entry in enumerate(rules, 1)),
@@ -206,9 +207,11 @@ def _mixed(data: Any, where: str) -> Mixed:
     entries = _mapping(data, {field.name for field in fields(Mixed)}, f"`mixed` of {where}")
     budget, instead = entries.get("budget"), entries.get("instead")
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 32:
-        raise BuildError(f"{where} has the budget {budget!r}; expected bits of a weight on average, as 5.0.")
+        raise BuildError(f"{where} has the budget {shown(budget)}; expected bits of a weight on average, as 5.0.")
     if not isinstance(instead, list) or not instead or any(isinstance(e, dict) and "match" in e for e in instead):
-        raise BuildError(f"{where} has {instead!r} instead of its rules; expected a list of rules without a match.")
+        raise BuildError(
+            f"{where} has {shown(instead)} instead of its rules; expected a list of rules without a match."
+        )
     rules = [_rule({"match": "*", **entry} if isinstance(entry, dict) else entry, f"rule {i} of `mixed` of {where}")
              for i, entry in enumerate(instead, 1)]  # fmt: skip
     if any(rule.method in SMOOTHS for rule in rules):
@@ -220,15 +223,17 @@ def _rule(data: Any, where: str) -> Rule:
     entries = _mapping(data, {field.name for field in fields(Rule)}, where)
     match, method = entries.get("match"), entries.get("method")
     if not isinstance(match, str) or not match:
-        raise BuildError(f"{where} has the match {match!r}; expected a glob of weight names, as '*.mlp.*'.")
+        raise BuildError(f"{where} has the match {shown(match)}; expected a glob of weight names, as '*.mlp.*'.")
     if method not in METHODS:
-        raise BuildError(f"{where} has the method {method!r}; expected one of {', '.join(METHODS)}.")
+        raise BuildError(f"{where} has the method {shown(method)}; expected one of {', '.join(METHODS)}.")
     form = entries.get("format")
     if (form is None) != (method == "keep"):
-        raise BuildError(f"{where} has the method {method} and the format {form!r}; `keep` has none, others need one.")
+        raise BuildError(
+            f"{where} has the method {method} and the format {shown(form)}; `keep` has none, others need one."
+        )
     order = entries.get("act_order", False)
     if not isinstance(order, bool) or (order and method != "gptq"):
-        raise BuildError(f"{where} has the act_order {order!r}; expected true or false, and only with gptq.")
+        raise BuildError(f"{where} has the act_order {shown(order)}; expected true or false, and only with gptq.")
     activation = entries.get("activation")
     if activation is not None and form is None:
         raise BuildError(f"{where} quantises activations, but not the weight; give it a format.")
@@ -240,7 +245,7 @@ def _rule(data: Any, where: str) -> Rule:
         or ("observer" in entries and (read is None or read.rows))
     ):
         raise BuildError(
-            f"{where} has the observer {observer!r}; expected one of {', '.join(OBSERVERS)}, and only with static "
+            f"{where} has the observer {shown(observer)}; expected one of {', '.join(OBSERVERS)}, and only with static "
             "activations (rows: 0)."
         )
     if method == "smoothquant" and read is None:
@@ -253,8 +258,8 @@ def _activation(data: Any, where: str) -> Format:
     form = _format(data, f"the activation of {where}")
     if form.dtype == "int4" or not form.symmetric or form.rows > 1 or (form.group and not form.rows):
         raise BuildError(
-            f"the activation of {where} is {data!r}; expected int8 or fp8_e4m3 without zero points, and a scale for "
-            "each token (rows: 1), for groups of its columns (rows: 1, group) or for all (rows: 0)."
+            f"the activation of {where} is {shown(data)}; expected int8 or fp8_e4m3 without zero points, and a scale "
+            "for each token (rows: 1), for groups of its columns (rows: 1, group) or for all (rows: 0)."
         )
     return form
 
@@ -271,9 +276,9 @@ def _kv_cache(data: Any, where: str) -> KVCache:
     known = {"dtype": ("fp8_e4m3", "int8"), "per": ("layer", "head"), "observer": tuple(OBSERVERS)}
     for key, words in known.items():
         if entries.get(key, words[0] if key != "dtype" else None) not in words:
-            raise BuildError(f"{where} has the {key} {entries.get(key)!r}; expected one of {', '.join(words)}.")
+            raise BuildError(f"{where} has the {key} {shown(entries.get(key))}; expected one of {', '.join(words)}.")
     if not isinstance(entries.get("centred", False), bool):
-        raise BuildError(f"{where} has the centred {entries['centred']!r}; expected true or false.")
+        raise BuildError(f"{where} has the centred {shown(entries['centred'])}; expected true or false.")
     return KVCache(**entries)
 
 
@@ -281,13 +286,13 @@ def _format(data: Any, where: str) -> Format:
     entries = _mapping(data, {field.name for field in fields(Format)}, f"the format of {where}")
     try:
         return Format(**entries)
-    except (TypeError, ValueError) as error:
-        raise BuildError(f"the format of {where} is {data!r}: {error}.") from error
+    except (TypeError, ValueError, QuantisationError) as error:
+        raise BuildError(f"the format of {where} is {shown(data)}: {str(error).rstrip('.')}.") from error
 
 
 def _mapping(data: Any, known: set[str], where: str) -> Mapping[str, Any]:
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise BuildError(f"{where} holds {str(data)[:60]!r}; expected the keys {', '.join(sorted(known))}.")
+        raise BuildError(f"{where} holds {shown(data)}; expected the keys {', '.join(sorted(known))}.")
     if unknown := sorted(data.keys() - known):
         raise BuildError(f"{where} has the unknown key '{unknown[0]}'; known are {', '.join(sorted(known))}.")
     return data

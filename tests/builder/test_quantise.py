@@ -237,6 +237,16 @@ def test_the_first_rule_that_matches_decides():
     ("{perplexity: 0.1, rules: [{match: '*', method: rtn, format: {dtype: int8, rows: 4294967296}}]}", "its rows must"),
     ("{perplexity: 0.1, rules: [{match: '*', method: rtn, format: {dtype: int8, symmetric: 'no'}}]}", "its `symmetric"),
     ("{perplexity: 0.1, rules: [{match: '*', method: rtn, format: {dtype: int8}, observer: [a]}]}", r"\['a'\]; exp"),
+    ("{perplexity: 0.1, rules: [{match: '*', method: rtn, format: {dtype: int8, group: -1}}]}",
+     "^the format of rule 1 of bad.yaml is {'dtype': 'int8', 'group': -1}: its group must be a whole number"),
+    *((text.format("0x" + "f" * 5000), "bad.yaml (has|holds|is) .*(thousands of digits|too long to show)") for text in (
+        "perplexity: {}\nrules: [1]", "perplexity: 1\nrules: {}", "{}", "perplexity: 1\nrules: [{}]",
+        "perplexity: 1\nrules: [{{match: {}}}]", "perplexity: 1\nrules: [{{match: a, method: {}}}]",
+        "perplexity: 1\nrules: [{{match: a, method: rtn, format: {{dtype: int8, group: {}}}}}]",
+        "perplexity: 1\nrules: [{{match: a, method: rtn, format: {{dtype: {}}}}}]",
+        "perplexity: 1\nrules: [{{match: a, method: keep}}]\nmixed: {{budget: {}}}",
+        "perplexity: 1\nkv_cache: {{dtype: [{}]}}",
+    )),
 ])  # fmt: skip
 def test_a_recipe_that_is_none(text, words):
     with pytest.raises(BuildError, match=words):

@@ -3,6 +3,7 @@ the picture of the accuracy."""
 
 import errno
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -81,6 +82,11 @@ def test_what_is_found(found):
     assert nodes[-1][0] == nodes[-1][1] and {name for *_, name in nodes} > {layer.name for layer in accuracy.layers}
     with pytest.raises(BuildError, match="is there already; pass --force"):
         find_scales(config)
+    (path.parent / "link").symlink_to(path)
+    os.mkfifo(path.parent / "pipe")
+    for odd in ("link", "pipe"):
+        with pytest.raises(BuildError, match=f"{odd} is a symbolic link or a device, which is not replaced"):
+            find_scales(replace(config, out=str(path.parent / odd), force=True))
     with pytest.raises(BuildError, match="is a directory, or in none"):
         find_scales(BuildConfig(str(DRAFT), str(path.parent / "no" / "s.safetensors"), quant="w8a16"))
 
