@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..engines.errors import BuildError
+from ..engines.errors import BuildError, shown
 
 if TYPE_CHECKING:
     from . import BuildConfig
@@ -43,10 +43,10 @@ def states_of(config: BuildConfig, checkpoint: Checkpoint) -> tuple[int, ...]:
 
 def parse(text: str, num_layers: int) -> tuple[int, ...]:
     """Numbers with commas between. Raises BuildError: the model has none such."""
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) <= num_layers for part in parts):
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and len(part) < 10 and int(part) <= num_layers for part in parts):
         raise BuildError(
-            f"the hidden states asked for are {text!r}; expected eagle, eagle3, medusa, or numbers "
+            f"the hidden states asked for are {shown(text)}; expected eagle, eagle3, medusa, or numbers "
             f"from 0 to {num_layers} with commas between"
         )
     return tuple(int(part) for part in parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,7 +130,7 @@ class Quantisation:
         scales, about = Scales.open(path), self._about()
         for what, key, advice in (
             ("model", "model", "give the checkpoint that they were found for"),
-            ("recipe", "recipe", f"give --quant {scales.about.get('recipe', {}).get('name', '')}"),
+            ("recipe", "recipe", f"give {_options(scales.about.get('recipe', {}))}"),
         ):
             if scales.about.get(key) != about[key]:
                 raise BuildError(
@@ -156,6 +156,14 @@ class Quantisation:
             found = mix(graph, self.recipe, self.text.calibration, on_node, self.device)
             journal.remember("mixed", found)
         return found
+
+
+def _options(recipe: Mapping[str, Any]) -> str:
+    """Those of a build that ask for a recipe, of which this is the description in a file of scales."""
+    name, kv = recipe.get("name", ""), recipe.get("kv_cache")
+    cache = next((known for known, each in KV_CACHES.items() if asdict(each) == kv), "")
+    alone = name in (each.name for each in kv_recipes().values())
+    return " ".join([*([] if alone else [f"--quant {name}"]), *([f"--kv-cache {cache}"] if cache else [])])
 
 
 def _device(asked: str) -> str:

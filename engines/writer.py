@@ -24,6 +24,10 @@ def check_destination(out: Path, force: bool) -> None:
     """Raise BuildError unless an engine may be written at `out`. Cheap: call it before the build starts."""
     if out.is_symlink():
         raise BuildError(f"{out} is a symbolic link, which is not replaced; give the directory that it stands for.")
+    above = next(path for path in out.absolute().parents if os.path.exists(path))
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "may not be written" if above.is_dir() else "is not a directory"
+        raise BuildError(f"{out} cannot be made ({above} {why}); give `-o` a place that can be written.")
     if out.exists() and not out.is_dir():
         raise BuildError(f"{out} is not a directory; give `-o` a new directory.")
     if out.is_mount():

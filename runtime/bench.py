@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..engines.errors import RequestError
+from ..engines.errors import RequestError, shown
 from .request import RequestOutput, SamplingParams
 
 Prompt = str | list[int]
@@ -49,9 +49,10 @@ class Timing:
 def lengths(text: str) -> tuple[int, int]:
     """`"128"` -> (128, 128), `"16:512"` -> (16, 512): a fixed length, or one drawn evenly from a range."""
     low, _, high = text.partition(":")
-    if not (low.isdecimal() and (not high or high.isdecimal()) and 0 < int(low) <= int(high or low)):
-        raise RequestError(f"{text!r} is not a length; expected a number such as 128 or a range such as 16:512.")
-    return int(low), int(high or low)
+    high = high or low
+    if not (all(each.isdecimal() and len(each) < 10 for each in (low, high)) and 0 < int(low) <= int(high)):
+        raise RequestError(f"{shown(text)} is not a length; expected a number such as 128 or a range such as 16:512.")
+    return int(low), int(high)
 
 
 def synthetic(

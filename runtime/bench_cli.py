@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..engines.cli import Debug, Engine
+from ..engines.errors import shown
 from ..engines.extras import pip_install
 from .cli import AsJson, Draft, LoadFormat, MaxSeqs, MaxTokens, NumDrafts, NumNodes, PrefixCache, Speculate
 
@@ -165,8 +166,8 @@ def _show(figures: dict[str, Any]) -> None:
 def _sizes(name: str, text: str | None) -> list[int]:
     """`"1,64"` -> [1, 64]."""
     parts = [part for part in (text or "").split(",") if part]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise typer.BadParameter(f"--{name} is {text}, expected numbers above 0 such as 1,64.")
+    if not all(part.isdecimal() and len(part) < 10 and int(part) for part in parts):
+        raise typer.BadParameter(f"--{name} is {shown(text)}, expected numbers above 0 such as 1,64.")
     return [int(part) for part in parts]
 
 

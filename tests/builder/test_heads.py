@@ -55,6 +55,7 @@ def test_a_target_gives_what_is_asked_for():
     for asked, target, message in (
         ("9", "cpu", "'9'; expected eagle, eagle3, medusa, or numbers from 0 to 8"),
         ("-1", "cpu", "'-1'; expected"),
+        ("9" * 5000, "cpu", "'9{59}..; expected"),
         ("eagle", "tensorrt", "a target of heads .* cannot be built for the tensorrt target; build for cuda"),
     ):
         with pytest.raises(BuildError, match=message):

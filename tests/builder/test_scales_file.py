@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from ingot.builder.kv_cache import quantise_pools
 from ingot.builder.picture import draw_accuracy
 from ingot.builder.quantise import quantise
 from ingot.calibration.accuracy import Accuracy, Layer
+from ingot.calibration.recipe import KV_CACHES, Recipe, kv_recipes
 from ingot.calibration.scales import Scales
 from ingot.engines.errors import BuildError
 from ingot.engines.extras import pip_install
@@ -113,6 +114,15 @@ def test_scales_of_something_else(found, tmp_path):
     config, path, _ = found
     with pytest.raises(BuildError, match="are of another recipe; give --quant mine, or find"):
         build(config, tmp_path / "e", quant="w8a16")
+    for recipe, options in (
+        (kv_recipes()["fp8"], "--kv-cache fp8"),
+        (replace(Recipe.open("w8a16"), kv_cache=KV_CACHES["int8-head"]), "--quant w8a16 --kv-cache int8-head"),
+    ):
+        other = Scales.open(path)
+        other.about["recipe"] = asdict(recipe)
+        other.save(tmp_path / "other.safetensors")
+        with pytest.raises(BuildError, match=f"are of another recipe; give {options}, or find"):
+            build(config, tmp_path / "e", scales=str(tmp_path / "other.safetensors"))
     shutil.copytree(DRAFT, tmp_path / "model")
     tensors = load_file(DRAFT / "model.safetensors")
     tensors["model.norm.weight"][3] += 1

@@ -164,6 +164,16 @@ def probe(folder):
     return found
 
 
+def test_a_place_that_cannot_be_written_is_told_of_before_the_build(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BuildError, match="e cannot be made .*file is not a directory.; give `-o` a place that can"):
+        writer.check_destination(tmp_path / "file" / "a" / "e", False)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(BuildError, match="e cannot be made .* may not be written.; give `-o` a place that can be"):
+        writer.check_destination(tmp_path / "a" / "e", False)
+    writer.check_destination(Path("e"), False)
+
+
 def test_a_mounted_disk_is_told_of_before_the_build(tmp_path, monkeypatch):
     (tmp_path / "volume").mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "volume")

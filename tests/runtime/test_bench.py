@@ -4,8 +4,10 @@ import asyncio
 import json
 
 import pytest
+import typer
 from ingot.engines.errors import RequestError
 from ingot.runtime.bench import Job, Timing, from_file, lengths, percentiles, report, run, synthetic
+from ingot.runtime.bench_cli import _sizes
 from ingot.runtime.request import CompletionOutput, RequestOutput, SamplingParams
 
 
@@ -39,10 +41,12 @@ def test_synthetic_workload_is_what_was_asked_for():
     assert {token for job in jobs for token in job.prompt} == set(range(10))
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "a", "5:4", "1:2:3", "1.5", ":4"])
+@pytest.mark.parametrize("text", ["", "0", "-1", "a", "5:4", "1:2:3", "1.5", ":4", "9" * 5000, "1:" + "9" * 5000])
 def test_a_wrong_length_is_refused(text):
     with pytest.raises(RequestError, match="expected a number"):
         lengths(text)
+    with pytest.raises(typer.BadParameter, match="--levels is .*, expected numbers above 0 such as 1,64"):
+        _sizes("levels", text or "0")
 
 
 def test_file_workload(tmp_path):
