@@ -91,7 +91,7 @@ def from_file(path: Path, num_requests: int | None, output_len: str, seed: int) 
             try:
                 fields = json.loads(line)
                 prompt = fields.pop("prompt") if "prompt" in fields else fields.pop("prompt_token_ids")
-            except (ValueError, KeyError, AttributeError, TypeError):
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
                 raise RequestError(
                     f"line {number} of {path} is not a request; expected a JSON object with prompt or prompt_token_ids."
                 ) from None

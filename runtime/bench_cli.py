@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..engines.cli import Debug, Engine
-from ..engines.errors import shown
+from ..engines.errors import RequestError, shown
 from ..engines.extras import pip_install
 from .cli import AsJson, Draft, LoadFormat, MaxSeqs, MaxTokens, NumDrafts, NumNodes, PrefixCache, Speculate
 
 if TYPE_CHECKING:
     from .bench import Job
 
+DRAWN = (".png", ".svg", ".pdf", ".jpg", ".webp")
 PROFILE = "Show the time of each op in a step against its floor instead, and draw it (--plot, or profile.png)."
 
 
@@ -183,8 +184,7 @@ def _profile(
     from .profiling.run import profile
 
     path = plot or Path("profile.png")
-    if not path.parent.is_dir():
-        raise typer.BadParameter(f"the folder of {path} does not exist.")
+    _check_place(path)
     config = ServeConfig(**options | {"prefix_cache": False})
     console = Console(stderr=True)
     with console.status("profiling", spinner="dots") as status:
@@ -219,16 +219,20 @@ def _speculation(
     if plot:
         _check_plot(plot)
     num = rounds * sum(map(bench.num_of, levels))
+    num_input, num_output = benchmark.lengths(input_len)[1], benchmark.lengths(output_len)[1]
     console = Console(stderr=True)
 
     async def measure() -> list[bench.Level]:
         async with AsyncLLM(engine, **options | {"max_num_seqs": options["max_num_seqs"] or max(levels)}) as llm:
+            if not file and num_input >= llm.max_model_len:
+                most = llm.max_model_len
+                raise RequestError(f"--input-len is {input_len}, but a request may have {most} tokens; ask for fewer.")
             with console.status("measuring", spinner="dots") as status:
                 if file:
                     jobs = benchmark.from_file(file, num, output_len, seed)
                 else:
-                    prompts = await bench.written(llm, num, benchmark.lengths(input_len)[1], seed)
-                    how = SamplingParams(temperature=0.0, max_tokens=benchmark.lengths(output_len)[1], ignore_eos=True)
+                    prompts = await bench.written(llm, num, num_input, seed)
+                    how = SamplingParams(temperature=0.0, max_tokens=num_output, ignore_eos=True)
                     jobs = [benchmark.Job(list(prompt), how) for prompt in prompts]
 
                 def say(level: bench.Level) -> None:
@@ -254,8 +258,14 @@ def _check_plot(path: Path) -> None:
 
     if find_spec("matplotlib") is None:
         raise typer.BadParameter(f"--plot needs matplotlib; install it with {pip_install('bench')}.")
+    _check_place(path)
+
+
+def _check_place(path: Path) -> None:
     if not path.parent.is_dir():
         raise typer.BadParameter(f"the folder of {path} does not exist.")
+    if path.is_dir() or path.suffix.lower() not in DRAWN:
+        raise typer.BadParameter(f"--plot is {path}, expected a file that ends in {', '.join(DRAWN)}.")
 
 
 def _draw(timings: Sequence[Any], path: Path) -> None:

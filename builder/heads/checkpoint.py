@@ -53,7 +53,8 @@ class HeadCheckpoint:
         config = config_of(path)
         if "fc.weight" not in tensors:
             raise BuildError(
-                f"{path} has no tensor 'fc.weight', so it is no EAGLE head; leave out --draft-for to build a model"
+                f"{path} has no tensor 'fc.weight', so it is no EAGLE head; give one, or leave out --draft-for to "
+                "build a model"
             )
         if not isinstance(config, LlamaConfig):
             raise BuildError(f"{path} is a head of type {config.model_type}; expected llama, whatever the target is")

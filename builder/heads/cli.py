@@ -23,7 +23,7 @@ def train_head(
         str, typer.Option(metavar="TEXT", help="A text file, JSON Lines, or a dataset of the hub.", show_default=False)
     ],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on at most.")] = 1 << 20,
-    epochs: Annotated[int, typer.Option(min=1, help="Times that they are gone through.")] = 1,
+    epochs: Annotated[int, typer.Option(min=1, max=1000, help="Times that they are gone through.")] = 1,
     drafts: Annotated[int, typer.Option(min=1, max=16, help="Steps of drafting that it is trained for.")] = 3,
     draft_vocab: Annotated[int, typer.Option(min=0, help="Most frequent tokens that it can say; 0: all.")] = 0,
     width: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 256,
@@ -36,7 +36,7 @@ def train_head(
     reads: Annotated[
         str, typer.Option(metavar="LAYERS", help="Hidden states that it reads, as --hidden-states; EAGLE-3's if none.")
     ] = "",
-    mlp_width: Annotated[int, typer.Option(min=0, help="Of its MLP; 0: as the target's.")] = 0,
+    mlp_width: Annotated[int, typer.Option(min=0, max=1 << 20, help="Of its MLP; 0: as the target's.")] = 0,
     written: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the windows that the target goes on with itself.")
     ] = 0.0,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ...engines.errors import BuildError
 from ...engines.writer import lock_folder
+from ..checkpoint import read_header
 
 STATE = "training.pt"  # where training stands
 
@@ -36,10 +37,22 @@ def claimed(out: Path, force: bool) -> Iterator[None]:
 
 
 def _check_folder(out: Path, force: bool) -> None:
+    if os.path.exists(out) and not out.is_dir():
+        raise BuildError(f"{out} is not a directory; give -o a new directory")
     there = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    begun = STATE in there or there <= {f"{STATE}.new"}  # the latter alone: it was killed right there
-    if out.is_file() or (not begun and not force):
+    if STATE in there or there <= {f"{STATE}.new"}:  # begun; the latter alone: it was killed right there
+        return
+    if not _is_head(out):  # as a model, its engine or a thesis
+        raise BuildError(f"{out} holds something else than a head, which is not replaced; give -o a new directory")
+    if not force:
         raise BuildError(f"{out} is there already; pass --force to replace what is in it, or give -o another directory")
+
+
+def _is_head(folder: Path) -> bool:
+    try:
+        return any(tensor.name == "fc.weight" for tensor in read_header(folder / "model.safetensors"))
+    except (OSError, BuildError):
+        return False
 
 
 @contextmanager

@@ -7,6 +7,7 @@ cannot be written is told of before an hour of training, or costs none.
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import time
@@ -21,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from ...engines.errors import BuildError
+from ...engines.errors import BuildError, shown
 from ...engines.weights import of_tensor, write_weights
 from ..calibration_text import Text
 from ..checkpoint import Checkpoint
@@ -49,7 +50,7 @@ class TrainConfig:
     step. begin_with: an EAGLE-3 checkpoint for this target, instead of first weights. reads: the target's hidden states
     as `hidden_states` of an engine, "": those of EAGLE-3. mlp_width: of its MLP, 0: as the target's. written: share of
     the windows that the target goes on with itself. seconds: of training at most, 0: any.
-    Raises BuildError for an integer that cannot be.
+    Raises BuildError for an integer or a learning rate that cannot be.
     """
 
     model: str
@@ -73,6 +74,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_integers(self, LOWEST)
+        if not 0 < self.learning_rate <= 1:
+            raise BuildError(f"learning_rate is {shown(self.learning_rate)}; expected a number above 0, at most 1")
 
 
 def train_head(
@@ -153,6 +156,11 @@ def _train(
         loss = trainer.learn(windows[batches[i]], progress)
         if i == begin or i % LOOKS == 0 or not windows.is_cuda:
             seen = float(loss)
+            if not math.isfinite(seen):
+                raise BuildError(
+                    f"the loss is {seen} after {i} steps: training diverged; lower --learning-rate, and pass --force "
+                    "to begin anew"
+                )
         on_step(i + 1, len(batches), seen)
         done = i + 1
         if time.monotonic() - saved > SECONDS:

@@ -114,7 +114,7 @@ def test_heads_that_are_none_or_not_whole_are_refused(tmp_path):
     (pickled / "pytorch_model.bin").write_bytes(b"no pickle")
     for folder, options, message in (
         (tmp_path / "nowhere", {}, "has no config.json, expected the checkpoint of a head"),
-        (TARGET, {}, "has no tensor 'fc.weight', so it is no EAGLE head; leave out --draft-for"),
+        (TARGET, {}, "has no tensor 'fc.weight', so it is no EAGLE head; give one, or leave out --draft-for"),
         (damaged, {}, "is not a whole safetensors file"),
         (pickled, {}, "pytorch_model.bin cannot be read"),
         (head("wide", hidden_size=384), {}, "hidden states of 384 columns, but those of .* have 192; give the target"),
@@ -232,8 +232,33 @@ def test_two_trainings_in_one_folder(text, tmp_path, monkeypatch):
     }  # fmt: skip
     lock = writer.lock_folder  # as if the other one had ended right before
     monkeypatch.setattr(its_folder, "lock_folder", lambda path: (path / "config.json").touch() or lock(path))
-    with pytest.raises(BuildError, match="is there already"):
+    with pytest.raises(BuildError, match="b holds something else than a head"):
         train.train_head(replace(config, out=str(tmp_path / "b")))
+
+
+def test_only_a_head_is_replaced(text, tmp_path):
+    """A model, its engine or anything else is not, whatever was forced."""
+    shutil.copytree(TARGET, tmp_path / "model")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "config.json").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name, words in (("model", "holds something else than a head"), ("notes", "something else than a head"),
+                        ("file", "is not a directory; give -o a new directory")):  # fmt: skip
+        with pytest.raises(BuildError, match=words):
+            train.train_head(train.TrainConfig(str(tmp_path / "model"), str(text), str(tmp_path / name), force=True))
+    assert (tmp_path / "model" / "config.json").read_bytes() == (TARGET / "config.json").read_bytes()
+    assert (tmp_path / "notes" / "config.json").read_text() == (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_training_that_diverges(text, tmp_path, monkeypatch):
+    config = train.TrainConfig(str(TARGET), str(text), str(tmp_path / "head"), tokens=1 << 9, width=32, drafts=1)
+    monkeypatch.setattr(Trainer, "learn", lambda self, window, progress: torch.tensor(torch.nan))
+    with pytest.raises(BuildError, match="the loss is nan after 0 steps: training diverged; lower --learning-rate, an"):
+        train.train_head(config)
+    assert not (tmp_path / "head" / "model.safetensors").exists()
+    for rate in (0.0, -1.0, float("nan"), float("inf"), 1.5):
+        with pytest.raises(BuildError, match=f"learning_rate is {rate}; expected a number above 0, at most 1"):
+            replace(config, learning_rate=rate)
 
 
 def test_a_training_that_cannot_begin_leaves_no_folder(tmp_path):

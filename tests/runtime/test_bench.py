@@ -57,7 +57,7 @@ def test_file_workload(tmp_path):
     first, second = from_file(tmp_path / "jobs.jsonl", None, "5", 0)
     assert first == Job("hi", SamplingParams(temperature=0.0, max_tokens=7))
     assert second == Job([1, 2], SamplingParams(temperature=0.5, max_tokens=5))
-    for bad in ("{", "[]", "3", "{}", '{"prompt": "x", "max_tokns": 1}'):
+    for bad in ("{", "[]", "3", "{}", '{"prompt": "x", "max_tokns": 1}', "[" * 100_000):
         (tmp_path / "bad.jsonl").write_text(bad)
         with pytest.raises(RequestError):
             from_file(tmp_path / "bad.jsonl", None, "5", 0)
