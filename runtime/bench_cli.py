@@ -67,6 +67,8 @@ def bench(
     if profile:
         if rate is not None or file is not None or num_requests is not None:
             raise typer.BadParameter("--profile makes its own load; leave out --rate, --file and --num-requests.")
+        if speculate is not None or draft_engine is not None:
+            raise typer.BadParameter("--profile is of steps without drafts; leave out --speculate and --draft-engine.")
         sizes = _sizes("batches", batches) or ([concurrency] if concurrency else [])
         prompts = None if prefill is None else _sizes("prefill", "" if prefill == "0" else prefill)
         return _profile(engine, options, sizes, context, prompts, seed, plot, as_json)
@@ -223,7 +225,8 @@ def _speculation(
     console = Console(stderr=True)
 
     async def measure() -> list[bench.Level]:
-        async with AsyncLLM(engine, **options | {"max_num_seqs": options["max_num_seqs"] or max(levels)}) as llm:
+        num_seqs = max(levels) if options["max_num_seqs"] is None else options["max_num_seqs"]
+        async with AsyncLLM(engine, **options | {"max_num_seqs": num_seqs}) as llm:
             if not file and num_input >= llm.max_model_len:
                 most = llm.max_model_len
                 raise RequestError(f"--input-len is {input_len}, but a request may have {most} tokens; ask for fewer.")

@@ -19,6 +19,8 @@ MEMORY_SHARE = 0.2  # of the memory available
 MEMORY_CEILING = 4 << 30  # bytes; more has to be asked for
 WITH_ENGINE = {"draft": "a draft engine", "eagle": "a head's engine", "medusa": "the engine of Medusa heads"}
 DRAFTERS = ("ngram", "suffix", *WITH_ENGINE)
+# of integers; memory is taken for so many sequences and tokens, whether they come or not
+MOST = {"max_num_seqs": 1 << 16, "max_num_batched_tokens": 1 << 24, "kv_cache_memory": 2**63 - 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size", "num_kv_pages",
                      "kv_cache_memory"):  # fmt: skip
-            value, most = getattr(self, name), 2**63 - 1 if name == "kv_cache_memory" else 2**31 - 1
+            value, most = getattr(self, name), MOST.get(name, 2**31 - 1)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise EngineError(f"{name} is {shown(value)}; it must be an integer of at least 1.")
             if value is not None and value > most:

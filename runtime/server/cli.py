@@ -88,6 +88,7 @@ def serve(
         )
     log_level = LogLevel.info if verbose else log_level
     set_up("serving", log_level, log_format)
+    from ..capacity import ServeConfig
     from .config import ServerConfig
     from .main import serve as run
     from .router.main import serve_replicas
@@ -108,7 +109,10 @@ def serve(
     if gpu_memory_utilization is not None:
         options["gpu_memory_utilization"] = gpu_memory_utilization
     if kv_cache_memory is not None:
+        if not 0 < kv_cache_memory < 2**33:  # nor what is no number
+            raise typer.BadParameter(f"--kv-cache-memory is {kv_cache_memory:g} GiB; it must be above 0, as 4.")
         options["kv_cache_memory"] = int(kv_cache_memory * 2**30)
+    ServeConfig(**options)  # what it refuses is said once, and not by each replica
     if replicas > 1:
         asyncio.run(serve_replicas(config, options, replicas))
     elif api_workers > 1:

@@ -323,9 +323,14 @@ def test_flags_that_do_not_go_together(bench, tmp_path):
     for value in ("0", "1,,x", "-3", "2.5"):
         refused(bench("--profile", "--batches", value), "--batches", value, "numbers above 0")
     refused(bench("--profile", "--plot", tmp_path / "none" / "x.png"), "the folder of", "does not exist")
+    refused(bench("--profile", "--speculate", "ngram"), "--profile is of steps without drafts", "--speculate")
     drafts = ("--speculate", "ngram", "--levels", 1, "--rounds", 1)
     refused(bench(*drafts, "--input-len", 99999), "--input-len is 99999, but a request may have", "ask for fewer")
     refused(bench(*drafts, "--output-len", 0), "'0' is not a length")
+    assert bench(*drafts, "--max-num-seqs", 0)[::2] == (
+        3,
+        "error: max_num_seqs is 0; it must be an integer of at least 1.\n",
+    )
     refused(bench(*drafts, "--plot", tmp_path / "x.foo"), "--plot is", "expected a file that ends in .png")
     for plot in (tmp_path, tmp_path / "x.foo"):
         refused(bench("--profile", "--plot", plot), "--plot is", "expected a file that ends in .png")

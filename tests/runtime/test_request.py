@@ -83,6 +83,8 @@ def test_integers_that_python_does_not_write():
                     {"num_draft_tokens": -huge}, {"speculate": huge}, {"load_format": [huge]}):  # fmt: skip
         with pytest.raises(EngineError, match=f"{next(iter(options))} is (a number of thousands|a value that is too)"):
             ServeConfig(**options)
+    with pytest.raises(EngineError, match="max_num_seqs is 999999999; it must be an integer of at most 65536"):
+        ServeConfig(max_num_seqs=999999999)  # whose rows alone would fill the memory
     with pytest.raises(EngineError, match="max_model_len is 2147483648; it must be an integer of at most 2147483647"):
         ServeConfig(max_model_len=1 << 31)
     for options in ({"port": huge}, {"max_waiting": -huge}, {"watchdog": -huge}, {"drain_timeout": -huge}):

@@ -92,6 +92,10 @@ def test_what_cannot_be_served_is_one_sentence(engine, tmp_path):
             ((engine, "--port", 0, "--queue-timeout", 0), 3, "queue_timeout is 0"),
             ((engine, "--port", 0, "--host", "a" * 64), 3, f"{'a' * 64}:0 cannot be served on"),
             ((engine, "--port", 0, "--no-such"), 2, "No such option"),
+            ((engine, "--port", 0, "--kv-cache-memory", "nan"), 2, "--kv-cache-memory is nan GiB; it must be above 0"),
+            ((engine, "--port", 0, "--kv-cache-memory", 1e300), 2, "--kv-cache-memory is 1e+300 GiB; it must be"),
+            ((engine, "--port", 0, "--max-num-batched-tokens", 10**9), 3, "an integer of at most 16777216"),
+            ((engine, "--port", 0, "--replicas", 2, "--speculate", "x"), 3, "error: speculate is 'x'; it must be one"),
         ):
             done = run(*arguments)
             assert done.returncode == code and words in done.stderr, done
