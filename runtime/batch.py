@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from ..engines import step as names
 from .placement import Placement, needs_history
-from .speculation.tree import Tree
+from .speculation.tree import Tree, bits
 from .speculation.verify import Nodes
 from .step import FROM_DEVICE, Step
 
@@ -144,7 +144,7 @@ class Arena:
         sample_index, sample_positions, drafts = logit_ends[samples] - 1, kv_len[samples], None
         if guessed:
             samples = np.repeat(samples, num_samples[samples])  # work of each sample
-            left = np.concatenate([np.arange(num)[::-1] for num in num_samples])  # samples of its work that follow
+            left = np.repeat(np.cumsum(num_samples), num_samples) - 1 - np.arange(len(samples))  # behind it
             sample_index, sample_positions = logit_ends[samples] - 1 - left, kv_len[samples] - left
             drafts = np.array([t for w in step if w.num_samples for t in (*w.drafts, -1)], np.int32)
         nodes = None
@@ -230,14 +230,20 @@ class _Cut:
 
 def _place_trees(step: Step, query_start: np.ndarray, positions: np.ndarray) -> np.ndarray | None:
     """Gives nodes of trees the positions of their depths -> what each token sees [T]; None where there is no tree."""
-    ancestors = None
-    for work, end in zip(step, query_start[1:], strict=True):
-        if isinstance(tree := work.drafts, Tree) and tree:
-            if ancestors is None:
-                ancestors = np.full(len(positions), -1, np.int32)
-            nodes = slice(end - len(tree), end)
-            positions[nodes] = positions[end - len(tree) - 1] + np.array(tree.depths)
-            ancestors[nodes] = tree.ancestors()
+    works = [i for i, work in enumerate(step) if work.drafts and isinstance(work.drafts, Tree)]
+    if not works:
+        return None
+    depths: list[int] = []
+    paths: list[int] = []
+    for tree in (step[i].drafts for i in works):
+        assert isinstance(tree, Tree)
+        depths += tree.depths
+        paths += tree.paths
+    nums, ends = np.array([len(step[i].drafts) for i in works]), query_start[1:][works]
+    nodes = np.arange(len(paths)) + np.repeat(ends - np.cumsum(nums), nums)
+    positions[nodes] = np.repeat(positions[ends - nums - 1], nums) + depths
+    ancestors = np.full(len(positions), -1, np.int32)
+    ancestors[nodes] = bits(np.array(paths, np.uint64), np.repeat(nums, nums))
     return ancestors
 
 

@@ -25,9 +25,8 @@ class PageTables:
     def reserve(self, request: Request, end: int, num: int) -> int:
         """Pages for up to `num` tokens from `end` on, as far as there are free ones; for how many there are."""
         num = min(num, self.max_model_len - end)
-        lacking = min(self.lacking(request, end + num), self.pool.num_free)
-        if lacking > 0:
-            self.grow(request, lacking)
+        if (lacking := self.lacking(request, end + num)) > 0:
+            self.grow(request, min(lacking, self.pool.num_free))
         return max(0, min(num, len(request.pages) * self.pool.page_size - end))
 
     def begin(self, request: Request, spare: int) -> bool:

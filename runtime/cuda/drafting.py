@@ -182,11 +182,11 @@ class Drafting:
             for work, tree in zip(guesses.works.tolist(), self._trees(levels, len(guesses.works)), strict=True):
                 found[work] = tree.keep([token < self._vocab_size for token in tree])
             return found
-        columns = self._tokens(guesses.chain).T.tolist()
-        for work, num, column in zip(guesses.works.tolist(), guesses.nums.tolist(), columns, strict=True):
-            some = column[:num]
-            strange = next((i for i, token in enumerate(some) if token >= self._vocab_size), num)
-            found[work] = some[:strange]
+        chain = self._tokens(guesses.chain)
+        known = np.cumprod(chain < self._vocab_size, axis=0).sum(0)  # of each, up to the first that is strange
+        nums = np.minimum(guesses.nums, known).tolist()
+        for work, num, column in zip(guesses.works.tolist(), nums, chain.T.tolist(), strict=True):
+            found[work] = column[:num]
         return found
 
     def scratch(self, size: int) -> None:

@@ -21,7 +21,7 @@ from .costs import Costs
 from .drafter import Drafter
 from .outlook import Chance, Median, Outlook
 from .statistics import SpeculationStats
-from .tree import Tree, parents_of
+from .tree import Tree
 
 HOPE = 0.7  # of a draft's token to be right, before anything is known
 SPREAD = 0.7  # of a chain's failures that are a tree's, too, before that is known
@@ -155,19 +155,20 @@ class Speculation:
 
     def _verified(self, request: Request, drafts: Sequence[int], found: Sequence[int]) -> None:
         self._num_drafts += 1
-        parents, num_right = parents_of(drafts), len(found) - 1
-        for depth in drafts.depths if isinstance(drafts, Tree) else range(1, len(drafts) + 1):
+        right = num_right = len(found) - 1
+        chain = len(drafts)  # the likeliest path
+        for depth in drafts.depths if isinstance(drafts, Tree) else range(1, chain + 1):
             self._drafted_at[depth - 1] += 1
         for i in range(num_right):
             self._accepted_at[i] += 1
-        path = drafts.path(found) if isinstance(drafts, Tree) else range(num_right)
         if isinstance(drafts, Tree):
+            parents, path = drafts.parents, drafts.path(found)
             tried = num_right + ((path[-1] if path else -1) in parents)
             outlook = self._outlooks.get(request)  # none any more where these drafts ended the request
             for chance in (self._branched, outlook.branched) if outlook else (self._branched,):
                 chance.count(num_right, tried)
-        chain = next((i for i, parent in enumerate(parents) if parent != i - 1), len(parents))  # the likeliest path
-        right = next((i for i, node in enumerate(path) if node != i), num_right)
+            chain = next((i for i, parent in enumerate(parents) if parent != i - 1), chain)
+            right = next((i for i, node in enumerate(path) if node != i), right)
         self._learn(request, right, min(chain, right + 1))
 
     def _learn(self, request: Request, right: int, tried: int) -> None:
@@ -235,11 +236,12 @@ class Speculation:
             return factor * (share + longer + self._costs.drafting(nums, self._most) + lag)
 
         best, at = 0.0, 0
-        gain, reach, size = float(num), [outlook.hits for outlook in outlooks], float(num)
+        reach = [outlook.hits for outlook in outlooks]
+        gain, size, hits = float(num), float(num), sum(reach)
         for i in range(1, self._most + 1):
             reach = [r * c for r, c in zip(reach, chances, strict=True)]  # chance that the i-th is reached and right
             gain += sum(reach)
-            size += sum(outlook.hits for outlook in outlooks)
+            size += hits
             if (speed := gain / seconds(size, [i] * len(some))) > best:
                 best, at = speed, i
         if self._nodes:
@@ -249,7 +251,7 @@ class Speculation:
         if best < plain * (WORTH if self._trial else needed):
             self._trial = 0
             return False
-        size = prompts + num + at * sum(outlook.hits for outlook in outlooks)
+        size = prompts + num + at * hits
         price = target(size + 1) - target(size)
         price += draft(len(some)) / len(some) if draft and not self._costs.at_once else 0.0
         least = min(1.0, best * factor * price)  # a token that is likelier earns more than the average

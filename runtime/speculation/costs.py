@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -78,11 +79,12 @@ class Costs(NamedTuple):
             return 0.0
         if self.at_once:
             return self.draft(sum(num > 0 for num in nums))
-        wide = [run_of_level(num, depth) if num > depth else 1 for num in nums]
-        deep = [min(num, depth) for num in nums]
-        return sum(
-            self.draft(sum(w if i else 1 for w, d in zip(wide, deep, strict=True) if d > i)) for i in range(max(deep))
-        )
+        sizes = [0] * min(max(nums), depth)  # sequences and nodes of each of its steps
+        for num, count in Counter(nums).items():
+            wide = run_of_level(num, depth) if num > depth else 1
+            for i in range(min(num, depth)):
+                sizes[i] += count * (wide if i else 1)
+        return sum(map(self.draft, sizes))
 
 
 def run_of_level(nodes: int, depth: int) -> int:

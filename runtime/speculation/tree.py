@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from functools import cached_property
+from operator import lt
 
 import numpy as np
 
@@ -26,9 +27,11 @@ class Tree(tuple[int, ...]):
     def __new__(cls, tokens: Sequence[int], parents: Sequence[int]) -> Tree:
         tree = super().__new__(cls, tokens)
         tree.parents = tuple(parents)
-        if len(tree) != len(tree.parents) or not all(-1 <= p < i for i, p in enumerate(tree.parents)):
-            raise ValueError(f"{list(parents)} are not the parents of {len(tree)} nodes")
-        if len(set(zip(tree.parents, tree, strict=True))) < len(tree):
+        num = len(tree)
+        behind = len(tree.parents) == num and all(map(lt, tree.parents, range(num)))
+        if not behind or min(tree.parents, default=-1) < -1:
+            raise ValueError(f"{list(parents)} are not the parents of {num} nodes")
+        if len(set(zip(tree.parents, tree, strict=True))) < num:
             raise ValueError(f"two of {list(tokens)} under {list(parents)} are the same token in the same place")
         return tree
 
@@ -40,16 +43,22 @@ class Tree(tuple[int, ...]):
             found.append(1 + (found[parent] if parent >= 0 else 0))
         return found
 
+    @property
+    def paths(self) -> list[int]:
+        """[n] what each node sees of them: bit i for node i."""
+        found: list[int] = []
+        for i, parent in enumerate(self.parents):
+            found.append(1 << i | (found[parent] if parent >= 0 else 0))
+        return found
+
     def ancestors(self) -> np.ndarray:
         """[n] int32 as `PagedAttention` reads them where these are the last keys of a sequence."""
-        num = len(self)
-        paths: list[int] = []
-        for i, parent in enumerate(self.parents):
-            paths.append(1 << i | (paths[parent] if parent >= 0 else 0))
-        return bits(np.array(paths, np.uint64), num)
+        return bits(np.array(self.paths, np.uint64), len(self))
 
     def keep(self, wanted: Sequence[bool]) -> Tree:
         """The nodes that are wanted and whose ancestors are."""
+        if all(wanted):
+            return self
         place = {-1: -1}
         for i, (parent, want) in enumerate(zip(self.parents, wanted, strict=True)):
             if want and parent in place:
@@ -67,19 +76,18 @@ class Tree(tuple[int, ...]):
 
     def path(self, tokens: Sequence[int]) -> list[int]:
         """Nodes along the beginning of `tokens` that the tree has."""
-        children = {(parent, token): i for i, (parent, token) in enumerate(zip(self.parents, self, strict=True))}
-        found, at = [], -1
-        for token in tokens:
-            if (at := children.get((at, token), -1)) < 0:
-                break
-            found.append(at)
+        found: list[int] = []
+        at, num = -1, len(tokens)
+        for i, parent in enumerate(self.parents):  # children come behind their parents
+            if parent == at and len(found) < num and self[i] == tokens[len(found)]:
+                found.append(at := i)
         return found
 
 
-def bits(paths: np.ndarray, num: int) -> np.ndarray:
+def bits(paths: np.ndarray, num: int | np.ndarray) -> np.ndarray:
     """paths: bit i for node i of the last `num` keys -> int32 of the last 32: what is before the nodes is seen."""
-    before = 32 - num
-    return (paths << np.uint64(before) | np.uint64((1 << before) - 1)).astype(np.uint32).view(np.int32)
+    before, one = np.asarray(32 - num, np.uint64), np.uint64(1)
+    return (paths << before | (one << before) - one).astype(np.uint32).view(np.int32)
 
 
 def parents_of(drafts: Sequence[int]) -> Sequence[int]:
@@ -93,6 +101,8 @@ def depth_of(drafts: Sequence[int]) -> int:
 
 def first(drafts: Sequence[int], num: int) -> Sequence[int]:
     """At most so many of them."""
+    if num >= len(drafts):
+        return drafts
     return Tree(drafts[:num], drafts.parents[:num]) if isinstance(drafts, Tree) else drafts[:num]
 
 
@@ -103,19 +113,31 @@ def no_deeper(drafts: Sequence[int], depth: int) -> Sequence[int]:
     return drafts[: max(0, depth)]
 
 
-def likeliest(tokens: np.ndarray, parents: np.ndarray, chances: np.ndarray, num: int) -> Tree:
-    """The best tree of `num` of these nodes [n], each behind its parent; chances: logarithms, of whole paths.
+def likeliest(tokens: np.ndarray, parents: np.ndarray, chances: np.ndarray, num: int) -> list[Tree]:
+    """The best trees of `num` nodes of each request's [S, n], each behind its parent; chances: logarithms, of whole
+    paths.
 
     Its likeliest path, from the first step on, comes first, then the others by chance (EAGLE-2, arXiv:2406.16858).
     """
-    order = np.argsort(-chances, kind="stable")[:num].tolist()  # no node is likelier than its parent
-    chain: list[int] = []
-    for i in order:
-        if parents[i] == (chain[-1] if chain else -1):
-            chain.append(i)
-    order = chain + sorted(set(order) - set(chain), key=order.index)
-    place = {-1: -1} | {i: at for at, i in enumerate(order)}
-    return Tree([int(tokens[i]) for i in order], [place[int(parents[i])] for i in order])
+    best = np.argsort(-chances, axis=1, kind="stable")[:, :num]  # no node is likelier than its parent
+    columns = (each.tolist() for each in (best, *(np.take_along_axis(part, best, 1) for part in (parents, tokens))))
+    return [_path_first(list(zip(*each, strict=True))) for each in zip(*columns, strict=True)]
+
+
+def _path_first(nodes: list[tuple[int, int, int]]) -> Tree:
+    """nodes: number, that of the parent, token; by chance."""
+    path: list[tuple[int, int, int]] = []
+    others: list[tuple[int, int, int]] = []
+    last = -1
+    for node in nodes:
+        if node[1] == last:
+            path.append(node)
+            last = node[0]
+        else:
+            others.append(node)
+    path += others
+    place = {-1: -1} | {number: at for at, (number, _, _) in enumerate(path)}
+    return Tree([token for _, _, token in path], [place[parent] for _, parent, _ in path])
 
 
 class Growth:
@@ -147,8 +169,8 @@ class Growth:
 
     def trees(self, num: int) -> list[Tree]:
         """The best of `num` nodes of each request."""
-        nodes = [np.concatenate(part, 1) for part in zip(*self._levels, strict=True)]
-        return [likeliest(t, p, c, num) for t, p, c in zip(*nodes, strict=True)]
+        tokens, parents, chances = (np.concatenate(part, 1) for part in zip(*self._levels, strict=True))
+        return likeliest(tokens, parents, chances, num)
 
 
 def product(tokens: np.ndarray, chances: np.ndarray, num: int) -> Tree:
@@ -165,5 +187,5 @@ def product(tokens: np.ndarray, chances: np.ndarray, num: int) -> Tree:
             heapq.heappush(heap, (minus + float(step), head, branch + 1, parent))
         if head + 1 < len(tokens):
             heapq.heappush(heap, (minus - float(chances[head + 1, 0]), head + 1, 0, node))
-    nodes, parents, paths = (np.array(column) for column in zip(*found, strict=True))
-    return likeliest(nodes, parents, paths, num)
+    nodes, parents, paths = (np.array([column]) for column in zip(*found, strict=True))
+    return likeliest(nodes, parents, paths, num)[0]

@@ -24,12 +24,16 @@ class Nodes(NamedTuple):
     def of(cls, drafts: Sequence[Sequence[int]]) -> Nodes:
         """drafts: of each request that is sampled from."""
         tokens: list[int] = []
-        parents: list[int] = []
+        places: list[int] = []  # of parents, among the drafts of their request
+        begins: list[int] = []
         for some in drafts:
-            begin = len(tokens)
+            begins.append(len(tokens))
             tokens += (-1, *some)
-            parents += (-1, *(begin + 1 + parent for parent in parents_of(some)))
-        return cls(np.array(tokens, np.int32), np.array(parents, np.int32))
+            places += (-1, *parents_of(some))
+        sizes = np.diff(begins, append=len(tokens))
+        parents = np.array(places, np.int32) + np.repeat(np.array(begins, np.int32) + 1, sizes)
+        parents[begins] = -1
+        return cls(np.array(tokens, np.int32), parents)
 
     def before(self, samples: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Pairs of (places in `samples`, a draft before each of them), until all drafts before all were told."""

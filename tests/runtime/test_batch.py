@@ -9,6 +9,9 @@ from ingot.runtime.batch import Arena
 from ingot.runtime.kv import PagePool
 from ingot.runtime.request import Request, SamplingParams
 from ingot.runtime.scheduler import Scheduler
+from ingot.runtime.speculation.tree import Tree
+from ingot.runtime.step import Work
+from random_tree import bits_of, path_to, random_parents
 
 PAGE, SEQS, TOKENS, LENGTH = 4, 6, 24, 60
 
@@ -95,6 +98,32 @@ def test_fill_equals_the_plain_reading(seed):
             scheduler.commit(previous, [[rng.randrange(9)] * work.num_samples for work in previous])
         previous = step
     assert steps > 20 and in_flight > 20
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_trees_and_chains_lie_as_the_plain_reading(seed):
+    """Positions, what is seen, samples and their parents of a step with trees, chains and neither."""
+    rng = random.Random(seed)
+    step, positions, seen, parents, after = [], [], [], [], []
+    for row in range(SEQS):
+        start = rng.randint(1, 20)
+        above = random_parents(rng, rng.randint(1, 9))
+        drafts = rng.choice([Tree(range(len(above)), above), [5, 6, 7], ()]) if row else Tree(range(len(above)), above)
+        if not isinstance(drafts, Tree):
+            above = list(range(-1, len(drafts) - 1))
+        request, num = Request(str(row), [3] * (start + 1), SamplingParams()), 1 + len(drafts)
+        step.append(Work(request, row, start, num, num, [*range(1, 15)], num, True, drafts))
+        mine = [start, *(start + len(path_to(above, i)) for i in range(len(drafts)))]
+        tree = isinstance(drafts, Tree)
+        seen += [-1, *(bits_of(above, i, len(drafts)) if tree else -1 for i in range(len(drafts)))]
+        parents += [-1, *(len(positions) + 1 + parent for parent in above)]
+        positions += mine
+        after += [position + 1 for position in mine]
+    batch = Arena(SEQS, 80, LENGTH, PAGE).fill(tuple(step))
+    assert batch.inputs["positions"].tolist() == positions and batch.inputs["ancestors"].tolist() == seen
+    assert batch.nodes.parents.tolist() == parents and batch.sample_positions.tolist() == after
+    assert batch.nodes.tokens.tolist() == [token for work in step for token in (-1, *work.drafts)]
+    assert batch.sample_index.tolist() == [*range(len(positions))]
 
 
 def test_a_batch_survives_the_next_fill():

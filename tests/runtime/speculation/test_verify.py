@@ -261,7 +261,7 @@ def test_the_likeliest_tree_begins_with_the_likeliest_path(seed):
     chances = np.zeros(40)
     for i, parent in enumerate(parents):
         chances[i] = (chances[parent] if parent >= 0 else 0.0) - spread.exponential()
-    tree = likeliest(np.arange(40), np.array(parents), chances, 12)
+    (tree,) = likeliest(np.arange(40)[None], np.array([parents]), chances[None], 12)
     assert {*tree} == {*np.argsort(-chances)[:12].tolist()}
     assert [parents[node] for node in tree] == [tree[i] if i >= 0 else -1 for i in tree.parents]
     chain, at = [], -1
