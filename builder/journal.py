@@ -46,7 +46,8 @@ class Journal:
         self.folder = folder
         self.scales, self.layers = Scales(StoredWeights()), dict[str, Layer]()
         self.accuracy: Accuracy | None = None
-        self._saved, self._num, self._lock = set[tuple[str, str]](), 0, -1
+        self._saved, self._num = set[tuple[str, str]](), 0
+        self._lock: int | None = None
         self._walks = dict[str, Kept]()
         self._made = [path for path in folder.parents if not path.exists()] if folder else []  # the innermost first
         if folder:
@@ -114,7 +115,8 @@ class Journal:
         if isinstance(error, BuildError):
             self._remove("walk-*")
             self._remove("*.part")
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
         if error is None or refused or {path.name for path in self.folder.iterdir()} <= {ABOUT}:
             shutil.rmtree(self.folder, ignore_errors=True)
             for path in self._made:
@@ -125,8 +127,8 @@ class Journal:
         for path in self.folder.glob(pattern) if self.folder else ():
             path.unlink()
 
-    def _open(self, folder: Path, about: Any, on_note: Callable[[str], None]) -> int:
-        """Reads what is there, if it is of the same calibration; returns the lock."""
+    def _open(self, folder: Path, about: Any, on_note: Callable[[str], None]) -> int | None:
+        """Reads what is there, if it is of the same calibration; returns the lock, if the file system has any."""
         file = folder / ABOUT
         mine = {ABOUT, f"{ABOUT}.part"}  # the latter alone: it was killed, or the disk was full, right here
         if folder.exists() and (
@@ -134,8 +136,7 @@ class Journal:
         ):
             raise BuildError(f"{folder} is in the way of what a calibration keeps; move it or give another `-o`.")
         folder.mkdir(parents=True, exist_ok=True)
-        if (lock := lock_folder(folder)) is None:
-            raise BuildError(f"{folder} is in use by another process; wait for it or give another `-o`.")
+        lock = lock_folder(folder)
         try:
             found = json.loads(file.read_text()) if file.is_file() else about
             other = sorted(key for key in {*found, *about} if found.get(key) != about.get(key))

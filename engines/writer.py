@@ -74,12 +74,19 @@ def engine_directory(out: str | os.PathLike, force: bool = False) -> Iterator[Pa
 
 
 def lock_folder(folder: Path) -> int | None:
-    """Locks it for as long as the descriptor is open, or the process lives. None: another one has, or nothing can."""
+    """Locks it for as long as the descriptor is open, or the process lives. None: the file system has no locks.
+
+    Raises BuildError: another process has it.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise BuildError(
+                f"{folder} is in use by another process; wait for it or give `-o` another place."
+            ) from None
         return None
     return descriptor
 
@@ -90,9 +97,10 @@ def _remove_abandoned(out: Path, ours: Path) -> None:
     with suppress(OSError):  # of another user: none of our business
         for path in out.parent.iterdir():
             if path != ours and path.name.startswith(start) and path.name[len(start) :].isdecimal() and path.is_dir():
-                if (lock := lock_folder(path)) is not None:
-                    shutil.rmtree(path, ignore_errors=True)
-                    os.close(lock)
+                with suppress(BuildError):
+                    if (lock := lock_folder(path)) is not None:
+                        shutil.rmtree(path, ignore_errors=True)
+                        os.close(lock)
 
 
 def _exchange(one: Path, other: Path) -> bool:

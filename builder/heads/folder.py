@@ -24,8 +24,7 @@ def claimed(out: Path, force: bool) -> Iterator[None]:
     made = [path for path in (out, *out.parents) if not path.exists()]  # the innermost first
     with disk(out):
         out.mkdir(parents=True, exist_ok=True)
-    if (lock := lock_folder(out)) is None:
-        raise BuildError(f"{out} is in use by another process; wait for it or give -o another directory")
+        lock = lock_folder(out)
     try:
         _check_folder(out, force)  # the training that was in it may have ended right here
         yield
@@ -33,7 +32,8 @@ def claimed(out: Path, force: bool) -> Iterator[None]:
         with suppress(OSError):  # something is in it
             for path in made:
                 path.rmdir()
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 
 def _check_folder(out: Path, force: bool) -> None:

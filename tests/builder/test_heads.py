@@ -222,7 +222,7 @@ def test_two_trainings_in_one_folder(text, tmp_path, monkeypatch):
 
     def another(*_):
         for force in (False, True):
-            with pytest.raises(BuildError, match="head is in use by another process; wait for it or give -o another"):
+            with pytest.raises(BuildError, match="head is in use by another process; wait for it or give `-o` another"):
                 train.train_head(replace(config, force=force, seed=1))
             refused.append(force)
 

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from ingot.builder.heads.folder import claimed
+from ingot.builder.journal import Journal
 from ingot.engines import writer
 from ingot.engines.errors import BuildError
 from ingot.engines.manifest import FILE_NAME
@@ -179,3 +181,21 @@ def test_a_mounted_disk_is_told_of_before_the_build(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "volume")
     with pytest.raises(BuildError, match="volume is where a disk is mounted, .*; give `-o` a directory in it"):
         writer.check_destination(tmp_path / "volume", False)
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """What is done in a folder is done without; what somebody may be at work in is left alone."""
+
+    def none(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(writer.fcntl, "flock", none)
+    (tmp_path / "engine.partial-1").mkdir()
+    with engine_directory(tmp_path / "engine") as folder:
+        fill(folder)
+    assert {path.name for path in tmp_path.iterdir()} == {"engine", "engine.partial-1"}
+    with claimed(tmp_path / "head", force=False):
+        (tmp_path / "head" / "model.safetensors").touch()
+    with Journal(tmp_path / "calibration", {}):
+        assert (tmp_path / "calibration").is_dir()
+    assert not (tmp_path / "calibration").exists() and (tmp_path / "head").is_dir()
