@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +26,7 @@ from ..calibration.accuracy import Accuracy, Layer
 from ..calibration.scales import KINDS, Scales, StoredWeights
 from ..engines.errors import BuildError
 from ..engines.weights import of_tensor, write_weights
-from ..engines.writer import lock_folder
+from ..engines.writer import lock_folder, remove_empty
 
 ABOUT, FINISHED, FOUND = "about.json", "accuracy.json", "found-{:05d}.safetensors"
 SECONDS, SHARE = 30.0, 0.05  # between snapshots at least; of all the time they may take at most
@@ -119,9 +119,7 @@ class Journal:
             os.close(self._lock)
         if error is None or refused or {path.name for path in self.folder.iterdir()} <= {ABOUT}:
             shutil.rmtree(self.folder, ignore_errors=True)
-            for path in self._made:
-                with suppress(OSError):  # the output is in it
-                    path.rmdir()
+            remove_empty(self._made)
 
     def _remove(self, pattern: str) -> None:
         for path in self.folder.glob(pattern) if self.folder else ():

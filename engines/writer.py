@@ -12,7 +12,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -132,8 +132,11 @@ def _replace(out: Path, partial: Path) -> None:
 def _remove(made: list[Path]) -> None:
     """The partial engine with all it holds, then the parents that were made for it, if nothing else is in them."""
     shutil.rmtree(made[0], ignore_errors=True)
-    for parent in made[1:]:
-        try:
-            parent.rmdir()
-        except OSError:
-            return
+    remove_empty(made[1:])
+
+
+def remove_empty(made: Iterable[Path]) -> None:
+    """Folders that were made for something, the innermost first, as far as nothing else is in them."""
+    with suppress(OSError):
+        for folder in made:
+            folder.rmdir()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from ...engines.errors import BuildError
-from ...engines.writer import lock_folder
+from ...engines.writer import lock_folder, remove_empty
 from ..checkpoint import read_header
 
 STATE = "training.pt"  # where training stands
@@ -29,9 +29,7 @@ def claimed(out: Path, force: bool) -> Iterator[None]:
         _check_folder(out, force)  # the training that was in it may have ended right here
         yield
     finally:
-        with suppress(OSError):  # something is in it
-            for path in made:
-                path.rmdir()
+        remove_empty(made)
         if lock is not None:
             os.close(lock)
 
