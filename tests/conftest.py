@@ -1,6 +1,7 @@
 """Shared fixtures: engines of the embedded demo checkpoints, built once a run; tests marked `gpu` need one."""
 
 import os
+import random
 import signal
 from pathlib import Path
 
@@ -29,6 +30,20 @@ if not torch.cuda.is_available():
 # shared machines: a deadline per example would fail on load, not on mistakes
 settings.register_profile("ingot", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ingot")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, help="of the random inputs of each test: a test that fails shows its own")
+
+
+@pytest.fixture(autouse=True)
+def fresh_inputs(request):
+    """Random inputs that are new each time, and the same again with `--seed`."""
+    given = request.config.getoption("seed")
+    seed = random.SystemRandom().getrandbits(32) if given is None else given
+    print("seed", seed)  # shown when a test fails
+    random.seed(seed)
+    torch.manual_seed(seed)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m gpu` chooses

@@ -38,4 +38,4 @@ def run_tactic(tactic: Tactic, inputs, outputs):
 
 def some_of(found, num):
     """Some of the tactics, others each time: compiling all of them for every shape takes minutes."""
-    return random.SystemRandom().sample(found, min(num, len(found)))
+    return random.sample(found, min(num, len(found)))

@@ -25,12 +25,6 @@ TOLERANCE = {
 DEFAULTS = dict(activation="silu", transposed=0, interleaved=0, alpha=1.702, limit=7.0)
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
-    print("seed", torch.initial_seed())  # shown when a test fails
-
-
 def made(tokens, num_experts, choices, width, inner, dtype, transposed=0, biases=False):
     """Inputs of the op: every token has `choices` different experts, route weights that sum to 1 in fp32."""
     x = torch.randn(tokens, width).to(dtype)

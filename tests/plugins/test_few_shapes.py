@@ -1,7 +1,6 @@
 """Products of all numbers of rows: the right numbers, in few shapes, as counted by oneDNN itself."""
 
 import ctypes
-import os
 
 import pytest
 import torch
@@ -12,12 +11,6 @@ from torch.backends import mkldnn
 
 linear, experts = OPS["Linear"].reference, OPS["Experts"].reference
 MOST = 16 + 8 * 5  # shapes of 1 to 512 rows
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
-    print("seed", torch.initial_seed())  # shown when a test fails
 
 
 @pytest.fixture

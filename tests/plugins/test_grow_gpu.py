@@ -1,7 +1,5 @@
 """Levels of trees as they are staged on the GPU, or interpreted, against what the host grows from the same numbers."""
 
-import os
-
 import pytest
 import torch
 
@@ -55,8 +53,6 @@ class Levels:
 
 @pytest.mark.parametrize("num, run, branches, mapped", [(1, 3, 8, True), (7, 8, 8, False), (290, 1, 5, True)])
 def test_a_level_is_what_the_host_grows(num, run, branches, mapped):
-    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
-    print("seed", torch.initial_seed())  # shown when a test fails
     levels = Levels(num, run, branches, mapped)
     ids = levels.ids if mapped else torch.arange(DRAFT_VOCAB).int()
     growth, going, paths = None, None, [[[]]] * num  # numbers of nodes on the path to each that was run

@@ -1,7 +1,6 @@
 """Every tactic of the GPU kernels against the references: on the GPU where there is one, interpreted otherwise."""
 
 import itertools
-import os
 import re
 
 import pytest
@@ -23,12 +22,6 @@ TOLERANCE = {
     torch.bfloat16: dict(rtol=1.6e-2, atol=1.6e-2),
     torch.float16: dict(rtol=2e-3, atol=2e-3),
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
-    print("seed", torch.initial_seed())  # shown when a test fails
 
 
 def compare(op, inputs, tolerance=None, device=None, **attributes):

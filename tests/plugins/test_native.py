@@ -53,12 +53,6 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
-    print("seed", torch.initial_seed())  # shown when a test fails
-
-
 def launches_of(binder):
     """The binder with its kernel wrapped, and the list that grows with every launch."""
     calls = []

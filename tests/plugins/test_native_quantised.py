@@ -58,12 +58,6 @@ def _poisoned(x):
     return x.fill_(math.nan if x.is_floating_point() else -1)
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
-    print("seed", torch.initial_seed())  # shown when a test fails
-
-
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
 def threads(request):
     before = torch.get_num_threads()

@@ -1,6 +1,5 @@
 """Every tactic of the quantised ops against the references: on the GPU where there is one, interpreted otherwise."""
 
-import os
 import re
 
 import pytest
@@ -25,12 +24,6 @@ ONNX = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16, to
 # the interpreter multiplies bf16 matrices wrongly, so they are left to the GPU
 HALF = torch.bfloat16 if GPU else torch.float16
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 3e-3, torch.bfloat16: 1.6e-2}
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
-    print("seed", torch.initial_seed())  # shown when a test fails
 
 
 def packed(numbers):

@@ -25,12 +25,6 @@ TOLERANCE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
-    print("seed", torch.initial_seed())  # shown when a test fails
-
-
 def run(op, inputs, outputs, **attributes):
     """What every tactic of the op makes of these inputs; outputs: `Tensor` each."""
     found = tactics_of(op)(Site(op, attributes, tuple(map(described, inputs)), tuple(outputs)))
