@@ -269,6 +269,13 @@ def _check_place(path: Path) -> None:
         raise typer.BadParameter(f"the folder of {path} does not exist.")
     if path.is_dir() or path.suffix.lower() not in DRAWN:
         raise typer.BadParameter(f"--plot is {path}, expected a file that ends in {', '.join(DRAWN)}.")
+    exists = path.exists()
+    try:
+        path.open("ab").close()
+        if not exists:
+            path.unlink()
+    except OSError as error:
+        raise typer.BadParameter(f"--plot is {path}, which cannot be written ({error.strerror}).") from None
 
 
 def _draw(timings: Sequence[Any], path: Path) -> None:

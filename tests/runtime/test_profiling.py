@@ -332,6 +332,7 @@ def test_flags_that_do_not_go_together(bench, tmp_path):
         "error: max_num_seqs is 0; it must be an integer of at least 1.\n",
     )
     refused(bench(*drafts, "--plot", tmp_path / "x.foo"), "--plot is", "expected a file that ends in .png")
+    refused(bench(*drafts, "--plot", "/proc/x.png"), "--plot is /proc/x.png, which cannot be written (")
     for plot in (tmp_path, tmp_path / "x.foo"):
         refused(bench("--profile", "--plot", plot), "--plot is", "expected a file that ends in .png")
 
