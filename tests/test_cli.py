@@ -219,7 +219,7 @@ def test_a_build_that_is_stopped_leaves_nothing(tmp_path, sent, code):
     while "export" not in process.stderr.readline():
         assert process.poll() is None
     process.send_signal(sent)
-    err = process.communicate(timeout=30)[1]
+    err = process.communicate(timeout=120)[1]
     assert process.returncode == code and "Traceback" not in err, err
     assert not list(tmp_path.iterdir())
 
@@ -248,5 +248,5 @@ def test_generate_that_is_stopped(draft):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.read(20), "it streams before it ends"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and err == "interrupted\n"

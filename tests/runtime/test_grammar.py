@@ -160,10 +160,10 @@ def test_a_grammar_that_the_library_gives_up_on_fails_alone(demo_engine, specula
     with LLM(demo_engine, speculate=speculate, adapt_drafts=False) as llm:
         alone = answers(llm, **plain)[0].token_ids
         beside = llm.stream(PROMPT, SamplingParams(**plain))
-        next(beside)
+        begun = next(beside)
         with pytest.raises(RequestError, match=r"^structured_outputs cannot be kept after \d+ tokens"):
             answers(llm, "xxxxxxxx", temperature=0, n=2, max_tokens=60, structured_outputs={"grammar": AMBIGUOUS})
-        assert [*beside][-1].outputs[0].token_ids == alone
+        assert [begun, *beside][-1].outputs[0].token_ids == alone
         assert llm.healthy and not llm._session._open
 
 

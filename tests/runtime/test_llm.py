@@ -251,7 +251,7 @@ def test_async_cancel_and_going_away(engine):
                 if len(outputs) == 2:
                     llm.cancel("mine")
             assert outputs[-1].outputs[0].finish_reason == "abort"
-            mine = llm.generate("def ", SamplingParams(max_tokens=30, ignore_eos=True), "mine")
+            mine = llm.generate("def ", SamplingParams(max_tokens=300, ignore_eos=True), "mine")
             assert not (await anext(mine)).finished
             other = asyncio.ensure_future(anext(llm.generate("def ", LONG, "mine")))
             await asyncio.sleep(0)  # the other one of that id is on its way, and gives up before it is refused

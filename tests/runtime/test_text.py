@@ -128,10 +128,10 @@ def test_time_per_token_does_not_grow():
     decoder = TEXT.decoder(SamplingParams(stop=["never seen", "nowhere"]), [])
     halves = []
     for half in (tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]):
-        start = time.perf_counter()
+        start = time.thread_time()  # others may have the processor meanwhile
         for token in half:
             decoder.push(token)
-        halves.append((time.perf_counter() - start) / len(half))
+        halves.append((time.thread_time() - start) / len(half))
     assert halves[1] < 3 * halves[0]
     assert halves[1] < 50e-6  # measured 2 us
 
