@@ -146,7 +146,7 @@ def awq(group=32) -> Make:
 
 
 def fp8_numbers(rows: int, columns: int) -> Tensor:
-    return (torch.from_numpy(RNG.standard_normal((rows, columns))) * 100).to(torch.float8_e4m3fn)
+    return (torch.from_numpy(RNG.standard_normal((rows, columns))) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
 def fp8_blocks(rows=32, columns=32, exponents=False, suffix="weight_scale_inv") -> Make:

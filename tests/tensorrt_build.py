@@ -49,7 +49,9 @@ def in_fewer_bits(model, recipe=None, pages="", per_head=False):
         quantise(model, recipe, Scales(activations=scales))
     if pages:
         pools = {v.name: int(v.shape[2]) if per_head else 1 for v in model.graph.inputs if "pages." in v.name}
-        quantise_pools(model, pages, {name: 0.02 + 0.01 * torch.rand(size) for name, size in pools.items()})
+        own = torch.Generator().manual_seed(0)
+        scales = {name: 0.02 + 0.01 * torch.rand(size, generator=own) for name, size in pools.items()}
+        quantise_pools(model, pages, scales)
 
 
 def quantised(folder, out, recipe, pages=""):

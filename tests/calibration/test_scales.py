@@ -16,8 +16,8 @@ def test_what_was_saved_comes_back(tmp_path):
     formats = [Format("int4", 16), Format("int4", 16, symmetric=False), Format("int8"), Format("fp8_e4m3", 16, 2)]
     scales = Scales(
         {f"layers.{i}.weight": round_to_nearest(weight, form) for i, form in enumerate(formats)},
-        {"a.weight": torch.rand(32)}, {"a.weight": torch.rand(6, 2)}, {"a.weight": torch.tensor(0.25)},
-        {"k_pages.0": torch.rand(1)}, {"recipe": {"name": "r"}, "rules": [1, None]},
+        {"a.weight": torch.rand(32) + 0.1}, {"a.weight": torch.rand(6, 2) + 0.1}, {"a.weight": torch.tensor(0.25)},
+        {"k_pages.0": torch.rand(1) + 0.1}, {"recipe": {"name": "r"}, "rules": [1, None]},
     )  # fmt: skip
     scales.save(tmp_path / "scales.safetensors")
     found = Scales.open(tmp_path / "scales.safetensors")

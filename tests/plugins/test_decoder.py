@@ -109,7 +109,7 @@ class Sequences:
         return {**inputs, step.PAGES: table, **self.pools}
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.08)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.04)])
 @torch.inference_mode()
 def test_mixed_steps_equal_transformers(dtype, tolerance):
     model, program, pools = llama(dtype)
@@ -127,5 +127,5 @@ def test_mixed_steps_equal_transformers(dtype, tolerance):
         expected = model(prompt[None]).logits[0]
         ours = torch.cat(logits[s])
         assert ours.shape == expected.shape
-        error = (ours.float() - expected.float()).abs().max() / expected.float().abs().max()
+        error = (ours.float() - expected.float()).norm() / expected.float().norm()
         assert error < tolerance, f"sequence {s}: {error:.2e}"

@@ -19,7 +19,7 @@ def test_a_curve_is_straight_between_what_was_measured():
 
 def test_measuring_ends_in_time_and_at_the_largest():
     sizes = []
-    curve = Curve.measure(sizes.append, 11)
+    curve = Curve.measure(sizes.append, 11, budget=60.0)
     assert sorted(set(sizes)) == [1, 2, 4, 8, 11] and curve(11) >= 0
     sizes.clear()
     Curve.measure(sizes.append, 1 << 60, budget=0.0)
