@@ -140,14 +140,17 @@ class Recipe:
 
         Raises BuildError: no such recipe (the known ones are named), or a file that is none, with the place.
         """
-        path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+        known = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+        given = name.endswith((".yaml", ".yml"))
+        advice = f"pass one of {', '.join(known)}, or the path of a file that ends in .yaml."
+        if not given and name not in known:
+            raise BuildError(f"there is no recipe {shown(name)}; {advice}")
+        path = Path(name) if given else FOLDER / f"{name}.yaml"
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            known = ", ".join(recipe.name for recipe in recipes())
-            raise BuildError(
-                f"the recipe '{name}' cannot be read ({error}); pass one of {known}, or the path of a YAML file."
-            ) from error
+            why = getattr(error, "strerror", None) or error
+            raise BuildError(f"the recipe {shown(name)} cannot be read ({why}); {advice}") from error
         return parse(text, path.stem, str(path))
 
 

@@ -146,6 +146,16 @@ def test_what_cannot_be_stored(family, rules, words):
         choose(random_graph(family), mine(rules))
 
 
+@pytest.mark.parametrize("name, words", [
+    ("int4", r"^there is no recipe 'int4'; pass one of fp8, .*, or the path of a file that ends in .yaml\.$"),
+    ("../recipes/fp8", "^there is no recipe"),
+    ("none.yaml", r"^the recipe 'none.yaml' cannot be read \(No such file or directory\); pass one of fp8, "),
+])  # fmt: skip
+def test_a_recipe_that_is_not_there(name, words):
+    with pytest.raises(BuildError, match=words):
+        Recipe.open(name)
+
+
 def test_scales_of_another_recipe():
     graph = random_graph("llama", **SIZES)
     for name in ("int4-gptq", "int4-awq", "fp8-static"):
