@@ -8,7 +8,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -47,6 +47,10 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not stop at the model's end token.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a user's message.")] = False,
     system: Annotated[str | None, typer.Option(help="With --chat: the system message.")] = None,
+    speculate: Speculate = None,
+    draft_engine: Draft = None,
+    num_draft_tokens: NumDrafts = 4,
+    num_draft_nodes: NumNodes = 0,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -62,7 +66,9 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": text})
-    output = asyncio.run(_stream(engine, messages if chat else text, params, show=not as_json))
+    drafts = {"speculate": speculate, "draft_engine": draft_engine, "num_draft_tokens": num_draft_tokens,
+              "num_draft_nodes": num_draft_nodes}  # fmt: skip
+    output = asyncio.run(_stream(engine, drafts, messages if chat else text, params, show=not as_json))
     if as_json:
         answer = output.outputs[0]
         print(json.dumps({
@@ -78,11 +84,13 @@ def generate(
         print()
 
 
-async def _stream(engine: Path, prompt: str | list[dict], params: SamplingParams, show: bool) -> RequestOutput:
-    """Print the text as it grows (`show`) and return the whole answer."""
+async def _stream(
+    engine: Path, drafts: dict[str, Any], prompt: str | list[dict], params: SamplingParams, show: bool
+) -> RequestOutput:
+    """Print the text as it grows (`show`) and return the whole answer. drafts: what `AsyncLLM` is told of them."""
     from .async_llm import AsyncLLM
 
-    async with AsyncLLM(engine, max_num_seqs=1) as llm:
+    async with AsyncLLM(engine, max_num_seqs=1, **drafts) as llm:
         answers = llm.generate(prompt, params) if isinstance(prompt, str) else llm.chat(prompt, params)
         printed = 0
         async for output in answers:

@@ -178,8 +178,10 @@ def test_generate_streams_what_json_says(ingot, draft, monkeypatch):
     assert answer["finish_reason"] in ("stop", "length")
     monkeypatch.setattr("sys.stdin", __import__("io").StringIO(PROMPT))
     assert ingot("generate", draft[0], "-", "--max-tokens", 24)[1] == text
-    sampled = [ingot("generate", draft[0], PROMPT, "--temperature", "1.5", "--seed", "7")[1] for _ in range(2)]
-    assert sampled[0] == sampled[1]
+    sampling = "--temperature", "1.5", "--seed", "7"
+    drafts = [], [], ["--speculate", "ngram"], ["--speculate", "draft", "--draft", draft[0], "--num-draft-nodes", 9]
+    sampled = {ingot("generate", draft[0], PROMPT, *sampling, *options)[:2] for options in drafts}
+    assert len(sampled) == 1 and sampled.pop()[0] == 0
     code, out, _ = ingot("generate", draft[0], "Sort a list", "--chat", "--max-tokens", 4, "--json")
     assert code == 0 and json.loads(out)["num_prompt_tokens"] > 4
 
@@ -187,6 +189,7 @@ def test_generate_streams_what_json_says(ingot, draft, monkeypatch):
 def test_requests_that_cannot_be(ingot, draft):
     refused(ingot("generate", draft[0], ""), 2, "empty")
     refused(ingot("generate", draft[0], "x = 1\n" * 5000), 2, "4096")
+    refused(ingot("generate", draft[0], PROMPT, "--speculate", "draft"), 3, "needs a draft engine")
 
 
 def test_bench(ingot, draft, tmp_path):
