@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..engines.errors import BuildError
 from .integers import check_integers
@@ -71,10 +71,15 @@ class BuildConfig:
     def __post_init__(self) -> None:
         check_integers(self, LOWEST)
 
+    def options(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, but for where the engine comes from and goes to."""
+        own, plain = asdict(self), asdict(BuildConfig(self.model, self.out))
+        return {name: value for name, value in own.items() if name != "force" and value != plain[name]}
+
     def given(self, names: Iterable[str]) -> list[str]:
         """Of these fields the options of the command line that differ from their defaults."""
-        plain = BuildConfig(self.model, self.out)
-        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != getattr(plain, name)]
+        options = self.options()
+        return [f"--{name.replace('_', '-')}" for name in names if name in options]
 
 
 @dataclass
@@ -162,7 +167,7 @@ def build_engine(
             model = model_info(config.model, checkpoint, graph, dtype)
             with phase(f"compile for {config.target}"):
                 target_info = compile(graph, model, folder)
-            record = build_record(phase, error, num_exported, graph)
+            record = build_record(phase, error, num_exported, graph, config.options())
             manifest = Manifest(model, kv_layers(graph), config.target, target_info, record, quantised, states)
             return manifest.save(folder)
 

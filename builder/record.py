@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..engines.dtypes import ACTIVATION_DTYPES, DTYPES
 from ..engines.errors import BuildError
@@ -85,7 +85,9 @@ def end_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def build_record(phase: Phases, error: float, num_exported: int, graph: ir.Model) -> BuildRecord:
+def build_record(
+    phase: Phases, error: float, num_exported: int, graph: ir.Model, options: dict[str, Any]
+) -> BuildRecord:
     """Of a build that ends now."""
     return BuildRecord(
         time=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -94,6 +96,7 @@ def build_record(phase: Phases, error: float, num_exported: int, graph: ir.Model
         num_nodes={"exported": num_exported, "optimised": graph.graph.num_nodes()},
         self_check_error=error,
         versions=versions(),
+        options=options,
     )
 
 

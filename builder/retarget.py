@@ -73,7 +73,11 @@ def retarget(folder: Path, config: BuildConfig, audience: Audience = NOBODY) -> 
         info = compile(load_graph(fresh), manifest.model, fresh, manifest.head)
         seconds = round(time.perf_counter() - start, 3)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        record = replace(manifest.build, time=now, seconds=seconds, phases={f"compile for {config.target}": seconds})
+        options = {name: value for name, value in manifest.build.options.items() if name in OF_THE_CHECKPOINT}
+        record = replace(
+            manifest.build, time=now, seconds=seconds, phases={f"compile for {config.target}": seconds},
+            options=options | config.options(),
+        )  # fmt: skip
         return replace(manifest, target=config.target, target_info=info, build=record).save(fresh)
 
 

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from .again import from_checkpoint, from_engine
 from .dtypes import DTYPES, DType
 from .errors import EngineError
 from .tree_hash import tree_hashes
@@ -76,6 +77,7 @@ class BuildRecord:
     num_nodes: dict[str, int] = field(default_factory=dict)  # exported, optimised
     self_check_error: float | None = None  # largest relative error, packed against eager
     versions: dict[str, str] = field(default_factory=dict)  # torch, transformers, onnx
+    options: dict[str, Any] = field(default_factory=dict)  # fields of the BuildConfig that were not its defaults
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,7 @@ class Manifest:
         """What `engine.json` says; the other files are not looked at. Raises EngineError as `open` does."""
         folder = Path(folder)
         fields = _read(folder)
-        source = str(fields.get("model", {}).get("source") or "MODEL")
-        mend = _mend(source, folder, fields.get("target"))
+        mend = f"build it again with {from_checkpoint(folder, fields)}"
         found = fields.get("format_version")
         if found != FORMAT_VERSION:
             raise EngineError(
@@ -168,7 +169,7 @@ class Manifest:
         if targets is not None and manifest.target not in targets:
             raise EngineError(
                 f"{folder} was built for the target {manifest.target!r}, but here only {_list(targets)} can run; "
-                f"build it with `build-engine {source} -o {folder} --force --target {sorted(targets)[0]}`."
+                f"compile it for one with {from_engine(folder, target=sorted(targets)[0])}."
             )
         return manifest
 
@@ -191,28 +192,32 @@ class Manifest:
         try:
             found = tree_hashes({name: folder / name for name in files}, progress)
         except OSError as error:
-            mend = _mend(self.model.source, folder, self.target)
-            raise EngineError(f"{error.filename} cannot be read ({error.strerror}); {mend}.") from None
+            raise EngineError(f"{error.filename} cannot be read ({error.strerror}); {self._mend(folder)}.") from None
         for name in files:
             self.check_hash(folder, name, found[name])
 
     def check_size(self, folder: Path, name: str) -> None:
         """Raises EngineError unless the file is there and as long as it was built."""
-        path, pure, mend = folder / name, PurePosixPath(name), _mend(self.model.source, folder, self.target)
+        path, pure = folder / name, PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts:
-            raise EngineError(f"{folder / FILE_NAME} names the file {name!r} outside of the engine; {mend}.")
+            raise EngineError(
+                f"{folder / FILE_NAME} names the file {name!r} outside of the engine; {self._mend(folder)}."
+            )
         if not path.is_file():
-            raise EngineError(f"{folder} is incomplete: the file {name} is missing; {mend}.")
+            raise EngineError(f"{folder} is incomplete: the file {name} is missing; {self._mend(folder)}.")
         size, expected = path.stat().st_size, self.files[name].bytes
         if size != expected:
             what = "truncated" if size < expected else "longer than it was built"
-            raise EngineError(f"{path} is {what} ({size} bytes, expected {expected}); {mend}.")
+            raise EngineError(f"{path} is {what} ({size} bytes, expected {expected}); {self._mend(folder)}.")
 
     def check_hash(self, folder: Path, name: str, found: str) -> None:
         """Raises EngineError unless `found` is the hash of the file that was built."""
         if found != self.files[name].hash:
-            mend = _mend(self.model.source, folder, self.target)
+            mend = self._mend(folder)
             raise EngineError(f"{folder / name} is damaged (its hash is not the one that was built); {mend}.")
+
+    def _mend(self, folder: Path) -> str:
+        return f"build it again with {from_checkpoint(folder, asdict(self))}"
 
 
 def sync(path: Path) -> None:
@@ -222,11 +227,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _mend(source: str, folder: Path, target: Any) -> str:
-    same = "" if target in (None, "cpu") else f" --target {target}"
-    return f"build it again with `build-engine {source} -o {folder} --force{same}`"
 
 
 def _read(folder: Path) -> dict[str, Any]:

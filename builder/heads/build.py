@@ -93,7 +93,7 @@ def build_head(
             model = head.model_info(graph)
             with phase(f"compile for {config.target}"):
                 target_info = compile(graph, model, folder, head.info())
-            record = build_record(phase, error, num_exported, graph)
+            record = build_record(phase, error, num_exported, graph, config.options())
             manifest = Manifest(model, kv_layers(graph), config.target, target_info, record, head=head.info())
             return manifest.save(folder)
 

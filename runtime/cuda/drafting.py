@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...engines import step as names
+from ...engines.again import from_engine
 from ...engines.errors import EngineError
 from ...engines.plan import FIRST, FOLDER, GROW, NEXT, PATH, TARGET, Bucket, Plan
 from ...engines.sampling import LAST_TOKEN, LEVEL, MAX_BRANCHES, PACKED, SAMPLED
@@ -336,8 +337,8 @@ def _check_plans(plan: Plan, target: Plan, engine: Engine, gpu: Gpu, config: Ser
         )
     if config.num_draft_nodes and not any(BRANCHES in bucket.parts for bucket in plan.buckets):
         raise EngineError(
-            f"The draft engine {engine.folder} was built by a version that drafted chains only; build it again with"
-            f" --max-draft-tokens {config.num_draft_nodes}."
+            f"The draft engine {engine.folder} was built by a version that drafted chains only; compile it again with"
+            f" {from_engine(engine.folder, max_draft_tokens=config.num_draft_nodes)}."
         )
     # a head takes all samples of a step at once
     needed = config.num_draft_nodes or (config.num_draft_tokens if engine.manifest.head else 1)
@@ -346,5 +347,6 @@ def _check_plans(plan: Plan, target: Plan, engine: Engine, gpu: Gpu, config: Ser
         what = f" {asked}" if plan.max_draft_tokens else ""
         raise EngineError(
             f"The draft engine {engine.folder} was built with --max-draft-tokens {plan.max_draft_tokens}, so it cannot"
-            f" draft{what}; build it again with --max-draft-tokens {max(needed, config.num_draft_tokens)}."
+            f" draft{what}; compile it again with"
+            f" {from_engine(engine.folder, max_draft_tokens=max(needed, config.num_draft_tokens))}."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...engines.again import from_engine
 from ...engines.dtypes import DTYPES
 from ...engines.errors import EngineError
 from ...engines.plan import MOVES, ZEROS, Plan
@@ -79,9 +80,8 @@ def check_plan(plan: Plan, engine: Engine, gpu: Gpu, config: ServeConfig) -> Non
     """Raises EngineError where the plan cannot serve this GPU or this configuration."""
     folder, have = engine.folder, gpu.device.capability
 
-    def mend(option: str = "") -> str:
-        command = f"ingot build {engine.manifest.model.source} -o {folder} --target cuda --force {option}".rstrip()
-        return f"build it again for this GPU with `{command}`"
+    def mend(**options: int) -> str:
+        return f"compile it again for this GPU with {from_engine(folder, **options)}"
 
     if plan.capability // 10 != have // 10 or plan.capability > have:  # cubins run on later GPUs of their generation
         raise EngineError(
@@ -91,22 +91,20 @@ def check_plan(plan: Plan, engine: Engine, gpu: Gpu, config: ServeConfig) -> Non
     for name, most in (("max_num_seqs", plan.max_num_seqs), ("max_num_batched_tokens", plan.max_num_batched_tokens)):
         asked = getattr(config, name)
         if asked is not None and asked > most:
-            option = f"--{name.replace('_', '-')} {asked}"
             raise EngineError(
-                f"{name} is {asked}, but {folder} was built for at most {most}; ask for less, or {mend(option)}."
+                f"{name} is {asked}, but {folder} was built for at most {most}; ask for less, or "
+                f"{mend(**{name: asked})}."
             )
     most = max(config.num_draft_tokens, config.num_draft_nodes)
     if config.speculate and most > plan.max_draft_tokens:
         name = "num_draft_nodes" if config.num_draft_nodes else "num_draft_tokens"
         found = f"{name} is {most}, but {folder} was built to verify"
-        again = mend(f"--max-draft-tokens {most}")
+        again = mend(max_draft_tokens=most)
         if not plan.max_draft_tokens:
             raise EngineError(f"{found} none; {again}.")
         raise EngineError(f"{found} at most {plan.max_draft_tokens}; ask for fewer, or {again}.")
     if config.num_draft_nodes and not any(MOVES in bucket.parts for bucket in plan.buckets):
-        raise EngineError(
-            f"{folder} was built by a version that verified chains only; {mend(f'--max-draft-tokens {most}')}."
-        )
+        raise EngineError(f"{folder} was built by a version that verified chains only; {mend(max_draft_tokens=most)}.")
     if config.page_size not in (None, plan.page_size):
         raise EngineError(
             f"page_size is {config.page_size}, but {folder} was built for pages of {plan.page_size}; leave it out."

@@ -58,6 +58,9 @@ def test_what_is_given_goes_before(engine, monkeypatch, capsys):
     code, plan = anew(engine, "--max-num-seqs", "5", "--max-draft-tokens", "0", "--gpu-arch", "90")
     assert code == 0 and (plan.max_num_seqs, plan.max_draft_tokens, plan.capability) == (5, 0, 90)
     assert (plan.max_num_batched_tokens, plan.page_size) == (20, 8)
+    assert Manifest.read(engine).build.options == {
+        "target": "cuda", "max_num_seqs": 5, "max_num_batched_tokens": 20, "page_size": 8, "gpu_arch": 90, "tune": False
+    }  # fmt: skip
     # a default that is spelt out is given, too; a GPU at hand goes before that of the engine
     monkeypatch.setattr(retarget, "_gpu_at_hand", lambda: True)
     config = retarget.as_built(BuildConfig("", str(engine)), {"max_num_seqs"})

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from ingot.engines import tree_hash
@@ -74,7 +75,7 @@ DAMAGES = {
         "changed after the build",
     ),
     "other version": (lambda e: edit(e, format_version=2), "format version 2"),
-    "other target": (lambda e: edit(e, target="cuda"), "target 'cuda'"),
+    "other target": (lambda e: edit(e, target="cuda"), "target 'cuda', but here only 'cpu' can run; compile it for"),
     "path outside": (lambda e: edit(e, files={"../x": {"bytes": 0, "hash": ""}}), "outside"),
 }
 
@@ -86,7 +87,8 @@ def test_refused_in_one_sentence_with_the_remedy(engine, damage):
     with pytest.raises(EngineError) as refusal:
         Manifest.open(engine, targets={"cpu"})
     message = str(refusal.value)
-    assert words in message and "build-engine" in message and str(engine) in message
+    assert words in message and str(engine) in message
+    assert ("--retarget" if damage == "other target" else "build-engine") in message
     assert "\n" not in message and message.endswith(".")
 
 
@@ -96,10 +98,15 @@ def test_a_checkpoint_is_told_apart(tmp_path):
         Manifest.open(tmp_path)
 
 
-def test_remedy_names_the_source_of_the_engine(engine):
+def test_remedy_is_the_build_that_it_was(engine):
+    options = {"quant": "my recipes/4.yaml", "calibration_data": "text", "accept_accuracy": True, "tune": False}
+    manifest = Manifest.open(engine)
+    replace(manifest, target="cuda", build=replace(manifest.build, options=options)).save(engine)
     flip(engine / "model.onnx")
-    with pytest.raises(EngineError, match="build-engine some/model -o"):
+    with pytest.raises(EngineError) as refusal:
         Manifest.open(engine)
+    words = "--quant 'my recipes/4.yaml' --calibration-data text --accept-accuracy --no-tune"
+    assert f"`build-engine some/model -o {engine} --force --target cuda {words}`" in str(refusal.value)
 
 
 def test_tree_hash_is_its_definition(tmp_path, monkeypatch):
