@@ -24,7 +24,7 @@ def idle(llm, aborted, seconds=60.0):
     began = time.monotonic()
     while time.monotonic() < began + seconds:
         m = llm.metrics()
-        if m.running == m.waiting == 0 and m.kv_utilisation == 0 and num_aborted(llm) == aborted:
+        if m.running == m.waiting == 0 and m.kv_utilisation == 0 and m.finished.get("abort", 0) == aborted:
             return
         time.sleep(0.005)
     raise AssertionError(llm.metrics())

@@ -127,7 +127,8 @@ def test_a_replica_is_killed_under_load_and_comes_back(demo_engine):
         assert router.pids["replica 1"] == first["replica 1"]
         page = client.get("/metrics").text
         assert page.count("ingot:router_backend_ready{") == 2 and "router_open_requests{" in page
-        assert len(set(re.findall(r'ingot:generation_tokens_total{.*replica="(.*)"}', page))) == 2
+        tokens = re.compile(r'ingot:generation_tokens_total{.*replica="(.*)"}')  # of a replica that answers in time
+        wait_for(lambda: len(set(tokens.findall(client.get("/metrics").text))) == 2)
         # an orderly end: the open stream is finished, then the replicas stop
         body = {"model": "m", "prompt": "def f(", "max_tokens": 60, "stream": True, "ignore_eos": True}
         with client.stream("POST", "/v1/completions", json=body, headers={"Authorization": "Bearer key"}) as response:
