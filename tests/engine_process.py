@@ -20,7 +20,7 @@ async def last_of(engine, prompt, params=SHORT, request_id=None):
     return (await all_of(engine, prompt, params, request_id))[-1]
 
 
-async def until(condition, seconds=20.0):
+async def until(condition, seconds=120.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come to pass"

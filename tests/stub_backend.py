@@ -19,7 +19,7 @@ def asynchronous(test):
 
     @wraps(test)
     def run(*args, **options):
-        asyncio.run(asyncio.wait_for(test(*args, **options), 30))
+        asyncio.run(asyncio.wait_for(test(*args, **options), 120))
 
     return run
 
@@ -54,9 +54,13 @@ class Stub:
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
+    def refuse(self):
+        """New connections from now on; those that are open stay."""
+        self._server.close()
+
     async def stop(self):
         """Break all connections, and refuse any from now on."""
-        self._server.close()
+        self.refuse()
         for writer in self._writers:
             writer.transport.abort()
         await asyncio.sleep(0)
@@ -101,7 +105,7 @@ async def say(writer, *pieces):
         await writer.drain()
 
 
-async def until(condition, seconds=5.0):
+async def until(condition, seconds=30.0):
     """Waits for `condition()`."""
     end = time.monotonic() + seconds
     while not condition():

@@ -80,16 +80,20 @@ def test_choices_of_several_prompts_are_numbered_prompt_by_prompt(client, llm, o
 
 @pytest.mark.parametrize("path", [COMPLETE, CONVERSE])
 def test_answers_that_end_at_different_times_end_once(client, path):
-    body = {"n": 6, "seed": 3, "temperature": 1.2, "stop": ["e"], "max_tokens": 30, "stream": True}
+    body = {"n": 6, "seed": 3, "temperature": 1.2, "stop": ["e"], "max_tokens": 30, "stream": True,
+            "return_token_ids": True}  # fmt: skip
     body |= {"prompt": PROMPTS[0]} if path == COMPLETE else {"messages": CHAT}
     chunks = post(client, path, stream_options={"include_usage": True, "continuous_usage_stats": True}, **body)
     ends = [c["choices"][0]["index"] for c in chunks[:-1] if c["choices"][0]["finish_reason"]]
-    assert sorted(ends) == list(range(6)) and ends != sorted(ends), "the seed is to make their lengths differ"
-    last = {}
+    assert sorted(ends) == list(range(6))
+    last, lengths = {}, [0] * 6
     for i, chunk in enumerate(chunks[:-1]):
-        last[chunk["choices"][0]["index"]] = chunk["choices"][0]["finish_reason"]
+        choice = chunk["choices"][0]
+        last[choice["index"]] = choice["finish_reason"]
+        lengths[choice["index"]] += len(choice.get("token_ids", ()))
         assert i == 0 or chunk["usage"]["completion_tokens"] >= chunks[i - 1]["usage"]["completion_tokens"]
     assert all(last.values()), "nothing comes after the end"
+    assert lengths != sorted(lengths), "the seed is to make their lengths differ"
     assert chunks[-1]["usage"]["completion_tokens"] == chunks[-2]["usage"]["completion_tokens"] > 6
 
 

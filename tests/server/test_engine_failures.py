@@ -58,10 +58,10 @@ def test_killed_and_stopped_engines_are_replaced(demo_engine_fp32):
         await until(lambda: idle(engine))
 
     async def main():
-        async with EngineProcess(demo_engine_fp32, watchdog=2.0, max_num_seqs=1) as engine:
+        async with EngineProcess(demo_engine_fp32, watchdog=5.0, patience=120.0, max_num_seqs=1) as engine:
             expected = (await last_of(engine, PROMPT, sampled)).outputs[0].token_ids
             await strike(engine, signal.SIGKILL, "killed by SIGKILL; it is being restarted", expected)
-            await strike(engine, signal.SIGSTOP, "did not answer for 2 s and was killed", expected)
+            await strike(engine, signal.SIGSTOP, "did not answer for 5 s and was killed", expected)
             os.kill(engine.pid, signal.SIGTERM)  # meant for the API process, which may still drain
             assert (await last_of(engine, PROMPT, sampled)).outputs[0].token_ids == expected
             last = engine.pid
@@ -69,7 +69,7 @@ def test_killed_and_stopped_engines_are_replaced(demo_engine_fp32):
             await until(lambda: engine.metrics().running == 1)
             begun = time.monotonic()
             await asyncio.gather(engine.close(), engine.close())
-            assert time.monotonic() - begun < 8 and not alive(last)
+            assert time.monotonic() - begun < 30 and not alive(last)
             assert (await task).outputs[0].finish_reason == "abort"
             with pytest.raises(EngineError, match="closed"):
                 await last_of(engine, PROMPT)
@@ -111,13 +111,13 @@ async def breakable(engine, tmp_path, monkeypatch, **options):
         (tmp_path / "new").write_text(how)
         (tmp_path / "new").rename(mischief)
 
-    async with EngineProcess(engine, **options) as process:
+    async with EngineProcess(engine, patience=120.0, **options) as process:
         yield process, break_it
 
 
 def test_failing_and_hanging_steps(demo_engine_fp32, tmp_path, monkeypatch):
     async def main():
-        async with breakable(demo_engine_fp32, tmp_path, monkeypatch, watchdog=2.0) as (engine, break_it):
+        async with breakable(demo_engine_fp32, tmp_path, monkeypatch, watchdog=5.0) as (engine, break_it):
             expected = (await last_of(engine, PROMPT)).outputs[0].token_ids
             break_it("raise")  # nothing was handed out, so nobody notices but for the wait
             assert (await last_of(engine, PROMPT)).outputs[0].token_ids == expected
@@ -132,7 +132,7 @@ def test_failing_and_hanging_steps(demo_engine_fp32, tmp_path, monkeypatch):
             stream = engine.generate(PROMPT, LONG)
             await anext(stream)
             break_it("hang")
-            with pytest.raises(EngineError, match="committed no step for 2 s and was killed"):
+            with pytest.raises(EngineError, match="committed no step for 5 s and was killed"):
                 async for _ in stream:
                     pass
             assert (await last_of(engine, PROMPT)).outputs[0].token_ids == expected
@@ -198,7 +198,8 @@ def test_a_start_that_takes_too_long_leaves_nothing_running(demo_engine_fp32):
         engine = EngineProcess(demo_engine_fp32, start_timeout=0.2)
         with pytest.raises(EngineError, match="not open after 0.2 s"):
             task = asyncio.create_task(engine.start())
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0)  # it has a supervisor then
+            await until(lambda: engine._supervisor._starting.pid)
             pids.append(engine._supervisor._starting.pid)
             await task
 
@@ -234,7 +235,7 @@ def test_the_engine_process_ends_with_its_parent(demo_engine_fp32):
 
 def test_a_slow_reader_gets_few_messages_and_garbage_ends_the_process(demo_engine_fp32):
     ours, theirs = socket.socketpair()
-    ours.settimeout(60)
+    ours.settimeout(300)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     setting = json.dumps({"engine": str(demo_engine_fp32), "options": {}})
@@ -275,5 +276,5 @@ def test_a_slow_reader_gets_few_messages_and_garbage_ends_the_process(demo_engin
     while not isinstance(message := next(messages), Failed):
         pass
     assert "could not read the channel" in message.why
-    assert process.wait(20) == child.BROKEN
+    assert process.wait(60) == child.BROKEN
     ours.close()

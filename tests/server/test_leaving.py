@@ -15,30 +15,36 @@ from starlette.testclient import TestClient
 LONG = {"prompt": "def f():", "max_tokens": 4000, "ignore_eos": True, "temperature": 0}
 
 
-def idle(llm, seconds=20.0):
-    """Waits until the engine has nothing to do; how long that took."""
+def num_aborted(llm):
+    return llm.metrics().finished.get("abort", 0)
+
+
+def idle(llm, aborted, seconds=60.0):
+    """Waits until the engine has nothing to do and so many requests were aborted, which is counted last."""
     began = time.monotonic()
     while time.monotonic() < began + seconds:
         m = llm.metrics()
-        if m.running == m.waiting == 0 and m.kv_utilisation == 0:
-            return time.monotonic() - began
+        if m.running == m.waiting == 0 and m.kv_utilisation == 0 and m.finished.get("abort", 0) == aborted:
+            return
         time.sleep(0.005)
     raise AssertionError(llm.metrics())
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_that_takes_too_long_is_ended(llm, stream):
-    app, room = api(llm, request_timeout=1.0)  # enough for the first token, not for the last
+    app, room = api(llm, request_timeout=2.0)  # enough for the first token, not for the last
+    aborted = num_aborted(llm)
     with TestClient(app) as client:
-        response = client.post("/v1/completions", json={**LONG, "stream": stream})
+        response = client.post("/v1/completions", json={**LONG, "n": 4, "stream": stream})
         if stream:
             assert response.status_code == 200 and "[DONE]" not in response.text
             error = json.loads(response.text.split("\n\n")[-2].removeprefix("data: "))["error"]
         else:
             assert response.status_code == 504
             error = response.json()["error"]
-        assert error["code"] == "request_timeout" and "1 seconds" in error["message"]
-    assert idle(llm) < 2 and room.inside == 0
+        assert error["code"] == "request_timeout" and "2 seconds" in error["message"]
+    idle(llm, aborted + 4)
+    assert room.inside == 0
 
 
 def test_a_request_that_waits_too_long_for_its_first_token_is_ended(engine):
@@ -69,27 +75,27 @@ def address(llm):
 @pytest.mark.parametrize("prompts", [LONG["prompt"], [LONG["prompt"]] * 3])
 def test_a_client_that_leaves_a_stream_ends_the_work(llm, address, prompts):
     body = {**LONG, "prompt": prompts, "stream": True}
-    aborted = llm.metrics().finished.get("abort", 0)
+    aborted = num_aborted(llm)
     with httpx2.Client() as client, client.stream("POST", f"{address}/v1/completions", json=body) as response:
         lines = response.iter_lines()  # kept: a generator that is collected closes the connection
         next(lines)
         assert llm.metrics().running > 0
-    assert idle(llm) < 2
-    assert llm.metrics().finished["abort"] - aborted == (1 if isinstance(prompts, str) else len(prompts))
+    idle(llm, aborted + (1 if isinstance(prompts, str) else len(prompts)))
 
 
 def test_a_client_that_leaves_while_it_waits_ends_the_work(llm, address):
     body = json.dumps({**LONG, "n": 2}).encode()
+    aborted = num_aborted(llm)
     host, port = address.removeprefix("http://").split(":")
     lines = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
     head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""])
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head.encode() + body)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while llm.metrics().running < 2 and time.monotonic() < deadline:
             time.sleep(0.005)
         assert llm.metrics().running == 2
-    assert idle(llm) < 2
+    idle(llm, aborted + 2)
 
 
 def test_long_prompts_are_tokenised_beside_the_event_loop(llm):

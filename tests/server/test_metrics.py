@@ -34,14 +34,15 @@ def test_counts_and_latencies_are_those_of_the_requests(demo_engine, deltas):
                 return num_tokens - sizes[0]
 
             num_later = sum(await asyncio.gather(one("import os\n", 9), one("class A:\n    def", 17)))
+            both = samples(await metrics.page())
             left = observed.generate("def f():", SamplingParams(max_tokens=100, ignore_eos=True), deltas=deltas)
             await anext(left)
             await left.aclose()
             while llm.metrics().running or llm.metrics().kv_utilisation:  # pages are given back after the last token
                 await asyncio.sleep(0.01)
-            return samples(await metrics.page()), llm.metrics(), num_later
+            return samples(await metrics.page()), both, llm.metrics(), num_later
 
-    found, engine, num_later = asyncio.run(main())
+    found, both, engine, num_later = asyncio.run(main())
     assert found["ingot:request_success_total", "length"] == 2
     assert found["ingot:request_success_total", "abort"] == 1
     assert found["ingot:generation_tokens_total", None] == engine.output_tokens >= 26
@@ -56,7 +57,7 @@ def test_counts_and_latencies_are_those_of_the_requests(demo_engine, deltas):
     assert found["ingot:request_generation_tokens_sum", None] == 26
     # the third request may have had some before it was left
     assert num_later <= found["ingot:inter_token_latency_seconds_count", None] < num_later + 100
-    ttft, e2e = (found[f"ingot:{name}_sum", None]
+    ttft, e2e = (both[f"ingot:{name}_sum", None]
                  for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds"))  # fmt: skip
     assert 0 < ttft < e2e < 60
     buckets = [

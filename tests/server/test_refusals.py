@@ -131,9 +131,9 @@ def test_the_depth_of_json_is_that_outside_of_strings():
     check_depth(nested)
     with pytest.raises(Exception, match="nests deeper"):
         check_depth(b"[" + nested + b"]")
-    began = time.monotonic()
+    began = time.thread_time()
     check_depth(b'"' + b'\\"[' * 1_000_000)  # a string that never ends
-    assert time.monotonic() - began < 2
+    assert time.thread_time() - began < 2
 
 
 def test_bodies_that_are_too_large_or_of_another_kind(llm):

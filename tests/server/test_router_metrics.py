@@ -55,7 +55,7 @@ async def test_all_servers_are_on_one_page():
 
 @asynchronous
 async def test_who_does_not_answer_is_left_out(monkeypatch):
-    monkeypatch.setattr(metrics_module, "SCRAPE_TIMEOUT", 0.2)
+    monkeypatch.setattr(metrics_module, "SCRAPE_TIMEOUT", 1.0)
     one, slow, odd, half = Stub(), Stub(), Stub(), Stub()
     one.metrics, odd.metrics, half.metrics = SERVER % 3, b"\xff <html>", SERVER % 4 + b"# " + b"x" * (1 << 20)
     slow.metrics_after = 20
@@ -64,6 +64,6 @@ async def test_who_does_not_answer_is_left_out(monkeypatch):
         await gone.stop()
         began = time.monotonic()
         page = (await client.get("/metrics")).text
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15
         assert samples(page)[TOKENS] == {(one.url, None): 3}
         assert page.count("ingot:router_backend_ready{") == 5

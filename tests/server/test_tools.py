@@ -123,10 +123,10 @@ LONG = ['<tool_call>{"name": "' + "</tool_call>" * 2000, "[TOOL_CALLS]a" + " " *
 
 @pytest.mark.parametrize("text", LONG, ids=lambda text: text[:20])
 def test_no_text_takes_long(text):
-    began = time.monotonic()
+    began = time.thread_time()
     for reader in (ToolReader(NAMES), ReasoningReader()):
         read(reader, [text[i : i + 8] for i in range(0, len(text), 8)])
-    assert time.monotonic() - began < 3
+    assert time.thread_time() - began < 3
 
 
 def test_text_goes_out_at_once():
