@@ -26,6 +26,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DOWNLOADED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab.*")
 COUNTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size",
           "vocab_size", "max_position_embeddings")  # fmt: skip
+OF_HEADS = {"fc.weight", "model.fc.weight"}  # what EAGLE heads have and no model has
 _MAX_HEADER = 100 << 20  # bytes; the limit of the safetensors format
 
 
@@ -58,7 +59,8 @@ class Checkpoint:
     def open(cls, model: str) -> "Checkpoint":
         """Opens a directory, or downloads a hub id ("org/name"; only safetensors, json and tokenizer files).
 
-        Raises BuildError if it is neither, is not in safetensors, is damaged, or is quantised in a way that is unknown.
+        Raises BuildError if it is neither, is not in safetensors, is damaged, is quantised in a way that is unknown, or
+        is an EAGLE head.
         """
         path = Path(os.path.expanduser(model))  # pathlib raises where a user or a name cannot be
         if not os.path.exists(path):
@@ -74,6 +76,8 @@ class Checkpoint:
         config = config_of(path)
         description = quantised_checkpoints.describe(path, config)
         stored = {tensor.name: tensor for file in shards(path) for tensor in read_header(file)}
+        if not OF_HEADS.isdisjoint(stored):
+            raise BuildError(f"{model} is a head, which drafts for a model; build it with --draft-for TARGET")
         checkpoint = cls(path, config, stored)
         checkpoint._check_index()
         if description is None:
