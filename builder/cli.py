@@ -59,6 +59,9 @@ def build(
     max_num_batched_tokens: Annotated[
         int | None, typer.Option(min=1, help="cuda, tensorrt: tokens of a step at most; 4096 if not given.")
     ] = None,
+    page_size: Annotated[
+        int | None, typer.Option(min=1, help="cuda, tensorrt: tokens of a KV page; 16 if not given.")
+    ] = None,
     max_draft_tokens: Annotated[
         int | None, typer.Option(help="cuda: drafts of a sequence that a step can verify; none if not given.")
     ] = None,
@@ -86,7 +89,8 @@ def build(
     assert out is not None
     for_target = {
         "target": target, "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens,
-        "max_draft_tokens": max_draft_tokens, "gpu_arch": gpu_arch, "tensorrt_plugins": tensorrt_plugins,
+        "page_size": page_size, "max_draft_tokens": max_draft_tokens, "gpu_arch": gpu_arch,
+        "tensorrt_plugins": tensorrt_plugins,
     }  # fmt: skip
     given: dict[str, Any] = {name: value for name, value in for_target.items() if value is not None}
     config = BuildConfig(

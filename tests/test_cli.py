@@ -1,6 +1,8 @@
 """The command line as a user meets it: one sentence and an exit code for every mistake, and nothing left behind."""
 
+import dataclasses
 import errno
+import inspect
 import json
 import shutil
 import signal
@@ -10,7 +12,9 @@ from pathlib import Path
 
 import pytest
 from families import REFUSED
+from ingot import BuildConfig
 from ingot import __main__ as cli
+from ingot.builder.cli import build
 
 DEMO = Path(__file__).parents[1] / "engines" / "demo"
 BUILD = [sys.executable, "-m", "ingot", "build"]
@@ -253,3 +257,9 @@ def test_generate_that_is_stopped(draft):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and err == "interrupted\n"
+
+
+def test_whatever_a_manifest_records_of_a_build_is_an_option_of_one():
+    """The sentences that tell to build an engine again repeat it."""
+    fields = {field.name for field in dataclasses.fields(BuildConfig)} - {"model", "out"}
+    assert fields <= inspect.signature(build).parameters.keys()
