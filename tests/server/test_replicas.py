@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,11 +161,18 @@ def test_no_replica_outlives_a_router_that_is_killed(demo_engine):
         wait_for(lambda: not any(lives(pid) for pid in router.pids.values()))
 
 
-def test_an_engine_that_cannot_be_opened_is_said_at_once(tmp_path, capfd):
-    config = ServerConfig(engine=tmp_path, port=0)
-    with pytest.raises(EngineError, match="Replica . ended with exit code 3 before it served"):
-        asyncio.run(asyncio.wait_for(serve_replicas(config, {}, 2), 120))
-    assert "error: replica" in capfd.readouterr().err
+def test_an_engine_that_cannot_be_opened_is_said_at_once(tmp_path, capfd, demo_engine):
+    def refused(engine, message, **options):
+        with pytest.raises(EngineError, match=message):
+            config = ServerConfig(engine=engine, port=0)
+            asyncio.run(asyncio.wait_for(serve_replicas(config, options, 2), 120))
+        return capfd.readouterr().err
+
+    assert refused(tmp_path, "is not an engine .it has no engine.json") == ""
+    assert refused(demo_engine, "none does not exist", draft_engine=str(tmp_path / "none")) == ""
+    shutil.copy(demo_engine / "engine.json", tmp_path)
+    words = refused(tmp_path, "Replica . ended with exit code 3 before it served")
+    assert "error: replica" in words and "is missing" in words
 
 
 def test_a_replica_that_hangs_is_replaced(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from typing import Any
 
 import uvicorn
 
+from ....engines.manifest import Manifest
 from ..config import ServerConfig
 from ..main import Server, address_of, binding
 from ..signals import after_signal
@@ -47,6 +48,9 @@ async def serve_replicas(
     config and options are those of `serve`; each replica gets them with a port of its own. Raises EngineError: the
     engine cannot be opened, or the port is taken.
     """
+    for folder in (config.engine, options.get("draft_engine")):
+        if folder is not None:
+            Manifest.read(folder)  # what is not there is said once, and not by each of them
     with _listen(config.host, config.port) as listener:
         replicas = Replicas(num_replicas, config, options, await devices_of(os.environ))
         router = Router(
