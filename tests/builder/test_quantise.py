@@ -190,7 +190,7 @@ def test_options_that_make_no_sense(tmp_path, source):
         (dict(), "--calibration-data is for quantised builds"),
         (dict(calibration_data="", calibration_tokens=64), "--calibration-tokens is for quantised builds"),
         (dict(calibration_data="", accept_accuracy=True), "--accept-accuracy is for quantised builds"),
-        (dict(quant="w9"), "recipe 'w9' cannot be read.*int4-gptq, int4-rtn"),
+        (dict(quant="w9"), "there is no recipe 'w9'.*int4-gptq, int4-rtn"),
     ):
         with pytest.raises(BuildError, match=words):
             build_engine(BuildConfig(str(DRAFT), str(tmp_path / "e"), **{"calibration_data": str(source), **options}))
