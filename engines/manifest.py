@@ -192,7 +192,9 @@ class Manifest:
         try:
             found = tree_hashes({name: folder / name for name in files}, progress)
         except OSError as error:
-            raise EngineError(f"{error.filename} cannot be read ({error.strerror}); {self._mend(folder)}.") from None
+            raise EngineError(
+                f"{error.filename} cannot be read ({error.strerror}); build it {self.again(folder)}."
+            ) from None
         for name in files:
             self.check_hash(folder, name, found[name])
 
@@ -201,23 +203,24 @@ class Manifest:
         path, pure = folder / name, PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts:
             raise EngineError(
-                f"{folder / FILE_NAME} names the file {name!r} outside of the engine; {self._mend(folder)}."
+                f"{folder / FILE_NAME} names the file {name!r} outside of the engine; build it {self.again(folder)}."
             )
         if not path.is_file():
-            raise EngineError(f"{folder} is incomplete: the file {name} is missing; {self._mend(folder)}.")
+            raise EngineError(f"{folder} is incomplete: the file {name} is missing; build it {self.again(folder)}.")
         size, expected = path.stat().st_size, self.files[name].bytes
         if size != expected:
             what = "truncated" if size < expected else "longer than it was built"
-            raise EngineError(f"{path} is {what} ({size} bytes, expected {expected}); {self._mend(folder)}.")
+            raise EngineError(f"{path} is {what} ({size} bytes, expected {expected}); build it {self.again(folder)}.")
 
     def check_hash(self, folder: Path, name: str, found: str) -> None:
         """Raises EngineError unless `found` is the hash of the file that was built."""
         if found != self.files[name].hash:
-            mend = self._mend(folder)
+            mend = f"build it {self.again(folder)}"
             raise EngineError(f"{folder / name} is damaged (its hash is not the one that was built); {mend}.")
 
-    def _mend(self, folder: Path) -> str:
-        return f"build it again with {from_checkpoint(folder, asdict(self))}"
+    def again(self, folder: Path, **changed: Any) -> str:
+        """The build of this engine again, but for options that are `changed`, as a sentence says it (again.py)."""
+        return f"again with {from_checkpoint(folder, asdict(self), **changed)}"
 
 
 def sync(path: Path) -> None:

@@ -103,11 +103,9 @@ class HeadBuild:
 
     def __init__(self, config: BuildConfig):
         """Raises BuildError: no such head, no such target, or they do not go together."""
-        for option in ("quant", "kv_cache", "scales", "calibration_data", "accept_accuracy", "hidden_states"):
-            if getattr(config, option):
-                raise BuildError(
-                    f"--{option.replace('_', '-')} is for models, and with --draft-for a head is built; leave it out"
-                )
+        of_models = "quant", "kv_cache", "scales", "calibration_data", "accept_accuracy", "hidden_states"
+        if given := config.given(of_models):
+            raise BuildError(f"{given[0]} is for models, and with --draft-for a head is built; leave it out")
         self.checkpoint = HeadCheckpoint.open(config.model)
         self.target = target_checkpoint(config.draft_for)
         self.dtype = activation_dtype(config.dtype, self.target.config)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
-from ...engines.again import from_checkpoint
 from ...engines.errors import EngineError
 from ..capacity import ServeConfig, model_len
 from ..engine import Engine
@@ -31,7 +28,7 @@ def check_drafter(target: Engine, engine: Engine, config: ServeConfig) -> None:
         reads, given = (",".join(map(str, sorted(set(some)))) for some in (head.reads, wanted.hidden_states))
         raise EngineError(
             f"{folder} reads the hidden states {reads}, but {target.folder} gives {given or 'none'}; build the latter"
-            f" again with {from_checkpoint(target.folder, asdict(wanted), hidden_states=reads)}."
+            f" {wanted.again(target.folder, hidden_states=reads)}."
         )
     if engine.manifest.model.dtype != wanted.model.dtype:
         raise EngineError(
