@@ -27,6 +27,14 @@ async def until(condition, seconds=120.0):
         await asyncio.sleep(0.02)
 
 
+def wait_for(condition, seconds=120.0):
+    """The same beside an event loop that is another process's."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.01)
+
+
 def idle(engine):
     metrics = engine.metrics()
     return metrics.running == 0 and metrics.waiting == 0 and metrics.kv_utilisation == 0

@@ -130,9 +130,7 @@ def test_heads_that_are_none_or_not_whole_are_refused(tmp_path):
             build_engine(BuildConfig(str(folder), str(tmp_path / "out"), draft_for=str(TARGET), **options))
         assert "\n" not in str(caught.value)
     for options in ({}, {"draft_for": str(tmp_path / "fine")}):
-        with pytest.raises(
-            BuildError, match="fine is a head, which drafts for a model; build it with --draft-for TARG"
-        ):
+        with pytest.raises(BuildError, match="is a head, which drafts for a model; build it with --draft-for TARGET"):
             build_engine(BuildConfig(str(tmp_path / "fine"), str(tmp_path / "out"), **options))
     for name, change, message in (
         ("missing", lambda tensors: tensors.pop("norm.weight"), "lacks the tensor 'norm.weight'"),

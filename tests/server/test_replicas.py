@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import httpx2
 import pytest
+from engine_process import wait_for
 from ingot.engines.errors import EngineError
 from ingot.runtime.server.config import ServerConfig
 from ingot.runtime.server.router import replicas as replicas_module
@@ -72,13 +73,6 @@ def lives(pid):
             return stat.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def wait_for(condition, seconds=120.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
 
 
 async def _load(router, num_clients, seconds):

@@ -12,6 +12,7 @@ import time
 import httpx2
 import pytest
 from api_server import process_serving
+from engine_process import wait_for
 
 COMPLETION = {"prompt": "def main():\n", "temperature": 0, "ignore_eos": True}
 
@@ -29,13 +30,6 @@ def children(pid):
     return [int(n) for n in open(f"/proc/{pid}/task/{pid}/children").read().split()]
 
 
-def until(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
-
-
 def test_it_serves_and_lets_open_requests_end(engine):
     with process_serving(engine, "--drain-timeout", "300") as (process, url):
         answer = httpx2.post(f"{url}/v1/completions", json=COMPLETION | {"max_tokens": 5}, timeout=120).json()
@@ -43,15 +37,15 @@ def test_it_serves_and_lets_open_requests_end(engine):
         assert httpx2.get(f"{url}/ready").status_code == 200
         told = {'ingot:generation_tokens_total{model_name="draft"} 5.0',
                 'ingot:time_to_first_token_seconds_count{model_name="draft"} 1.0'}  # fmt: skip
-        until(lambda: told <= set(httpx2.get(f"{url}/metrics").text.splitlines()))
+        wait_for(lambda: told <= set(httpx2.get(f"{url}/metrics").text.splitlines()))
         assert "<title>" in httpx2.get(f"{url}/").text
         (child,) = children(process.pid)
         found = []
         reader = threading.Thread(target=stream, args=(url, found, 3000))
         reader.start()
-        until(lambda: len(found) >= 3)
+        wait_for(lambda: len(found) >= 3)
         process.send_signal(signal.SIGTERM)
-        until(lambda: httpx2.get(f"{url}/ready").status_code == 503)
+        wait_for(lambda: httpx2.get(f"{url}/ready").status_code == 503)
         refused = httpx2.post(f"{url}/v1/completions", json=COMPLETION | {"max_tokens": 5})
         assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
         reader.join(300)
@@ -66,7 +60,7 @@ def test_a_second_signal_aborts(engine):
         found = []
         reader = threading.Thread(target=stream, args=(url, found, 4000))
         reader.start()
-        until(lambda: len(found) >= 3)
+        wait_for(lambda: len(found) >= 3)
         process.send_signal(signal.SIGINT)
         time.sleep(0.2)
         assert process.poll() is None
@@ -112,7 +106,7 @@ def test_the_log_has_a_line_for_each_event_and_request(engine):
         httpx2.get(f"{url}/health")
         (child,) = children(process.pid)
         os.kill(child, signal.SIGKILL)
-        until(lambda: children(process.pid) not in ([], [child]) and httpx2.get(f"{url}/ready").status_code == 200)
+        wait_for(lambda: children(process.pid) not in ([], [child]) and httpx2.get(f"{url}/ready").status_code == 200)
         assert httpx2.post(f"{url}/v1/completions", json=body, timeout=120).status_code == 200
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 0

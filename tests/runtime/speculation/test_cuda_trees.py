@@ -161,21 +161,12 @@ def older(engine, out, part):
 def test_trees_that_cannot_be_are_refused(target, draft, tmp_path):
     few = cast(tmp_path / "few", random_weights(), "cuda", max_draft_tokens=4)
     chains = older(target[1], tmp_path / "target", MOVES), older(draft[1], tmp_path / "draft", BRANCHES)
+    again = "compile it again .*retarget .* 7"
     for engine, drafter, nodes, words in (
         (target[1], draft[1], 9, "num_draft_nodes is 9, but .* verify at most 7; ask for"),
-        (target[1], few, 7, "--max-draft-tokens 4, so it cannot draft trees of 7; compile it again .*retarget .* 7"),
-        (
-            chains[0],
-            draft[1],
-            7,
-            "was built by a version that verified chains only; compile it again .*retarget .* 7",
-        ),
-        (
-            target[1],
-            chains[1],
-            7,
-            "was built by a version that drafted chains only; compile it again .*retarget .* 7",
-        ),
+        (target[1], few, 7, f"--max-draft-tokens 4, so it cannot draft trees of 7; {again}"),
+        (chains[0], draft[1], 7, f"was built by a version that verified chains only; {again}"),
+        (target[1], chains[1], 7, f"was built by a version that drafted chains only; {again}"),
     ):
         options = dict(speculate="draft", draft_engine=drafter, num_draft_tokens=3, num_draft_nodes=nodes)
         with interpreted_gpu(), pytest.raises(EngineError, match=words):
